@@ -1,0 +1,1 @@
+"""Encoder, policy, training, evaluation, transfer, baselines, reports and the command line."""

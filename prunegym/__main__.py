@@ -1,0 +1,8 @@
+"""``python -m prunegym``: the same as the ``prunegym`` command."""
+
+import sys
+
+from prunegym.agents.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Networks, channel graphs, costs, criteria and surgery: no reinforcement learning here."""

@@ -1,0 +1,89 @@
+"""How well a network does on a split."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.task import Inputs, Task, forward
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How well a network does on a split.
+
+    Args:
+        score: Mean over the examples; accuracy in [0, 1] for classification.
+        loss: Mean over the examples.
+        examples: How many there were.
+    """
+
+    score: float
+    loss: float
+    examples: int
+
+
+def evaluate_network(
+    model: nn.Module,
+    task: Task,
+    split: str,
+    *,
+    batch_size: int = 500,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    amp: bool = False,
+) -> Measurement:
+    """Measure a network on a split; it is left as it was, except that it is moved to ``device``.
+
+    Args:
+        model: The network.
+        task: Data, loss and score.
+        split: One of ``prunegym.pruning.data.SPLITS``.
+        batch_size: Examples per forward pass; the result does not depend on it.
+        limit: Only the first so many examples.
+        device: Where to compute.
+        amp: Compute in bfloat16 where autocast deems it safe.
+
+    Raises:
+        PruningError: The split is unknown or empty, or the network's outputs do not fit the task.
+    """
+    model.to(device)
+    device = torch.device(device)
+    score = loss = 0.0
+    examples = 0
+    with evaluating(model), torch.inference_mode():
+        for inputs, targets in task.batches(split, batch_size=batch_size, limit=limit, device=device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                outputs = forward(model, channels_last(inputs))
+            scores = task.score(outputs, targets)
+            score += float(scores.double().sum())
+            loss += float(task.loss(outputs, targets)) * len(scores)
+            examples += len(scores)
+    if not examples:
+        raise PruningError(
+            f"`split` should hold examples. Received '{split}' of '{task.name}', which is empty."
+        )
+    return Measurement(score / examples, loss / examples, examples)
+
+
+def channels_last(inputs: Inputs) -> Inputs:
+    """Lay out images with the channels of a pixel side by side, which convolutions on CPU and GPU prefer."""
+    if isinstance(inputs, tuple):
+        return inputs
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+
+
+@contextmanager
+def evaluating(model: nn.Module | None) -> Iterator[None]:
+    """Put a network in evaluation mode, and afterwards each of its modules back in its own."""
+    modes = [] if model is None else [(module, module.training) for module in model.modules()]
+    try:
+        if model is not None:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

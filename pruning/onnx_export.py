@@ -1,0 +1,251 @@
+"""ONNX files and ONNX Runtime sessions; both are an optional extra."""
+
+import copy
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.files import replacing
+
+#: Opset and file version of the single layers written here; any ONNX Runtime that runs with numpy 2 reads
+#: them.
+_OPSET, _IR_VERSION = 18, 9
+#: Largest difference between ONNX Runtime and torch, as a share of the largest output.
+_TOLERANCE = 1e-3
+#: Sizes of the batches on which an exported file is checked: the smallest, and one that the exporter never
+#: saw.
+_CHECKED_BATCHES = (1, 3)
+
+
+def require_onnx() -> None:
+    """Make sure that the optional extra is there.
+
+    Raises:
+        PruningError: it is not.
+    """
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            import_module(module)
+        except ImportError as fault:
+            raise PruningError(
+                f"`backend` ONNX needs the package {module}. Received an environment without it ({fault}). "
+                "Run: pip install 'prunegym[onnx]'"
+            ) from fault
+
+
+def with_batch(example_inputs: Tensor | tuple[Any, ...], batch_size: int) -> tuple[Any, ...]:
+    """Repeat or cut example inputs to a batch size.
+
+    Args:
+        example_inputs: a tensor, or a tuple of inputs for ``model(*inputs)``. The first dimension of the
+            first tensor is the batch; every tensor whose first dimension has the same size shares it.
+        batch_size: examples wanted.
+    """
+    inputs = _as_tuple(example_inputs)
+    before = _batch_of(inputs)
+    rows = torch.arange(batch_size) % before if before else None
+
+    def resize(tensor: Tensor) -> Tensor:
+        shared = rows is not None and tensor.ndim > 0 and tensor.shape[0] == before
+        return tensor[rows.to(tensor.device)] if shared and rows is not None else tensor
+
+    resized: tuple[Any, ...] = tree_map_only(Tensor, resize, inputs)
+    return resized
+
+
+def _batch_of(inputs: tuple[Any, ...]) -> int | None:
+    """Size of the batch; None where the first tensor has none."""
+    first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+    return None if first is None or first.ndim == 0 or first.shape[0] == 0 else first.shape[0]
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    path: Path,
+    *,
+    check: bool = True,
+    dynamic_batch: bool = True,
+) -> float:
+    """Write a network as an ONNX file, in eval mode.
+
+    Args:
+        model: the network; it is not changed.
+        example_inputs: a tensor with a batch dimension, or a tuple of inputs for ``model(*inputs)``.
+        path: the file; replaced if it exists.
+        check: run the file in ONNX Runtime on batches of 1 and 3 and compare with torch, before it takes its
+        name.
+        dynamic_batch: take batches of any size, instead of the size of the example only.
+
+    Returns:
+        Largest absolute difference from torch's outputs, or NaN without ``check``.
+
+    Raises:
+        PruningError: the optional extra is absent, the network cannot be exported, the outputs differ, or the
+            file cannot be written.
+    """
+    require_onnx()
+    twin = copy.deepcopy(model).cpu().eval()
+    inputs = tree_map_only(Tensor, Tensor.cpu, _as_tuple(example_inputs))
+    data = onnx_bytes(twin, inputs, dynamic_batch=dynamic_batch)
+    difference = float("nan")
+    if check:
+        batches = [with_batch(inputs, size) for size in _CHECKED_BATCHES] if dynamic_batch else [inputs]
+        difference = max(_difference(twin, data, batch) for batch in batches)
+    with replacing(path, argument="path") as temporary:
+        temporary.write_bytes(data)
+    return difference
+
+
+def _as_tuple(inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def onnx_bytes(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool = False) -> bytes:
+    """Serialise a network that is on the CPU and in eval mode.
+
+    Args:
+        model: the network.
+        inputs: example inputs; without ``dynamic_batch`` the file takes these sizes only.
+        dynamic_batch: leave the batch size open.
+
+    Raises:
+        PruningError: torch cannot export the network.
+    """
+    if not dynamic_batch and isinstance(model, nn.Linear | nn.modules.conv._ConvNd):
+        return _single_layer(model, inputs[0])
+    # torch.export would take a batch of one for a constant
+    inputs = with_batch(inputs, 2) if dynamic_batch else inputs
+    batch = _batch_of(inputs)
+    symbol = torch.export.Dim("batch")
+
+    def sizes(leaf: Any) -> dict[int, Any] | None:
+        return {0: symbol} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
+
+    shapes = tree_map(sizes, inputs) if dynamic_batch and batch else None
+    try:
+        # what the exporter's libraries deprecate among themselves is no concern of the caller
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            assert program is not None
+            data: bytes = program.model_proto.SerializeToString()
+    except Exception as fault:  # whatever the model and the exporter may raise
+        reason = (str(fault).splitlines() or [""])[0]
+        raise PruningError(
+            "`model` should be a network that torch.onnx.export can export. Received a "
+            f"{type(model).__name__}, which raised {type(fault).__name__}: {reason} Use the torch backend, "
+            "or rewrite what the message names."
+        ) from fault
+    return data
+
+
+def _single_layer(layer: nn.Module, data: Tensor) -> bytes:
+    """Write a convolution or linear layer directly.
+
+    torch's exporter takes a second for each, and a latency table times hundreds.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    assert isinstance(layer.weight, Tensor)
+    constants = {"weight": layer.weight}
+    if isinstance(layer.bias, Tensor):
+        constants["bias"] = layer.bias
+    kind, attributes = "MatMul", {}
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        assert not isinstance(layer.padding, str)
+        kind = "ConvTranspose" if layer.transposed else "Conv"
+        attributes = {
+            "strides": list(layer.stride),
+            "pads": [*layer.padding, *layer.padding],
+            "dilations": list(layer.dilation),
+            "group": layer.groups,
+        }
+        if layer.transposed:
+            attributes["output_padding"] = list(layer.output_padding)
+    elif data.ndim == 2:
+        kind, attributes = "Gemm", {"transB": 1}
+    else:
+        constants = {"weight": layer.weight.t()}
+    values = {name: tensor.detach().numpy() for name, tensor in constants.items()}
+    graph = helper.make_graph(
+        [helper.make_node(kind, ["x", *values], ["y"], **attributes)],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(data.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def open_session(data: bytes, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        data: a serialised ONNX model.
+        threads: threads that work on one operation; operations run one after another.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # below errors there is only talk of thread affinity in containers
+    # threads that wait in a busy loop after one session's run would slow the next session's
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def session_feeds(session: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Arrays by the input names of a session."""
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    names = [one.name for one in session.get_inputs()]
+    if len(names) != len(leaves):
+        raise PruningError(
+            f"`example_inputs` should be tensors that the network reads. Received {len(leaves)} tensors, of "
+            f"which the exported network takes {len(names)} ({', '.join(names)}). Leave out the others."
+        )
+    return {name: np.ascontiguousarray(leaf.numpy()) for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _difference(model: nn.Module, data: bytes, inputs: tuple[Any, ...]) -> float:
+    """Largest absolute difference between torch and ONNX Runtime.
+
+    Raises:
+        PruningError: ONNX Runtime does not run the file, or the outputs differ too much.
+    """
+    with torch.no_grad():
+        expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+    try:
+        session = open_session(data, torch.get_num_threads())
+        found = session.run(None, session_feeds(session, inputs))
+    except PruningError:
+        raise
+    except Exception as fault:  # ONNX Runtime's exceptions have no common class
+        raise PruningError(
+            f"`model` should export to a file that ONNX Runtime runs. Received {type(fault).__name__}: "
+            f"{(str(fault).splitlines() or [''])[0]} Use float32, or the torch backend."
+        ) from fault
+    worst = 0.0
+    for mine, theirs in zip(expected, found, strict=True):
+        if not mine.numel():
+            continue
+        difference = float((mine.double() - torch.from_numpy(theirs).double()).abs().max())
+        scale = float(mine.double().abs().max())
+        if not difference <= _TOLERANCE * max(scale, 1e-6):
+            raise PruningError(
+                "`model` should give the same outputs in ONNX Runtime as in torch. Received outputs that "
+                f"differ by {difference:.2g} where the largest is {scale:.2g}. Export a network with finite "
+                "outputs, or report this network."
+            )
+        worst = max(worst, difference)
+    return worst

@@ -1,0 +1,181 @@
+"""Recovery: what follows pruning without full training.
+
+Compensation folds removed input channels into kept ones; batch normalisation recalibration measures the new running
+statistics; a few optimiser steps are the third, optional part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.graph import ChannelGraph
+from prunegym.pruning.statistics import Statistics, reader_modules
+from prunegym.pruning.task import Inputs, Task, forward
+
+RIDGE = 1e-3
+"""Ridge term of the compensation, as a share of the mean variance of the kept channels."""
+
+
+def compensated_tensors(
+    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], statistics: Statistics, ridge: float = RIDGE
+) -> dict[str, Tensor]:
+    r"""Weights and biases of the layers that lose input channels, at full output width.
+
+    Each removed input channel is replaced by its least-squares estimate from the kept ones. With ``S`` the covariance
+    of the input channels, ``k`` kept and ``r`` removed,
+
+    .. math:: W'_k = W_k + W_r S_{rk} (S_{kk} + \lambda I)^{-1}
+
+    for every kernel position, and the shift of the mean goes into the bias where there is one. Only covariances of
+    the unpruned network are needed, so the cost is one small linear solve per layer.
+
+    Args:
+        model: the unpruned network.
+        graph: its channel graph.
+        mask: units kept ``(units,)``.
+        statistics: covariances from :func:`collect_statistics` of the unpruned network.
+        ridge: regularisation relative to the mean kept variance.
+
+    Returns:
+        Replacement tensors by name: weights whose input dimension is cut, and biases.
+    """
+    padded = np.append(mask, True)
+    result: dict[str, Tensor] = {}
+    for name, (operation, module) in reader_modules(graph, model).items():
+        keep = padded[operation.inputs]
+        moments = statistics.inputs.get(name)
+        if keep.all() or moments is None or moments.covariance is None:
+            continue
+        kept, gone = torch.from_numpy(np.flatnonzero(keep)), torch.from_numpy(np.flatnonzero(~keep))
+        covariance = moments.covariance
+        mixing = _estimate(covariance, kept, gone, ridge)
+        weight = module.weight.detach().movedim(operation.reads, 0)  # type: ignore[union-attr]
+        flat = weight.reshape(weight.shape[0], -1)  # (C_in, everything else)
+        lost = flat[gone]
+        folded = (flat[kept] + mixing @ lost).reshape(len(kept), *weight.shape[1:])
+        result[name] = folded.movedim(0, operation.reads).contiguous()
+        bias = getattr(module, "bias", None)
+        if operation.bias is not None and isinstance(bias, Tensor):
+            shift = moments.mean[gone] - mixing.T @ moments.mean[kept]
+            summed = lost.reshape(len(gone), *weight.shape[1:]).flatten(2).sum(2) if weight.ndim > 2 else lost
+            result[operation.bias] = bias.detach() + shift @ summed
+    return result
+
+
+def _estimate(covariance: Tensor, kept: Tensor, gone: Tensor, ridge: float) -> Tensor:
+    """``(S_kk + ridge)^-1 S_kr``, ``(kept, removed)``."""
+    block = covariance[kept][:, kept].clone()
+    scale = block.diagonal().mean().clamp(min=1e-12)
+    block.diagonal().add_(ridge * scale)
+    factor, failed = torch.linalg.cholesky_ex(block)
+    cross = covariance[kept][:, gone]
+    if int(failed):
+        return torch.linalg.lstsq(block, cross).solution
+    return torch.cholesky_solve(cross, factor)
+
+
+@contextmanager
+def recalibrating(model: nn.Module) -> Iterator[bool]:
+    """Batch normalisation layers measure cumulative averages of what runs through them; all else stays in eval mode.
+
+    Yields:
+        True if the network has such layers. Their momentum is restored at the end: left at None, the running
+        statistics of a later fine-tuning would be an average over the whole run.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    states = [(layer, layer.momentum) for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    try:
+        yield bool(layers)
+    finally:
+        for layer, momentum in states:
+            layer.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> None:
+    """Measure the running statistics of batch normalisation anew, in place.
+
+    Args:
+        model: the pruned network.
+        batches: inputs of calibration batches; cumulative averages weigh batches equally.
+    """
+    if not any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules()):
+        return
+    with recalibrating(model), torch.no_grad():
+        for inputs in batches:
+            forward(model, inputs)
+
+
+def train_steps(
+    model: nn.Module,
+    task: Task,
+    *,
+    steps: int,
+    learning_rate: float = 0.02,
+    batch_size: int = 128,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> float:
+    """A few optimiser steps on training batches, in place: the third form of recovery.
+
+    Args:
+        model: the pruned network.
+        task: gives training batches and the loss.
+        steps: optimiser steps; the learning rate falls linearly to 0 over them.
+        seed: the same seed gives every plan the same batches, so that plans are compared on equal terms.
+
+    Returns:
+        The last loss.
+
+    Raises:
+        PruningError: the loss became NaN or infinite.
+    """
+    if steps <= 0:
+        return float("nan")
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, total_iters=steps)
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    value, done = float("nan"), 0
+    generator = torch.Generator().manual_seed(seed)
+    while done < steps:
+        for inputs, targets in task.batches(
+            "train", batch_size=batch_size, train=True, generator=generator, device=device
+        ):
+            loss = task.loss(forward(model, inputs), targets)
+            value = float(loss.detach())
+            if not np.isfinite(value):
+                raise PruningError(
+                    f"`learning_rate` should keep the loss finite. Received {learning_rate}, and the loss became {value} "
+                    f"at recovery step {done}. Lower it."
+                )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            done += 1
+            if done >= steps:
+                break
+    for module, mode in modes:
+        module.training = mode
+    return value

@@ -1,0 +1,241 @@
+"""What calibration data show of a network: activations, covariances, and the loss each channel is worth.
+
+Everything is measured where channels are *read*: at the input of each layer that sums over channels. Removing a
+channel means removing exactly those reads, so the first-order change of the loss is the sum over readers of activation
+times gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunegym.pruning.graph import ChannelGraph, Operation
+from prunegym.pruning.task import Task, forward
+from prunegym.pruning.trace import evaluating
+
+MAX_COVARIANCE = 4096
+"""Layers with more input channels than this get no covariance (64 MiB in float32) and no compensation."""
+
+
+@dataclass
+class InputMoments:
+    """First and second moments of a layer's input channels over examples and positions."""
+
+    mean: Tensor
+    """``(C,)``"""
+    covariance: Tensor | None
+    """Centred, ``(C, C)``; None for very wide layers."""
+
+
+@dataclass
+class Statistics:
+    """Data-aware statistics per unit ``(units,)``; units that are gone hold 0."""
+
+    examples: int
+    loss: float
+    activation_mean: NDArray[np.float64]
+    """Mean of the absolute activation where the channel is read."""
+    activation_variance: NDArray[np.float64]
+    activation_sparsity: NDArray[np.float64]
+    """Share of exact zeros."""
+    taylor: NDArray[np.float64]
+    """Mean absolute first-order change of the loss when the channel is removed."""
+    taylor_squared: NDArray[np.float64]
+    """Mean squared first-order change per example (Molchanov et al., CVPR 2019)."""
+    inputs: dict[str, InputMoments] = field(default_factory=dict)
+    """Moments of the inputs of each mixing layer, by weight name."""
+
+
+def collect_statistics(
+    model: nn.Module,
+    graph: ChannelGraph,
+    task: Task,
+    *,
+    mask: NDArray[np.bool_] | None = None,
+    examples: int = 512,
+    batch_size: int = 64,
+    split: str = "calibration",
+    covariances: bool = True,
+    device: torch.device | str = "cpu",
+) -> Statistics:
+    """Run calibration examples forward and backward through a network.
+
+    Args:
+        model: the network, unpruned or pruned by ``mask``; run in eval mode, not changed.
+        graph: channel graph of the unpruned network.
+        task: gives batches and the loss.
+        mask: units that ``model`` still has ``(units,)``; all by default.
+        examples: calibration examples used.
+        batch_size: examples per backward pass.
+        split: the split they come from.
+        covariances: also collect the second moments that compensation needs.
+        device: where to run.
+    """
+    observer = _Observer(graph, np.ones(graph.units, dtype=np.bool_) if mask is None else mask, covariances)
+    losses = 0.0
+    with evaluating(model), observer.attached(model), _without_weight_gradients(model), torch.enable_grad():
+        for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
+            outputs = forward(model, _requiring_grad(inputs))
+            loss = task.loss(outputs, targets)
+            count = len(targets) if hasattr(targets, "__len__") else 1
+            observer.start_batch(count, device)
+            (loss * count).backward()  # type: ignore[no-untyped-call]
+            observer.end_batch()
+            losses += float(loss.detach()) * count
+    return observer.statistics(losses)
+
+
+def _requiring_grad(inputs: Any) -> Any:
+    """The backward pass needs a leaf: the first floating-point input."""
+    parts = list(inputs) if isinstance(inputs, tuple) else [inputs]
+    for index, part in enumerate(parts):
+        if isinstance(part, Tensor) and part.is_floating_point():
+            parts[index] = part.detach().requires_grad_()
+            break
+    return tuple(parts) if isinstance(inputs, tuple) else parts[0]
+
+
+@contextmanager
+def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients of activations are all that is needed; those of weights would cost another third."""
+    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in states:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, state in states:
+            parameter.requires_grad_(state)
+
+
+def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, nn.Module]]:
+    """Mixing layers that are modules of their own and read prunable channels, by weight name."""
+    modules = dict(model.named_modules())
+    readers = {}
+    for operation in graph.operations:
+        module = modules.get(operation.module)
+        if (
+            operation.mixes
+            and operation.weight == f"{operation.module}.weight"
+            and isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+            and (operation.inputs >= 0).any()
+        ):
+            readers[operation.weight] = (operation, module)
+    return readers
+
+
+class _Observer:
+    """Accumulates moments in forward hooks and first-order changes in backward hooks."""
+
+    def __init__(self, graph: ChannelGraph, mask: NDArray[np.bool_], covariances: bool) -> None:
+        self.graph = graph
+        self.covariances = covariances
+        self.examples = 0
+        self._padded = np.append(mask, True)
+        self._sums: dict[str, tuple[int, Tensor, Tensor | None]] = {}
+        self._units: dict[str, Tensor] = {}
+        units = graph.units
+        self._absolute, self._square, self._zeros, self._reads = (torch.zeros(units + 1) for _ in range(4))
+        self._mean = torch.zeros(units + 1)
+        self._taylor, self._taylor_squared = torch.zeros(units + 1), torch.zeros(units + 1)
+        self._changes = torch.zeros(0)
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, (operation, module) in reader_modules(self.graph, model).items():
+                units = operation.inputs[self._padded[operation.inputs]]
+                self._units[name] = torch.from_numpy(np.where(units < 0, self.graph.units, units))
+                handle = module.register_forward_pre_hook(self._hook(name))
+                stack.callback(handle.remove)
+            yield
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            data = args[0]
+            rows = channel_rows(module, data.detach())
+            self._accumulate(name, rows)
+            if not data.requires_grad:
+                return args
+            # an alias of its own, so that the gradient is the one that comes back through this reader alone
+            alias = data.view_as(data)
+            alias.register_hook(lambda gradient: self._add_change(name, module, data.detach(), gradient))
+            return (alias, *args[1:])
+
+        return observe
+
+    def _accumulate(self, name: str, rows: Tensor) -> None:
+        channels, count = rows.shape
+        total = rows.sum(1, dtype=torch.float64)
+        product = (rows @ rows.T).double() if self.covariances and channels <= MAX_COVARIANCE else None
+        seen, old_total, old_product = self._sums.get(name, (0, torch.zeros_like(total), None))
+        if product is not None and old_product is not None:
+            product += old_product
+        self._sums[name] = (seen + count, old_total + total, product)
+        units = self._units[name].to(rows.device)
+        for store, values in (
+            (self._absolute, rows.abs().mean(1)),
+            (self._mean, rows.mean(1)),
+            (self._square, rows.square().mean(1)),
+            (self._zeros, (rows == 0).float().mean(1)),
+            (self._reads, torch.ones(channels)),
+        ):
+            store.index_add_(0, units.cpu(), values.cpu().float())
+
+    def _add_change(self, name: str, module: nn.Module, data: Tensor, gradient: Tensor) -> None:
+        product = data * gradient
+        if isinstance(module, nn.Linear):
+            change = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
+        else:
+            change = product.flatten(2).sum(2)
+        if len(change) == len(self._changes):  # else the batch dimension was folded away (windows, crops)
+            self._changes.index_add_(1, self._units[name].to(change.device), change.float())
+
+    def start_batch(self, count: int, device: torch.device | str) -> None:
+        self._changes = torch.zeros(count, self.graph.units + 1, device=device)
+
+    def end_batch(self) -> None:
+        changes = self._changes.cpu()
+        self.examples += len(changes)
+        self._taylor += changes.abs().sum(0)
+        self._taylor_squared += changes.square().sum(0)
+
+    def statistics(self, losses: float) -> Statistics:
+        count = max(self.examples, 1)
+        reads = self._reads.clamp(min=1)
+        mean = self._mean / reads
+        inputs = {}
+        for name, (seen, total, product) in self._sums.items():
+            first = total / seen
+            covariance = None if product is None else (product / seen - torch.outer(first, first)).float()
+            inputs[name] = InputMoments(first.float(), covariance)
+
+        def units(values: Tensor) -> NDArray[np.float64]:
+            return values[:-1].double().numpy()
+
+        return Statistics(
+            examples=self.examples,
+            loss=losses / count,
+            activation_mean=units(self._absolute / reads),
+            activation_variance=units((self._square / reads - mean.square()).clamp(min=0)),
+            activation_sparsity=units(self._zeros / reads),
+            taylor=units(self._taylor / count),
+            taylor_squared=units(self._taylor_squared / count),
+            inputs=inputs,
+        )
+
+
+def channel_rows(module: nn.Module, data: Tensor) -> Tensor:
+    """A layer's input as ``(channels, examples * positions)``."""
+    if isinstance(module, nn.Linear):
+        return data.reshape(-1, data.shape[-1]).T
+    return data.transpose(0, 1).reshape(data.shape[1], -1)

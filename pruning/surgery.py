@@ -1,0 +1,117 @@
+"""From a plan and a network to a smaller network, and the masked twin that proves it right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunegym.pruning.graph import ChannelGraph
+
+
+def kept_indices(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[tuple[str, int], NDArray[np.int64]]:
+    """Indices that stay, for each tensor dimension that shrinks under ``mask (units,)``."""
+    padded = np.append(mask, True)  # unit -1 is always kept
+    return {
+        axis: np.flatnonzero(padded[units])
+        for axis, units in graph.axes.items()
+        if not padded[units].all()
+    }
+
+
+def sliced_tensors(
+    model: nn.Module,
+    graph: ChannelGraph,
+    mask: NDArray[np.bool_],
+    replacements: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The parameters and buffers that shrink, cut to the channels kept.
+
+    Args:
+        model: the unpruned network.
+        graph: its channel graph.
+        mask: units kept ``(units,)``.
+        replacements: tensors to cut instead of the network's own, such as compensated weights; a dimension that has
+            been cut already is left alone.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    result: dict[str, Tensor] = dict(replacements or {})
+    for (name, dim), indices in kept_indices(graph, mask).items():
+        source = result.get(name, tensors[name].detach())
+        if source.shape[dim] != len(indices):
+            result[name] = source.index_select(dim, torch.from_numpy(indices).to(source.device))
+    return result
+
+
+def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the network with ``tensors`` in place of its own and every size attribute put right.
+
+    Args:
+        model: the unpruned network; it is not changed.
+        graph: its channel graph.
+        mask: units kept ``(units,)``.
+        tensors: replacements by name, as from :func:`sliced_tensors`; others are cloned.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters():
+        data = tensors[name] if name in tensors else parameter.detach().clone()
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for name, buffer in model.named_buffers():
+        memo[id(buffer)] = tensors[name] if name in tensors else buffer.detach().clone()
+    smaller = copy.deepcopy(model, memo)
+    modules = dict(smaller.named_modules())
+    padded = np.append(mask, True)
+    for operation in graph.operations:
+        module = modules.get(operation.module)
+        if operation.groups > 1 and operation.weight is not None and hasattr(module, "groups"):
+            per_group = operation.outputs.reshape(operation.groups, -1)[:, 0]
+            module.groups = int(padded[per_group].sum())
+    for padding in graph.paddings:
+        amounts = (int(padded[padding.before].sum()), int(padded[padding.after].sum()))
+        modules[padding.module].channel_padding = amounts  # type: ignore[assignment]
+    for module in modules.values():
+        refresh_sizes(module)
+    return smaller
+
+
+def refresh_sizes(module: nn.Module) -> None:
+    """Make a layer's size attributes agree with the shapes of its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd) and isinstance(weight, Tensor):
+        transposed = module.transposed
+        first, second = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear) and isinstance(weight, Tensor):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        tensor = weight if isinstance(weight, Tensor) else module.running_mean
+        if isinstance(tensor, Tensor):
+            module.num_features = tensor.shape[0]
+
+
+def prune_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> nn.Module:
+    """The physically smaller network: same class, same interface, fewer channels."""
+    return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask))
+
+
+def masked_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> nn.Module:
+    """The network at full size with every use of a removed channel set to zero.
+
+    Only the weights that *read* a removed channel are zeroed, so this computes by other means what the smaller network
+    must compute: the check of surgery.
+    """
+    twin = copy.deepcopy(model)
+    tensors = dict(twin.named_parameters())
+    padded = np.append(mask, True)
+    with torch.no_grad():
+        for operation in graph.operations:
+            if not operation.mixes or operation.weight is None:
+                continue
+            gone = torch.from_numpy(np.flatnonzero(~padded[operation.inputs]))
+            weight = tensors[operation.weight]
+            weight.index_fill_(operation.reads, gone.to(weight.device), 0.0)
+    return twin

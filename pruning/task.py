@@ -1,0 +1,138 @@
+"""What a network is for: batches, a loss and a score.
+
+Image classification is built in (:class:`ClassificationTask`). Detection, segmentation or anything else is a
+small object with the methods of :class:`Task`; everything in the library takes either.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunegym.pruning.data import DataSplits
+from prunegym.pruning.errors import PruningError
+
+Inputs = Tensor | tuple[Tensor, ...]
+"""What a network is called with: one tensor, or a tuple that becomes its positional arguments."""
+
+
+class Task(Protocol):
+    """Data, loss and score of a network. ``Any`` is whatever a network returns, or is compared with."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and run folders."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that differs whenever data or metric differ: the key under which scores are cached."""
+
+    def batches(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        train: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterable[tuple[Inputs, Any]]:
+        """Go once through a split.
+
+        Args:
+            split: One of ``prunegym.pruning.data.SPLITS``.
+            batch_size: Examples per batch.
+            limit: Only the first so many examples of the split, always the same ones. None takes all.
+            train: Shuffle and augment; an incomplete last batch may then be left out.
+            generator: Source of the shuffling and augmentation.
+            device: Where the tensors should be.
+
+        Returns:
+            Pairs of inputs and targets.
+        """
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Mean loss of a batch: a scalar that can be differentiated."""
+
+    def score(self, outputs: Any, targets: Any) -> Tensor:
+        """Score ``(B,)`` of each example, higher is better; for classification 1.0 if the class is right."""
+
+
+def forward(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a network with the inputs of a task: ``model(x)``, or ``model(*inputs)`` for a tuple."""
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Image classification on five splits: cross-entropy, and 1.0 per image whose class is right.
+
+    Args:
+        data: The splits, from :func:`prunegym.pruning.data.load_data`.
+        label_smoothing: Share of the target spread evenly over all classes, in [0, 1). Training only wants
+            it: measure with a task whose smoothing is 0.
+    """
+
+    data: DataSplits
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise PruningError(
+                f"`label_smoothing` should be in [0, 1). Received {self.label_smoothing}. 0 turns it off."
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self.data.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the splits: the metric is always top-1 accuracy."""
+        return self.data.fingerprint
+
+    def batches(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        train: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Go once through a split: normalised images ``(B, C, H, W)`` float32, classes ``(B,)`` int64."""
+        return self.data[split].batches(
+            batch_size,
+            limit=limit,
+            shuffle=train,
+            augment=train,
+            drop_last=train,
+            generator=generator,
+            device=device,
+        )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of logits ``(B, classes)`` in nats, computed in float32."""
+        self._check_shape(outputs)
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=self.label_smoothing)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """1.0 where the largest of the logits ``(B, classes)`` is at the right class, else 0.0: ``(B,)``."""
+        self._check_shape(outputs)
+        return (outputs.argmax(dim=1) == targets).float()
+
+    def _check_shape(self, outputs: Tensor) -> None:
+        """Refuse a network whose head belongs to other classes."""
+        classes = self.data.num_classes
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] != classes:
+            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise PruningError(
+                f"`--network` should give one output per class: (B, {classes}) for data '{self.data.name}'. "
+                f"Received {shape}. Choose the data that the network was made for, or build it with "
+                f"num_classes={classes}."
+            )

@@ -1,0 +1,150 @@
+"""The module map is the architecture: these tests keep it true."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Package -> the packages of ours that it may import, apart from itself.
+ALLOWED = {"pruning": set(), "envs": {"pruning"}, "agents": {"pruning", "envs"}}
+#: The import name itself; it may use everything; nothing of ours uses it (it would be half-made).
+FACE = "prunegym"
+FOLDERS = [FACE, *ALLOWED]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def our_imports(source: str, package: str) -> set[str]:
+    """What of ours a module of ``prunegym.{package}`` imports.
+
+    Returns:
+        Sub-package names, ``prunegym`` for the face, and ``bare {name}`` for a folder's own name.
+    """
+    found = set()
+    for module in imported_modules(ast.parse(source), package):
+        first, *rest = module.split(".")
+        if first == FACE:
+            found.add(rest[0] if rest and rest[0] in ALLOWED else FACE)
+        elif first in ALLOWED:
+            found.add(f"bare {first}")
+    return found
+
+
+def imported_modules(tree: ast.AST, package: str) -> set[str]:
+    """Absolute names of all modules and names imported anywhere in a syntax tree, lazily or not."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ["prunegym", package][: 3 - node.level] if node.level else []
+            found |= {".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("import_module", "__import__"):
+                found.add(str(node.args[0].value))
+    return found
+
+
+def sources(folder: str) -> list[Path]:
+    """Python files below a folder of the repository."""
+    return sorted(path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_package_imports_only_what_it_may(package: str) -> None:
+    """`pruning` knows no reinforcement learning, `envs` no agents; nobody imports the face."""
+    for source in sources(package):
+        extra = our_imports(source.read_text(encoding="utf-8"), package) - ALLOWED[package] - {package}
+
+        assert not extra, f"{source.relative_to(ROOT)} must not import {sorted(extra)}"
+
+
+@pytest.mark.parametrize("folder", [FACE, "tests", "benchmarks"])
+def test_nothing_is_imported_by_its_bare_name(folder: str) -> None:
+    """`import envs` beside `import prunegym.envs` makes two copies of each class."""
+    for source in sources(folder):
+        bare = {name for name in our_imports(source.read_text(encoding="utf-8"), "") if " " in name}
+
+        assert not bare, f"{source.relative_to(ROOT)} imports {sorted(bare)}; write prunegym.x"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch, numpy.linalg", set()),
+        ("import prunegym.envs.actions", {"envs"}),
+        ("from prunegym import envs", {"envs"}),
+        ("from prunegym.agents.cli import main", {"agents"}),
+        ("from prunegym import PruningError", {"prunegym"}),
+        ("import prunegym", {"prunegym"}),
+        ("def f():\n    import prunegym.agents as a", {"agents"}),
+        ("from . import plan", {"pruning"}),
+        ("from .plan import Plan", {"pruning"}),
+        ("from ..envs import actions", {"envs"}),
+        ("from .. import envs", {"envs"}),
+        ("import importlib\nimportlib.import_module('prunegym.envs.actions')", {"envs"}),
+        ("from envs.actions import decode", {"bare envs"}),
+        ("import environs", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, expected: set[str]) -> None:
+    """The tests above are worth what this helper is worth."""
+    assert our_imports(source, "pruning") == expected
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    """A sub-package that is not listed is silently missing from the wheel."""
+    folders = {path.parent.relative_to(ROOT) for folder in FOLDERS for path in sources(folder)}
+    names = {folder: ".".join(folder.parts) for folder in folders}
+    on_disk = {
+        name if folder.parts[0] == FACE else f"{FACE}.{name}": folder for folder, name in names.items()
+    }
+
+    assert set(SETUPTOOLS["packages"]) == set(on_disk)
+    assert {name: Path(path) for name, path in SETUPTOOLS["package-dir"].items()} == on_disk
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel of this tree, built from a copy: setuptools leaves folders behind, with old files in them."""
+    folder = tmp_path_factory.mktemp("wheel")
+    skipped = shutil.ignore_patterns("__pycache__")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
+    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, folder)
+    code = "import sys, setuptools.build_meta as backend; sys.stderr.write(backend.build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as built:
+        yield built
+
+
+def test_wheel_holds_every_source_file_and_no_other(wheel: zipfile.ZipFile) -> None:
+    """What users get is what is tested."""
+    on_disk = {
+        source.relative_to(ROOT).as_posix()
+        if folder == FACE
+        else f"{FACE}/{source.relative_to(ROOT).as_posix()}"
+        for folder in FOLDERS
+        for source in sources(folder)
+    }
+
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == on_disk | {f"{FACE}/py.typed"}
+
+
+def test_wheel_has_licence_and_command(wheel: zipfile.ZipFile) -> None:
+    """`pip install prunegym` gives the `prunegym` command."""
+    metadata = {Path(name).name: name for name in wheel.namelist() if ".dist-info/" in name}
+
+    assert "LICENSE" in metadata
+    assert b"prunegym = prunegym.agents.cli:main" in wheel.read(metadata["entry_points.txt"])
