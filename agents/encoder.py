@@ -1,14 +1,14 @@
 """The graph network that reads a pruning state: GATv2 over channel nodes, then a transformer over groups.
 
-Plain PyTorch and PyG; nothing here knows about reinforcement learning. No size of any layer depends on how many
+Plain PyTorch and PyG; nothing here knows about reinforcement learning. No layer's size depends on how many
 groups, nodes or edges a network has, so one set of weights reads every network.
 
-Shapes, here and in the policy: ``B`` graphs, ``G`` groups, ``K`` bins of channels per group (a bin is a node),
-``E`` edges, ``N`` real nodes and ``M`` real edges of all graphs together, ``T = 1 + G`` tokens, ``D`` width,
-``H`` heads. ``B``, ``G``, ``K`` and ``E`` include padding, which the masks tell apart.
+Shapes, here and in the policy: ``B`` graphs, ``G`` groups, ``K`` bins of channels per group (a bin is a
+node), ``E`` edges, ``N`` real nodes and ``M`` real edges of all graphs together, ``T = 1 + G`` tokens, ``D``
+width, ``H`` heads. ``G``, ``K`` and ``E`` include padding, which the masks tell apart.
 
-The recipe of local message passing, global attention and MLPs is that of Rampášek et al., "Recipe for a General,
-Powerful, Scalable Graph Transformer", NeurIPS 2022; here the global attention is between groups, not nodes.
+Local message passing, global attention and MLPs follow Rampášek et al., "Recipe for a General, Powerful,
+Scalable Graph Transformer", NeurIPS 2022; here the global attention is between groups, not nodes.
 """
 
 import math
@@ -72,9 +72,9 @@ class GraphAttention(NamedTuple):
     """Where an encoder looked; padding is 0.
 
     Args:
-        groups: ``(B, G)`` attention that each group receives in the transformer, averaged over layers, heads and
-            the real tokens that look; with that of the global token it sums to 1.
-        bins: ``(B, G, K)`` share of each bin in the token of its group, averaged over heads; sums to 1 per group.
+        groups: ``(B, G)`` attention that each group receives in the transformer, averaged over layers, heads
+            and the real tokens that look; with that of the global token it sums to 1.
+        bins: ``(B, G, K)`` share of each bin in its group's token, averaged over heads; sums to 1 per group.
         edges: ``(B, E)`` weight of each edge among those into the same node, averaged over layers and heads.
     """
 
@@ -97,7 +97,7 @@ class GraphLayer(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        # No self-loops: the residual connection already carries a node's own state, and without them the attention
+        # No self-loops: the residual connection already carries a node's own state, and so the attention
         # weights are those of the edges given. Edges are directed; who wants both directions gives both.
         self.conv: nn.Module = GATv2Conv(
             config.width,
@@ -160,9 +160,9 @@ class BinPooling(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention between tokens, then an MLP per token.
 
-    Tokens carry no position: the depth of a group is one of its features, and the order of groups means nothing.
-    The attention is written out, so that rollouts (no gradients) and updates run the same arithmetic and the
-    weights are at hand; PyTorch's own layer switches to other kernels. There are a few hundred tokens at most.
+    Tokens carry no position: a group's depth is one of its features, and the order of groups means nothing.
+    The attention is written out, so that rollouts (without gradients) and updates run the same arithmetic and
+    the weights are at hand; PyTorch's own layer switches kernels. There are a few hundred tokens at most.
 
     Args:
         config: Sizes.
@@ -187,8 +187,8 @@ class TransformerBlock(nn.Module):
         Returns:
             Tokens ``(B, T, D)`` and weights ``(B, H, T, T)``, the last axis being what is looked at.
         """
-        joined = self.queries_keys_values(self.norm1(tokens))  # (B, T, 3D)
-        query, key, value = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        joined = self.queries_keys_values(self.norm1(tokens)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = joined.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
         score = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])  # (B, H, T, T)
         weights = score.masked_fill(~mask[:, None, None, :], -math.inf).softmax(dim=-1)
         tokens = tokens + self.out((weights @ value).transpose(1, 2).flatten(-2))  # (B, T, D)
@@ -222,7 +222,7 @@ class GraphEncoder(nn.Module):
             observation: ``nodes`` ``(B, G, K, F_n)``, ``node_mask`` ``(B, G, K)``, ``edges`` ``(B, 2, E)``
                 (source and target as ``group * K + bin``, any dtype), ``edge_features`` ``(B, E, F_e)``,
                 ``edge_mask`` ``(B, E)``, ``groups`` ``(B, G, F_g)``, ``group_mask`` ``(B, G)``,
-                ``state`` ``(B, F_s)``. More keys are ignored. An edge at a node outside its mask does not exist.
+                ``state`` ``(B, F_s)``. More keys are ignored, and edges at nodes outside the mask.
 
         Returns:
             Group tokens ``(B, G, D)``, 0 for padding, and global tokens ``(B, D)``.
@@ -258,7 +258,11 @@ class GraphEncoder(nn.Module):
         return GraphAttention(received[:, 1:], bins.mean(dim=-1), edges)
 
     def _read_graphs(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
-        """Pass messages in all graphs and pool: ``(B, G, D)``, bin weights ``(B, G, K, H)``, edges ``(B, E)``."""
+        """Pass messages, then pool.
+
+        Returns:
+            One vector per group ``(B, G, D)``, weights of bins ``(B, G, K, H)`` and of edges ``(B, E)``.
+        """
         node_mask = observation["node_mask"] > 0  # (B, G, K)
         real, edges, real_edges = _flatten_graphs(observation)
         # padding is left out rather than masked: most of a padded batch can be padding
@@ -299,13 +303,14 @@ class GraphEncoder(nn.Module):
         missing = sorted({*sizes, "edges", "node_mask", "edge_mask", "group_mask"} - set(observation))
         if missing:
             raise PruningError(
-                f"`observation` should have the parts of `ChannelPruning-v0`. Received none named '{missing[0]}'."
+                f"`observation` should have '{missing[0]}', as those of `ChannelPruning-v0` do. "
+                f"Received only {sorted(observation)}. Take it from the environment."
             )
         for name, size in sizes.items():
             if observation[name].shape[-1] != size:
                 raise PruningError(
-                    f"`observation['{name}']` should have {size} features, as the policy was made for. Received "
-                    f"{observation[name].shape[-1]}. Use a policy and an environment of the same version."
+                    f"`observation['{name}']` should have {size} features, for which the policy was made. "
+                    f"Received {observation[name].shape[-1]}. Use a policy and an environment of one version."
                 )
 
 
@@ -313,8 +318,8 @@ def _flatten_graphs(observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
     """Make one graph of a batch of padded ones, without the padding.
 
     Returns:
-        Positions of the real nodes in ``B * G * K``, ``(N,)``; edges between real nodes, numbered 0 to ``N - 1``,
-        ``(2, M)`` int64; which edges these are, ``(B, E)`` bool.
+        Positions of the real nodes in ``B * G * K``, ``(N,)``; edges between real nodes, which are numbered
+        from 0 to ``N - 1``, ``(2, M)`` int64; which edges these are, ``(B, E)`` bool.
     """
     node_mask = (observation["node_mask"] > 0).flatten()  # (B*G*K,)
     size = observation["node_mask"][0].numel()

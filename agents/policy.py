@@ -1,7 +1,8 @@
 """The pruning policy: the graph encoder as an actor-critic policy of stable-baselines3.
 
-The mean action of a group is the action of the knapsack allocation, which comes with the observation, plus a learned
-correction that starts at zero: an untrained policy is the baseline itself. Shapes as in :mod:`prunegym.agents.encoder`.
+The mean action of a group is that of the knapsack allocation, which comes with the observation, plus a
+learned correction that starts at zero: an untrained policy is the baseline itself. The letters of shapes are
+those of :mod:`prunegym.agents.encoder`.
 """
 
 import math
@@ -64,9 +65,9 @@ class MaskedGaussian(DiagGaussianDistribution):
 class PruningPolicy(ActorCriticPolicy):
     """One mean per group and one value, for any network.
 
-    To be used as ``PPO(PruningPolicy, env, policy_kwargs={...})``; the first three arguments and ``use_sde`` come from
-    there. The spaces give the numbers of features; sizes that depend on the network matter to no weight, so that
-    ``policy.load_state_dict(other.state_dict())`` carries a policy to another network.
+    To be used as ``PPO(PruningPolicy, env, policy_kwargs={...})``; PPO gives the first three arguments and
+    ``use_sde``. The spaces tell the numbers of features; no weight depends on the sizes of a network, so that
+    ``policy.load_state_dict(other.state_dict())`` carries a policy to another one.
 
     Args:
         observation_space: As of ``ChannelPruning-v0``.
@@ -77,8 +78,9 @@ class PruningPolicy(ActorCriticPolicy):
         heads: Attention heads; divide ``width``.
         gat_layers: Graph attention layers.
         transformer_layers: Transformer layers over the groups.
-        features: ``data``; or an ablation: ``structure`` blanks what depends on data in nodes and groups, ``random``
-            does so and replaces all node features by noise, always the same. The prior stays.
+        features: ``data``; or an ablation: ``structure`` blanks what depends on data in nodes and groups,
+            ``random`` blanks it in groups and replaces all node features by noise, always the same. The
+            prior, the edges and the state stay.
         log_std_init: Logarithm of the standard deviation that all groups share, at the start.
         correction_scale: Factor on the learned correction of the prior, in units of actions.
         optimizer_class: Optimizer of all parameters.
@@ -111,9 +113,9 @@ class PruningPolicy(ActorCriticPolicy):
             raise unknown_name("features", features, get_args(Features))
         if optimizer_kwargs is None:
             optimizer_kwargs = {"eps": 1e-5} if optimizer_class is torch.optim.Adam else {}
-        sizes = {"width": width, "heads": heads, "gat_layers": gat_layers, "transformer_layers": transformer_layers}
-        config = _encoder_config(observation_space, **sizes)
-        # What ActorCriticPolicy's own constructor adds are flattened features and MLPs, of which nothing is used here.
+        layers = {"gat_layers": gat_layers, "transformer_layers": transformer_layers}
+        config = _encoder_config(observation_space, width=width, heads=heads, **layers)
+        # What ActorCriticPolicy's own constructor adds, flattened features and MLPs, has no use here.
         super(ActorCriticPolicy, self).__init__(
             observation_space,
             action_space,
@@ -134,7 +136,10 @@ class PruningPolicy(ActorCriticPolicy):
         arguments: dict[str, Any] = {"lr": learning_rate, **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **arguments)
 
-    def forward(self, obs: Observation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    # stable-baselines3 also allows a bare tensor as observation, in its types; here it is always a Dict.
+    def forward(  # type: ignore[override]
+        self, obs: Observation, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Act.
 
         Args:
@@ -148,7 +153,9 @@ class PruningPolicy(ActorCriticPolicy):
         actions = distribution.get_actions(deterministic=deterministic)
         return actions, values, distribution.log_prob(actions)
 
-    def evaluate_actions(self, obs: Observation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: Observation, actions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rate actions that were taken.
 
         Args:
@@ -161,15 +168,15 @@ class PruningPolicy(ActorCriticPolicy):
         distribution, values = self._distribution_and_values(obs)
         return values, distribution.log_prob(actions), distribution.entropy()
 
-    def get_distribution(self, obs: Observation) -> MaskedGaussian:
+    def get_distribution(self, obs: Observation) -> MaskedGaussian:  # type: ignore[override]
         """Distribution of actions in each observation."""
         return self._distribution_and_values(obs)[0]
 
-    def predict_values(self, obs: Observation) -> Tensor:
+    def predict_values(self, obs: Observation) -> Tensor:  # type: ignore[override]
         """Expected return ``(B, 1)`` of each observation."""
         return self._distribution_and_values(obs)[1]
 
-    def predict(
+    def predict(  # type: ignore[override]
         self,
         observation: Arrays,
         state: tuple[NDArray[Any], ...] | None = None,
@@ -244,47 +251,32 @@ class PruningPolicy(ActorCriticPolicy):
 def distinct_rows(observation: Observation) -> tuple[Tensor, Tensor]:
     """Find equal observations in a batch.
 
-    Rows are compared by a hash of their bits in integers, which unlike a sum of floats is the same for the same
-    row whatever the order of additions; then equal hashes are checked number by number.
-
     Args:
-        observation: Batch first; floats of 32 bits and integers.
+        observation: Batch first.
 
     Returns:
-        Indices of one row of each kind ``(b,)``, and for each row which of these it equals ``(B,)``.
+        The first row of each kind ``(b,)``, ascending, and for each row which of these it equals ``(B,)``.
     """
-    batch, device = next((len(value), value.device) for value in observation.values())
-    if batch == 1:
-        return torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    bits = [_bits(observation[name]) for name in sorted(observation)]
-    sums = [(part * _multipliers(part.shape[1], salt).to(device)).sum(dim=1) for salt, part in enumerate(bits)]
-    kinds, row = torch.stack(sums).sum(dim=0).unique(return_inverse=True)
-    # of each kind the first row, so that the order does not depend on hashes: amin over positions
-    position = torch.arange(batch, device=device)
-    first = position.new_full((len(kinds),), batch).scatter_reduce(0, row, position, "amin")
-    first, order = first.sort()
-    row = order.argsort()[row]
-    if not all(torch.equal(part, part[first[row]]) for part in bits):
-        return position, position  # two rows share a hash: too rare to deserve better than plain correctness
-    return first, row
-
-
-def _bits(values: Tensor) -> Tensor:
-    """Numbers of each row as integers of 32 bits ``(B, n)``."""
-    flat = values.flatten(1)
-    return flat.contiguous().view(torch.int32) if flat.dtype == torch.float32 else flat.to(torch.int32)
-
-
-@lru_cache(maxsize=64)
-def _multipliers(count: int, salt: int) -> Tensor:
-    """Odd integers of 32 bits, always the same."""
-    numbers = np.random.default_rng((count, salt)).integers(-(2**31), 2**31, size=count, dtype=np.int64) | 1
-    return torch.as_tensor(numbers.astype(np.int32))
+    # the smallest parts first: they tell most states apart, and the largest are rarely compared in vain
+    parts = sorted((value.flatten(1) for value in observation.values()), key=lambda part: part.shape[1])
+    left = torch.arange(len(parts[0]), device=parts[0].device)
+    kind = torch.full_like(left, -1)
+    first: list[Tensor] = []
+    while len(left):
+        equal = left
+        for part in parts:
+            rows = part if len(equal) == len(part) else part[equal]  # mostly the whole batch: no copy
+            equal = equal[(rows == part[left[0]]).all(dim=1)]
+        # set on its own: a row with a NaN does not equal itself
+        kind[left[0]] = kind[equal] = len(first)
+        first.append(left[0])
+        left = left[kind[left] < 0]
+    return torch.stack(first), kind
 
 
 @lru_cache(maxsize=16)
 def _noise(groups: int, bins: int, features: int) -> NDArray[np.float32]:
-    """Standard normal stand-ins for node features ``(G, K, F_n)``; more padding does not change those before it."""
+    """Stand-ins for node features ``(G, K, F_n)``; those of the first groups are the same for any ``G``."""
     noise = np.random.default_rng(_NOISE_SEED).standard_normal((groups, bins, features))
     return noise.astype(np.float32)
 
@@ -303,8 +295,8 @@ def _encoder_config(space: spaces.Space[Any], **sizes: int) -> EncoderConfig:
     parts["state"] = "state_features"
     if not isinstance(space, spaces.Dict) or not {*parts, "prior", "group_mask"} <= set(space.spaces):
         raise PruningError(
-            "`observation_space` should be that of `ChannelPruning-v0`, a Dict with 'nodes', 'groups' and more. "
-            f"Received {space}. Make the environment with `gymnasium.make('ChannelPruning-v0', ...)`."
+            "`observation_space` should be that of `ChannelPruning-v0`, a Dict with 'nodes', 'groups' and so "
+            f"on. Received {space}. Use that environment."
         )
     features = {size: cast(tuple[int, ...], space[name].shape)[-1] for name, size in parts.items()}
     return EncoderConfig(**features, **sizes)

@@ -1,5 +1,4 @@
-"""Pruned networks on disk, without pickle: a safetensors file and the recipe that rebuilds the network around
-it.
+"""Pruned networks on disk, without pickle: tensors, and the recipe that rebuilds the network around them.
 
 A pruned network keeps the class of the unpruned one, so a saved network is the tensors at their new shapes
 plus the few attributes that surgery changes. Loading builds the unpruned network, puts the tensors in place
@@ -52,8 +51,8 @@ _SOURCE_KEYS = ("network", "num_classes", "in_channels", "image_size")
 #: Attributes that surgery changes, and one that torchvision switches on with its published weights only. A
 #: recipe may set no others.
 _ATTRIBUTES = ("groups", "channel_padding", "transform_input")
-#: Largest difference between a network and its saved self, as a share of the largest output. On a CPU it is
-#: 0.
+#: Largest difference between a network and its saved self, as a share of the largest output; on a CPU it is
+#: zero.
 _CHECK_TOLERANCE = 1e-4
 _SHOWN = 3
 
@@ -162,8 +161,10 @@ def load_network(folder: Path, *, model: nn.Module | None = None, allow_code: bo
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Read the recipe of a saved network: ``plan`` (see ``PruningPlan.from_json``), ``source``, ``metadata``
-    and more.
+    """Read the recipe of a saved network.
+
+    Returns:
+        ``plan`` (for ``PruningPlan.from_json``), ``source``, ``metadata`` and what loading needs.
 
     Raises:
         PruningError: missing, damaged, or of another format version.
@@ -195,8 +196,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Tensors by their first name, further names of tied ones, and the names of those stored channels
-    last."""
+    """Tensors by first name, first names of tied ones by further name, and names of those channels last."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     channels_last: list[str] = []
@@ -284,7 +284,7 @@ def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[s
     if shapes != recipe["shapes"]:
         raise _misfit(f"{WEIGHTS} with other tensors than {RECIPE} lists", "Save or copy both files again.")
     odd = sorted(known.keys() ^ {*tensors, *aliases, *recipe["unpruned_shapes"]})
-    odd += [name for name, first in aliases.items() if first not in tensors]
+    odd += [name for name, first in aliases.items() if not isinstance(first, str) or first not in tensors]
     odd += [name for name in known if list(known[name].shape) != recipe["unpruned_shapes"].get(name)]
     odd += [name for name in tensors if not odd and not _fits(tensors[name], known[name])]
     if odd:

@@ -158,7 +158,8 @@ def _single_layer(layer: nn.Module, data: Tensor) -> bytes:
     constants = {"weight": layer.weight}
     if isinstance(layer.bias, Tensor):
         constants["bias"] = layer.bias
-    kind, attributes = "MatMul", {}
+    kind = "MatMul"
+    attributes: dict[str, Any] = {}
     if isinstance(layer, nn.modules.conv._ConvNd):
         assert not isinstance(layer.padding, str)
         kind = "ConvTranspose" if layer.transposed else "Conv"
@@ -171,7 +172,8 @@ def _single_layer(layer: nn.Module, data: Tensor) -> bytes:
         if layer.transposed:
             attributes["output_padding"] = list(layer.output_padding)
     elif data.ndim == 2:
-        kind, attributes = "Gemm", {"transB": 1}
+        kind = "Gemm"
+        attributes = {"transB": 1}
     else:
         constants = {"weight": layer.weight.t()}
     values = {name: tensor.detach().numpy() for name, tensor in constants.items()}

@@ -45,6 +45,8 @@ def split_indices(
     Returns:
         Positions of the images of ``train``, ``calibration``, ``reward`` and ``selection``.
     """
+    if seed < 0:
+        raise PruningError(f"`seed` should be at least 0. Received {seed}. Use for instance 0.")
     count = len(labels)
     asked = dict(sizes or {})
     for split, size in asked.items():

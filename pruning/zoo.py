@@ -248,8 +248,12 @@ def _import_file(path: Path) -> ModuleType:
             "not there. Check the path."
         )
     path = path.resolve()
-    # registered under a name of its own, so that networks made by it can be copied and pickled
-    key = f"prunegym_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    # Registered under a name of its own, so that its networks can be copied and pickled. It changes with
+    # the content, so that an unchanged file is run once and an edited one again.
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    key = f"prunegym_user_{path.stem}_{digest[:12]}"
+    if key in sys.modules:
+        return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)
     if spec is None or spec.loader is None:
         raise PruningError(

@@ -10,8 +10,6 @@ from PIL import Image
 
 from prunegym.pruning.data import SPLITS, DataSplits, load_data
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.image_sets import Preparation, random_shift
-from prunegym.pruning.splits import split_indices, stratified_order
 
 #: Of the small data sets written by these tests.
 CLASSES = 4
@@ -60,6 +58,13 @@ def pixels(data: DataSplits, split: str, **options: Any) -> torch.Tensor:
     return (images * std + mean) * 255
 
 
+def read_all(name: str, **options: Any) -> None:
+    """Load a data set and go through every split."""
+    data = load_data(name, **options)
+    for split in SPLITS:
+        list(data[split].batches(8))
+
+
 def test_splits_are_disjoint_and_cover_the_training_set(digits: DataSplits) -> None:
     """No image is in two splits, none is lost, and the test images are not counted in."""
     together = np.concatenate([digits.indices[split] for split in SPLITS[:-1]])
@@ -67,24 +72,6 @@ def test_splits_are_disjoint_and_cover_the_training_set(digits: DataSplits) -> N
     assert np.array_equal(np.sort(together), np.arange(len(together)))
     assert len(together) + len(digits.test) == 1797
     assert all(len(digits[split]) == len(digits.indices[split]) for split in SPLITS)
-
-
-def test_default_sizes_when_the_set_is_large() -> None:
-    """The caps hold, and train gets the rest."""
-    sizes = {split: len(indices) for split, indices in split_indices(np.arange(50_000) % 10, seed=0).items()}
-
-    assert sizes == {"calibration": 1024, "reward": 2000, "selection": 5000, "train": 41_976}
-
-
-@pytest.mark.parametrize("stretch", [slice(0, 100), slice(137, 237)])
-def test_stratified_order_mixes_the_classes_in_every_stretch(stretch: slice) -> None:
-    """A prefix is as good a sample as the whole, also of unequal classes."""
-    labels = np.repeat([0, 1, 2], [600, 300, 100])
-
-    order = stratified_order(labels, np.random.default_rng(0))
-
-    assert np.array_equal(np.sort(order), np.arange(1000))
-    assert np.abs(np.bincount(labels[order[stretch]]) - [60, 30, 10]).max() <= 2
 
 
 def test_seed_changes_the_splits_but_not_the_test_set(digits: DataSplits) -> None:
@@ -134,60 +121,6 @@ def test_indices_are_saved_whole(digits: DataSplits, tmp_path: Path) -> None:
             split: indices.tolist() for split, indices in digits.indices.items()
         }
     assert [path.name for path in tmp_path.iterdir()] == ["splits.npz"]
-
-
-def test_limit_is_a_fixed_mixed_prefix(digits: DataSplits) -> None:
-    """The same images each time, also when shuffled, with all classes among them."""
-    first = list(digits.reward.batches(16, limit=40))
-    shuffled = digits.reward.batches(40, limit=40, shuffle=True, generator=torch.Generator().manual_seed(3))
-
-    labels = torch.cat([labels for _, labels in first])
-    assert [len(labels) for _, labels in first] == [16, 16, 8]
-    assert labels.bincount().tolist() == [4] * 10
-    assert torch.equal(next(shuffled)[1].sort().values, labels.sort().values)
-
-
-def test_incomplete_batch_is_dropped_only_if_another_is_left(digits: DataSplits) -> None:
-    """Batch norm cannot train on a last batch of one image."""
-    assert [len(y) for _, y in digits.reward.batches(20, limit=41, drop_last=True)] == [20, 20]
-    assert [len(y) for _, y in digits.reward.batches(20, limit=7, drop_last=True)] == [7]
-
-
-def test_augmentation_follows_the_generator(digits: DataSplits) -> None:
-    """Same generator, same images; another one, others; none without augmentation."""
-
-    def draw(seed: int) -> torch.Tensor:
-        return pixels(digits, "reward", augment=True, generator=torch.Generator().manual_seed(seed))
-
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
-    assert not torch.equal(draw(0), pixels(digits, "reward"))
-
-
-def test_random_shift_matches_a_crop_of_each_image() -> None:
-    """The vectorised crop does what a loop over images would do."""
-    images = torch.randint(
-        0, 256, (9, 3, 6, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-
-    shifted = random_shift(images, 2, torch.Generator().manual_seed(1))
-
-    down, right = torch.randint(0, 5, (2, 9), generator=torch.Generator().manual_seed(1)).tolist()
-    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    for image, expected, y, x in zip(shifted, padded, down, right, strict=True):
-        assert torch.equal(image, expected[:, y : y + 6, x : x + 5])
-
-
-def test_flip_mirrors_about_half_of_the_images() -> None:
-    """Each image is either itself or its mirror image."""
-    images = torch.arange(4, dtype=torch.uint8).expand(200, 1, 1, 4)
-    preparation = Preparation((0.5,), (0.5,), crop_padding=0, flip=True)
-
-    flipped = preparation.augment(images, torch.Generator().manual_seed(0))
-
-    mirrored = (flipped == images.flip(3)).all(dim=3)
-    assert ((flipped == images).all(dim=3) ^ mirrored).all()
-    assert 70 < mirrored.sum() < 130
 
 
 def test_images_are_normalised_as_pretrained_weights_expect(tmp_path: Path) -> None:
@@ -341,9 +274,7 @@ def test_damaged_image_is_named(tmp_path: Path, memory_limit: int, num_workers: 
         (tmp_path / f"class{label}" / "004.png").write_bytes(b"no image")
 
     with pytest.raises(PruningError, match=r"`--data` should hold readable images.*004\.png"):
-        data = load_data(str(tmp_path), memory_limit=memory_limit, num_workers=num_workers)
-        for split in SPLITS:
-            list(data[split].batches(8))
+        read_all(str(tmp_path), memory_limit=memory_limit, num_workers=num_workers)
 
 
 def test_faulty_folders_are_rejected(tmp_path: Path) -> None:
@@ -384,7 +315,7 @@ def test_absent_torchvision_set_says_what_to_do(
 
 
 def test_torchvision_arrays_are_read(tmp_path: Path) -> None:
-    """USPS in its original text form, as torchvision stores it: grey 16x16 images, labels from 1 in the file."""
+    """USPS in its original text form: grey 16x16 images, labels from 1 in the file."""
     import bz2
 
     from torchvision.datasets import USPS
@@ -411,17 +342,22 @@ def _plain(dataset: Any, split: str) -> tuple[str, str]:
     return address, file
 
 
+def test_absent_file_is_rejected() -> None:
+    """A path is not mistaken for a misspelt name."""
+    with pytest.raises(PruningError, match=r"`--data` should be an existing file.*absent\.npz"):
+        load_data("folder/absent.npz")
+
+
+def test_negative_seed_is_rejected() -> None:
+    """Generators have no negative seeds."""
+    with pytest.raises(PruningError, match="`seed` should be at least 0. Received -1"):
+        load_data("digits", seed=-1)
+
+
 def test_unknown_data_suggests_the_nearest_name() -> None:
     """A typing slip is answered with the right name."""
     with pytest.raises(PruningError, match="Did you mean 'cifar10'"):
         load_data("cifar-10")
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 4, "limit": 0}])
-def test_empty_batches_are_rejected(digits: DataSplits, options: dict[str, int]) -> None:
-    """Zero images would silently give no score at all."""
-    with pytest.raises(PruningError, match="should be at least 1"):
-        next(digits.train.batches(**options))
 
 
 def test_unknown_split_is_rejected(digits: DataSplits) -> None:
