@@ -136,7 +136,7 @@ class BinPooling(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.score = nn.Linear(config.width, config.heads)
+        self.score = nn.Linear(config.width, config.heads, bias=False)  # a softmax does not see a constant
         self.value = nn.Linear(config.width, config.width)
 
     def forward(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,8 @@ class MaskedGaussian(DiagGaussianDistribution):
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log density of the real groups' actions ``(B,)``, from ``(B, G)``."""
-        return self._sum(self.distribution.log_prob(actions))
+        # cleaned before the formula: behind it, the gradient of a mask times rubbish would still be rubbish
+        return self._sum(self.distribution.log_prob(torch.where(self.mask, actions, 0.0)))
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats ``(B,)``."""
@@ -58,8 +59,7 @@ class MaskedGaussian(DiagGaussianDistribution):
         return self.distribution.rsample() * self.mask
 
     def _sum(self, values: Tensor) -> Tensor:
-        # `where` rather than a product: whatever stands in the padding, NaN included, stays out
-        return torch.where(self.mask, values, 0.0).sum(dim=-1)
+        return (values * self.mask).sum(dim=-1)
 
 
 class PruningPolicy(ActorCriticPolicy):

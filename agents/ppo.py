@@ -7,6 +7,7 @@ starting state (self-imitation, Oh et al., ICML 2018), weighted by rank as in th
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from torch import Tensor
+
+from prunegym.agents.policy import PruningPolicy
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -67,17 +70,21 @@ class PruningPPO(PPO):
 
     Args:
         elites: episodes imitated per starting state.
+            The number falls to 1 as ``progress`` rises to 1, so that the policy settles on one plan: plans between
+            two good ones need not be good.
         imitation_steps: optimiser steps towards them after each PPO update; 0 is plain PPO.
         imitation_rate: learning rate of those steps.
         min_std: least exploration noise, in units of the action.
         args, kwargs: as for :class:`stable_baselines3.PPO`.
     """
 
+    policy: PruningPolicy
+
     def __init__(
         self,
         *args: Any,
         elites: int = 10,
-        imitation_steps: int = 20,
+        imitation_steps: int = 40,
         imitation_rate: float = 1e-3,
         min_std: float = 0.03,
         **kwargs: Any,
@@ -86,22 +93,31 @@ class PruningPPO(PPO):
         self.imitation_steps = imitation_steps
         self.imitation_rate = imitation_rate
         self.min_std = min_std
+        self.progress = 0.0
+        """Share of the training that is done, set by the trainer."""
         self.memory = EpisodeMemory()
+        self.last_episodes: list[Episode] = []
+        """Episodes of the last rollout."""
+        self.policy_seconds = 0.0
+        """Time spent in updates so far."""
         super().__init__(*args, **kwargs)
 
     def train(self) -> None:
         """One PPO update, then imitation."""
         assert isinstance(self.rollout_buffer, DictRolloutBuffer)
-        for episode in finished_episodes(self.rollout_buffer):  # first: the update flattens the buffer
+        started = time.perf_counter()
+        self.last_episodes = finished_episodes(self.rollout_buffer)  # first: the update flattens the buffer
+        for episode in self.last_episodes:
             self.memory.add(episode)
         super().train()
         if self.imitation_steps:
             self._imitate()
         with torch.no_grad():
             self.policy.log_std.clamp_(min=float(np.log(self.min_std)))
+        self.policy_seconds += time.perf_counter() - started
 
     def _imitate(self) -> None:
-        episodes, weights = self.memory.elites(self.elites)
+        episodes, weights = self.memory.elites(max(1, round(self.elites * (1 - self.progress))))
         if not episodes:
             return
         observations = {

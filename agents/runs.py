@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from prunegym.agents.provenance import describe_environment
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.files import plain, read_json, write_failure, write_json
+from prunegym.pruning.files import plain, read_json, replacing, write_failure, write_json
 
 Scalar: TypeAlias = bool | int | float | str | None
 
@@ -97,6 +97,15 @@ class RunFolder:
         """Path of a file in the folder, which need not exist."""
         return self.folder / name
 
+    def subfolder(self, name: str) -> "RunFolder":
+        """A part of this run with files of its own."""
+        folder = self.path(name)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_failure(folder, error) from error
+        return RunFolder(folder, resumed=self.resumed)
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON, replacing the file in one step.
 
@@ -164,6 +173,26 @@ class RunFolder:
                 "Check the path."
             ) from error
         return list(_parse_rows(data[: data.rfind(b"\n") + 1], path))
+
+    def truncate_rows(self, name: str, count: int) -> None:
+        """Keep the first ``count`` rows of a CSV file: those that a checkpoint vouches for.
+
+        Args:
+            name: File name in the folder; no file is fine.
+            count: Rows to keep, the header apart.
+
+        Raises:
+            PruningError: The file could not be written.
+        """
+        path = self.path(name)
+        rows = self.read_rows(name)
+        if len(rows) <= count:
+            return
+        columns, _ = _header_and_size(path)
+        lines = path.read_text().splitlines(keepends=True)[:1]
+        lines += [_format_row(path, columns, row) for row in rows[:count]]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(lines))
 
     def _write_environment(self, config: Mapping[str, Any]) -> None:
         """Write ``env.json``; a resumed run adds where it is resumed to where it was started."""

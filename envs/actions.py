@@ -1,7 +1,7 @@
 """From actions to keep ratios and back: pure functions.
 
-An action in ``[-1, 1]`` is a scaled logit of the keep ratio, so that equal steps of the action matter equally near
-"keep all" and near "keep nothing"; its ends are exactly 0 and 1.
+An action in ``[-1, 1]`` is a scaled logit of the keep ratio, so that equal steps of the action matter equally
+near "keep all" and near "keep nothing"; its ends are exactly 0 and 1.
 """
 
 from __future__ import annotations
@@ -36,4 +36,5 @@ def pruning_ratios(action: NDArray[np.floating]) -> NDArray[np.float64]:
 def action_for(keep: NDArray[np.floating]) -> NDArray[np.float32]:
     """The action that asks for given keep ratios ``(groups,)``: the inverse of :func:`keep_ratios`."""
     inner = np.clip(keep.astype(np.float64), 0, 1) * (1 - 2 * _LOW) + _LOW
-    return np.clip(np.log(inner / (1 - inner)) / REACH, -1, 1).astype(np.float32)
+    action: NDArray[np.float64] = np.clip(np.log(inner / (1 - inner)) / REACH, -1, 1)
+    return action.astype(np.float32)

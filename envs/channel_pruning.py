@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -17,23 +17,25 @@ from prunegym.pruning.budget import KINDS, Budget, Limit
 from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.statistics import Statistics, collect_statistics
+from prunegym.pruning.statistics import collect_statistics
 
 MODES = ("budgeted", "free")
 
 
 class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
-    """
+    """A trained network is pruned, one ratio per channel group.
+
     ## Description
 
-    A trained network is pruned to a budget in a few rounds. In each round the agent sees the channel graph with fresh
-    data-aware statistics and asks for one ratio per channel group; the ratios are projected onto the budget of the
-    round, the least important channels go, and after the last round the recovered network is scored.
+    A trained network is pruned to a budget in a few rounds. In each round the agent sees the channel graph
+    with fresh data-aware statistics and asks for one ratio per channel group; the ratios are projected onto
+    the budget of the round, the least important channels go, and after the last round the recovered network
+    is scored.
 
     ## Action Space
 
-    `Box(-1, 1, (groups,), float32)`: a scaled logit of the share of channels each group keeps. -1 keeps the least
-    allowed, 1 keeps all; components of padding groups are ignored.
+    `Box(-1, 1, (groups,), float32)`: a scaled logit of the share of channels each group keeps. -1 keeps the
+    least allowed, 1 keeps all; components of padding groups are ignored.
 
     ## Observation Space
 
@@ -43,7 +45,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     |---|---|---|---|---|
     | `nodes` | `(groups, bins, 11)` | features of channels of neighbouring rank | -Inf | Inf |
     | `node_mask` | `(groups, bins)` | 1 for real nodes | 0 | 1 |
-    | `edges` | `(2, edges)` | flat node numbers `group * bins + bin`, source and target | 0 | groups * bins - 1 |
+    | `edges` | `(2, edges)` | node numbers `group * bins + bin`, source and target | 0 | groups * bins - 1 |
     | `edge_features` | `(edges, 4)` | log strength; forward, backward or similar | -Inf | Inf |
     | `edge_mask` | `(edges,)` | 1 for real edges | 0 | 1 |
     | `groups` | `(groups, 25)` | geometry, cost shares, quantiles of criteria, what is left | -Inf | Inf |
@@ -55,13 +57,14 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     ## Rewards
 
-    0 before the last round. Then the weighted terms of a named profile (`prunegym.envs.rewards`): by default the score
-    of the recovered network on the reward split minus that of the uniform plan at the same budget. `info` carries every
-    term, the score, MACs, parameters and the plan.
+    0 before the last round. Then the weighted terms of a named profile (`prunegym.envs.rewards`): by default
+    the score of the recovered network on the reward split minus that of the uniform plan at the same budget.
+    `info` carries every term, the score, MACs, parameters and the plan.
 
     ## Starting State
 
-    The unpruned network. Where several budgets are given, `reset` draws one (or takes `options={"budget": "macs:0.5"}`).
+    The unpruned network. Where several budgets are given, `reset` draws one, or takes
+    `options={"budget": "macs:0.5"}`.
 
     ## Episode End
 
@@ -81,7 +84,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     - v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (as Gymnasium declares it)
 
     def __init__(
         self,
@@ -114,7 +117,8 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
                 f"`padding` should hold {own.groups} groups, {own.edges} edges and {own.bins} bins of "
                 f"{self._network.name}. Received {self.padding}. Use Padding.covering over all networks."
             )
-        self.observation_space = observation_space(self.padding)
+        # Gymnasium types the values of a Dict as Any
+        self.observation_space = cast("spaces.Space[Observation]", observation_space(self.padding))
         self.action_space = spaces.Box(-1, 1, (self.padding.groups,), np.float32)
         self._first: dict[Budget, Observation] = {}
         self._round_limits: list[Limit] = []
@@ -136,35 +140,53 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
             self._budget = asked if isinstance(asked, Budget) else Budget.parse(asked)
             if self._budget not in self.problem.limits:
                 known = ", ".join(map(str, self.problem.budgets))
-                raise PruningError(f"`budget` should be one of this environment's: {known}. Received {asked}.")
+                raise PruningError(
+                    f"`budget` should be one of this environment's: {known}. Received {asked}."
+                )
         self._limit = self.problem.limits[self._budget]
         target = self._limit.most / self._limit.full
-        self._round_limits = [self._limit.tightened(target ** ((i + 1) / self.rounds)) for i in range(self.rounds - 1)]
+        self._round_limits = [
+            self._limit.tightened(target ** ((i + 1) / self.rounds)) for i in range(self.rounds - 1)
+        ]
         self._round_limits.append(self._limit)
         self._round = 0
         self._counts = self.problem.sizes.copy()
         self._mask = np.ones(self._network.graph.units, dtype=np.bool_)
+        self.plan = PruningPlan.unpruned(self._network.graph)
         self._statistics = self._scorer.statistics
         self._scores = self._scorer.unit_scores
         if self._budget not in self._first:
             self._first[self._budget] = self._observe()
-        return {key: value.copy() for key, value in self._first[self._budget].items()}, {"budget": str(self._budget)}
+        return {key: value.copy() for key, value in self._first[self._budget].items()}, {
+            "budget": str(self._budget)
+        }
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Prune for one round."""
+        """Prune for one round; after the last, score the plan."""
+        observation, done = self.prune(action)
+        value, info = self._finish() if done else (0.0, {"counts": self._counts.copy()})
+        # truncated is always False: the number of rounds is part of the problem
+        return observation, value, done, False, info
+
+    def prune(self, action: NDArray[np.float32]) -> tuple[Observation, bool]:
+        """A round without scoring: what a trained policy needs to make its plan.
+
+        Returns:
+            The observation after the round, and whether it was the last.
+        """
         keep = keep_ratios(np.asarray(action)[: len(self._counts)])
         if not np.isfinite(keep).all():
-            raise PruningError("`action` should be finite. Received NaN or infinity. Check the policy's weights.")
+            raise PruningError(
+                "`action` should be finite. Received NaN or infinity. Check the policy's weights."
+            )
         self._counts = self._decode(keep)
-        plan = self.problem.plan(self._counts, np.where(self._mask, self._scores, -np.inf))
-        self._mask = plan.mask(self._network.graph)
+        self.plan = self.problem.plan(self._counts, np.where(self._mask, self._scores, -np.inf))
+        self._mask = self.plan.mask(self._network.graph)
         self._round += 1
         done = self._round == self.rounds
-        value, info = self._finish(plan) if done else (0.0, {"counts": self._counts.copy()})
         if not done:
-            self._look_again(plan)
-        # truncated is always False: the number of rounds is part of the problem
-        return self._observe(done), value, done, False, info
+            self._look_again()
+        return self._observe(done), done
 
     def _decode(self, keep: NDArray[np.float64]) -> NDArray[np.int64]:
         if self.mode == "budgeted":
@@ -172,9 +194,9 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         asked = np.floor(keep * self.problem.sizes + 0.5).astype(np.int64)
         return np.clip(asked, self.problem.least, self._counts)
 
-    def _finish(self, plan: PruningPlan) -> tuple[float, dict[str, Any]]:
+    def _finish(self) -> tuple[float, dict[str, Any]]:
         """Score the plan of the last round."""
-        score = self._scorer.score(plan)
+        score = self._scorer.score(self.plan)
         reference = self.problem.uniform_score(self._budget)
         costs, latency = self._network.costs, self.problem.latency
         cost = costs.cost(self._counts)
@@ -196,26 +218,18 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
             "macs": cost.macs,
             "parameters": cost.parameters,
             "cost": outcome.cost,
+            "network": self._network.name,
             "budget": str(self._budget),
             "counts": self._counts.copy(),
-            "plan": plan,
+            "plan": self.plan,
             **{f"reward/{name}": term for name, term in terms.items()},
         }
         return value, info
 
-    def _look_again(self, plan: PruningPlan) -> None:
+    def _look_again(self) -> None:
         """Recover the network of this round and measure it afresh."""
         graph = self._network.graph
-        model = self._scorer.recovered(plan)
-        self._statistics = collect_statistics(
-            model,
-            graph,
-            self.problem.scorer.task,
-            mask=self._mask,
-            examples=self.round_examples,
-            covariances=False,
-            device=self._scorer.device,
-        )
+        self._statistics = self._scorer.look(self.plan, self.round_examples)
         context = Context(self._network.model, graph, self._statistics)
         self._scores = unit_scores(self._scorer.settings.criterion, context)
 

@@ -1,8 +1,9 @@
 """The channel graph as a padded ``Dict`` observation.
 
-Each prunable group is cut into at most ``bins`` nodes of channels of neighbouring rank. Features are normalised by
-fixed rules (logs, shares of the total) that do not depend on the network at hand, so that the same number means the
-same on two networks. What does not change during an episode is computed once per network.
+Each prunable group is cut into at most ``bins`` nodes of channels of neighbouring rank. Features are
+normalised by fixed rules (logs, shares of the total) that do not depend on the network at hand, so that the
+same number means the same on two networks. What does not change during an episode is computed once per
+network.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class Padding:
 
     def covering(self, other: Padding) -> Padding:
         """The smallest padding that holds both."""
-        return Padding(max(self.groups, other.groups), max(self.edges, other.edges), max(self.bins, other.bins))
+        return Padding(
+            max(self.groups, other.groups), max(self.edges, other.edges), max(self.bins, other.bins)
+        )
 
 
 def observation_space(padding: Padding) -> spaces.Dict:
@@ -158,7 +161,9 @@ class Observer:
         context = Context(network.model, graph, statistics)
         self._norms = _relative_log(unit_scores("l2", context), graph.group_of)
         self._scales = _relative_log(unit_scores("bn_scale", context), graph.group_of)
-        self._similarity = np.concatenate([_nearest(filters(group, context), group.size) for group in graph.groups])
+        self._similarity = np.concatenate(
+            [_nearest(filters(group, context), group.size) for group in graph.groups]
+        )
         self.bins = min(bins, int(graph.sizes.max()))
         self.bin_of = self._bin_units(statistics.taylor_squared)
         self._count = self._per_bin(np.ones(graph.units))
@@ -170,7 +175,8 @@ class Observer:
         """The padded observation of an episode's state."""
         groups, bins, edges = len(self.network.graph.groups), self.bins, self.edges.shape[1]
         result: Observation = {
-            key: np.zeros(space.shape or (), dtype=space.dtype) for key, space in observation_space(padding).items()
+            key: np.zeros(space.shape or (), dtype=space.dtype)
+            for key, space in observation_space(padding).items()
         }
         result["nodes"][:groups, :bins] = self._nodes(episode)
         result["node_mask"][:groups, :bins] = self._count > 0
@@ -197,7 +203,8 @@ class Observer:
 
     def _per_bin(self, values: Floats) -> Floats:
         """Sum over the units of each bin ``(groups, bins)``."""
-        total = np.bincount(self.bin_of, weights=values, minlength=len(self.network.graph.groups) * self.bins)
+        nodes = len(self.network.graph.groups) * self.bins
+        total: Floats = np.bincount(self.bin_of, weights=values, minlength=nodes).astype(np.float64)
         return total.reshape(-1, self.bins)
 
     def _nodes(self, episode: EpisodeState) -> NDArray[np.float32]:
@@ -252,7 +259,11 @@ class Observer:
         rows = []
         for index, group in enumerate(graph.groups):
             made = [one for one in graph.operations if one.module in group.producers]
-            around = [k for k, one in enumerate(graph.operations) if one.module in {*group.producers, *group.consumers}]
+            around = [
+                k
+                for k, one in enumerate(graph.operations)
+                if one.module in {*group.producers, *group.consumers}
+            ]
             side = max((one.output_shape[-1] for one in made if len(one.output_shape) == 4), default=1)
             fewer = graph.sizes.copy()
             fewer[index] -= 1
@@ -274,7 +285,7 @@ class Observer:
         return rows
 
     def _connect(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Strongest edges between producer and consumer bins, both ways, and between similar bins of one group."""
+        """Strongest edges between producer and consumer bins, both ways, and between neighbouring bins."""
         parameters = dict(self.network.model.named_parameters())
         sources: list[NDArray[np.int64]] = []
         targets: list[NDArray[np.int64]] = []
@@ -306,7 +317,9 @@ class Observer:
         self, one: Operation, weight: torch.Tensor
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
         """The strongest inputs of each output bin of a layer, by the energy of the kernels that tie them."""
-        energy = weight.movedim(one.reads, 1).flatten(2).square().sum(2) if weight.ndim > 2 else weight.square()
+        energy = (
+            weight.movedim(one.reads, 1).flatten(2).square().sum(2) if weight.ndim > 2 else weight.square()
+        )
         if weight.ndim == 2 and one.reads == 0:
             energy = energy.T
         reads, makes = one.inputs >= 0, one.outputs >= 0

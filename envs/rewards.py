@@ -1,6 +1,7 @@
 """Reward profiles and their terms: pure functions of what was measured.
 
-A profile is a set of weights on named terms; the reward is their weighted sum and every term goes into ``info``.
+A profile is a set of weights on named terms; the reward is their weighted sum and every term goes into
+``info``.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ IMPORTANCE = "taylor_squared"
 class PruningProblem:
     """One network, its data and the budgets it is to be pruned to.
 
-    Searchers and environments share it, so that groups, criterion, recovery, projection and splits are the same for
-    all that are compared.
+    Searchers and environments share it, so that groups, criterion, recovery, projection and splits are the
+    same for all that are compared.
     """
 
     scorer: Scorer
@@ -36,11 +36,19 @@ class PruningProblem:
 
     def __post_init__(self) -> None:
         if not self.budgets:
-            raise PruningError("`budget` should be given at least once. Received none. Write for example `macs:0.5`.")
+            raise PruningError(
+                "`budget` should be given at least once. Received none. Write for example `macs:0.5`."
+            )
         if self.smallest is None:
             self.smallest = np.ones(len(self.scorer.network.graph.groups), dtype=np.int64)
         costs = self.scorer.network.costs
-        self.limits = {budget: apply_budget(budget, costs, self.least, self.latency) for budget in self.budgets}
+        self.limits = {
+            budget: apply_budget(budget, costs, self.least, self.latency) for budget in self.budgets
+        }
+
+    def only(self, budget: Budget) -> PruningProblem:
+        """The same problem with one of its budgets; the scorer and its memory are shared."""
+        return PruningProblem(self.scorer, (budget,), self.latency, self.smallest)
 
     @property
     def least(self) -> NDArray[np.int64]:
@@ -54,14 +62,14 @@ class PruningProblem:
         return self.scorer.network.graph.sizes
 
     def plan(self, counts: NDArray[np.int64], scores: NDArray[np.float64] | None = None) -> PruningPlan:
-        """The plan that keeps the best channels of each group by the scorer's criterion (or by other ``scores``)."""
+        """The plan that keeps the best channels of each group by the scorer's criterion (or ``scores``)."""
         graph = self.scorer.network.graph
         return PruningPlan.from_scores(graph, counts, self.scorer.unit_scores if scores is None else scores)
 
     def project(
         self, keep: NDArray[np.float64], limit: Limit, largest: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
-        """Counts for asked keep ratios that hold the limit (see :func:`prunegym.pruning.allocation.project`)."""
+        """Counts for asked keep ratios that hold the limit, see :func:`.allocation.project`."""
         return project(keep, self.sizes, limit, self.least, self.sizes if largest is None else largest)
 
     def uniform_counts(self, limit: Limit, largest: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
@@ -71,7 +79,7 @@ class PruningProblem:
     def knapsack_counts(
         self, limit: Limit, statistics: Statistics | None = None, largest: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
-        """The knapsack allocation on squared Taylor scores (of ``statistics``, else of the unpruned network)."""
+        """The knapsack allocation on squared Taylor scores of ``statistics``, or the unpruned network's."""
         scorer = self.scorer
         scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
         group_of = scorer.network.graph.group_of

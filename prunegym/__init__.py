@@ -7,17 +7,50 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunegym.agents.api import inspect, load, make_env, prune, save
+    from prunegym.agents.prune import PruneResult
+    from prunegym.pruning.data import load_data
     from prunegym.pruning.errors import InfeasibleBudgetError, PruningError, UnsupportedLayerError
+    from prunegym.pruning.plan import PruningPlan
+    from prunegym.pruning.task import ClassificationTask, Task
+    from prunegym.pruning.zoo import build_network
 
     __version__: str
 
-__all__ = ["InfeasibleBudgetError", "PruningError", "UnsupportedLayerError", "__version__"]
+__all__ = [
+    "ClassificationTask",
+    "InfeasibleBudgetError",
+    "PruneResult",
+    "PruningError",
+    "PruningPlan",
+    "Task",
+    "UnsupportedLayerError",
+    "__version__",
+    "build_network",
+    "inspect",
+    "load",
+    "load_data",
+    "make_env",
+    "prune",
+    "save",
+]
 
 #: Public name -> the module that defines it; the same names as in `__all__` and under TYPE_CHECKING.
 _HOME = {
+    "ClassificationTask": "prunegym.pruning.task",
     "InfeasibleBudgetError": "prunegym.pruning.errors",
+    "PruneResult": "prunegym.agents.prune",
     "PruningError": "prunegym.pruning.errors",
+    "PruningPlan": "prunegym.pruning.plan",
+    "Task": "prunegym.pruning.task",
     "UnsupportedLayerError": "prunegym.pruning.errors",
+    "build_network": "prunegym.pruning.zoo",
+    "inspect": "prunegym.agents.api",
+    "load": "prunegym.agents.api",
+    "load_data": "prunegym.pruning.data",
+    "make_env": "prunegym.agents.api",
+    "prune": "prunegym.agents.api",
+    "save": "prunegym.agents.api",
 }
 
 

@@ -1,7 +1,7 @@
 """How many channels each group keeps: projection onto a budget, the uniform allocation and the knapsack.
 
-All allocations returned here are *maximal*: they keep the budget and no group can take one more channel without
-breaking it. So searchers are compared at equal realised cost, to within the cost of one channel.
+All allocations returned here are *maximal*: they keep the budget and no group can take one more channel
+without breaking it. So searchers are compared at equal realised cost, to within the cost of one channel.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ Counts = NDArray[np.int64]
 _EDGE = 1e-4  # keep ratios are moved inside (0, 1) by this much before their logit is taken
 _REACH = 40.0  # a shift of the logits by this much moves any ratio to the other end
 STEPS_PER_GROUP = 64
-"""Very wide groups lose channels in steps of 1/64 of their width in the knapsack: finer steps change nothing."""
+"""Wide groups lose channels in steps of 1/64 of their width in the knapsack: finer steps change nothing."""
 
 
-def project(keep: NDArray[np.float64], sizes: Counts, limit: Limit, smallest: Counts, largest: Counts) -> Counts:
+def project(
+    keep: NDArray[np.float64], sizes: Counts, limit: Limit, smallest: Counts, largest: Counts
+) -> Counts:
     """Kept counts nearest in spirit to the asked ratios that keep the budget.
 
-    All logits of the keep ratios are shifted by one number, found by bisection on the exact cost of the rounded plan;
-    what is left of the budget is filled channel by channel in the order in which the shift would have reached them.
-    An asked plan that keeps the budget and is maximal is returned unchanged.
+    All logits of the keep ratios are shifted by one number, found by bisection on the exact cost of the
+    rounded plan; what is left of the budget is filled channel by channel in the order in which the shift
+    would have reached them. An asked plan that keeps the budget and is maximal is returned unchanged.
 
     Args:
         keep: asked keep ratio of each group ``(groups,)``, in [0, 1].
@@ -82,11 +84,12 @@ def knapsack(
     """Give up what is worth least per unit of cost, until the budget holds.
 
     Greedy solution of the knapsack over channels (as in Shen et al., "Structural Pruning via Latency-Saliency
-    Knapsack", NeurIPS 2022): at every step the group whose least important channels are worth least per unit of cost
-    saved loses them; then what fits is taken back.
+    Knapsack", NeurIPS 2022): at every step the group whose least important channels are worth least per unit
+    of cost saved loses them; then what fits is taken back.
 
     Args:
-        scores: importance of each unit ``(units,)``, additive and comparable across groups, such as squared Taylor.
+        scores: importance of each unit ``(units,)``, additive and comparable across groups, such as squared
+            Taylor.
         group_of: group of each unit ``(units,)``.
         sizes: channels of each group ``(groups,)``.
         limit: the budget applied to the network.
@@ -95,7 +98,9 @@ def knapsack(
     """
     counts = (sizes if largest is None else largest).copy()
     most = counts.copy()
-    cumulative = [np.concatenate([[0.0], np.cumsum(np.sort(scores[group_of == g])[::-1])]) for g in range(len(sizes))]
+    cumulative = [
+        np.concatenate([[0.0], np.cumsum(np.sort(scores[group_of == g])[::-1])]) for g in range(len(sizes))
+    ]
     steps = np.maximum(1, sizes // STEPS_PER_GROUP)
     current = limit.value(counts)
     while current > limit.most:
@@ -124,7 +129,7 @@ def _take_back(counts: Counts, cumulative: list[NDArray[np.float64]], limit: Lim
     while open_.any():
         current = limit.value(counts)
         worth = np.full(len(counts), -np.inf)
-        for group in np.flatnonzero(open_):
+        for group in np.flatnonzero(open_).tolist():
             counts[group] += 1
             cost = limit.value(counts)
             gain = cumulative[group][counts[group]] - cumulative[group][counts[group] - 1]

@@ -31,7 +31,7 @@ class Budget:
         Raises:
             PruningError: unknown kind, not a number, or a fraction outside (0, 1].
         """
-        kind, colon, amount = text.partition(":")
+        kind, _, amount = text.partition(":")
         if kind not in KINDS:
             raise unknown_name("budget", kind, KINDS, _EXAMPLE)
         absolute = amount.endswith("ms")
@@ -106,15 +106,26 @@ def apply_budget(
     else:
         if latency is None:
             raise PruningError(
-                f"`budget` {budget} needs a latency table. Received none. Measure one (LatencyTable.measure) or use macs:."
+                f"`budget` {budget} needs a latency table. Received none. Measure one (LatencyTable.measure) "
+                "or use macs:."
             )
         value, full = latency.latency, latency.full
     most = budget.value if budget.absolute else budget.value * full
     least = value(smallest)
     if least > most:
-        unit = f"{least * 1000:.3g}ms" if budget.absolute else f"{np.ceil(least / full * 1000) / 1000:.3f}"
+        # rounded up, so that what is advised is accepted
+        unit = f"{_rounded_up(least * 1000)}ms" if budget.absolute else f"{_rounded_up(least / full)}"
         raise InfeasibleBudgetError(
-            f"`budget` should be reachable by this network. Received {budget}, but with every group at its smallest the "
-            f"network still has {least / full:.1%} of its {budget.kind}. Ask for {budget.kind}:{unit} or more."
+            f"`budget` should be reachable by this network. Received {budget}, but with every group at its "
+            f"smallest the network still has {least / full:.1%} of its {budget.kind}. "
+            f"Ask for {budget.kind}:{unit} or more.",
+            reachable=least if budget.absolute else least / full,
         )
     return Limit(budget, value, full, most)
+
+
+def _rounded_up(number: float) -> str:
+    """Three significant digits, a little larger than a positive number."""
+    number *= 1 + 1e-9  # else the product with the full cost may round to just below what is needed
+    step = 10.0 ** (np.floor(np.log10(number)) - 2)
+    return f"{np.ceil(number / step) * step:.3g}"

@@ -1,9 +1,9 @@
 """Exact cost of any plan without running the network.
 
-The cost of a network depends on how many channels each group keeps, not on which: with ``k`` the vector of kept
-counts, a layer's input and output widths are affine in ``k`` and its multiply-accumulates (MACs) are their product
-times a constant. MACs are counted for one example; convolutions, linear layers and matrix products count, nothing
-else does. Parameters are all learnable parameters of the rebuilt network.
+The cost of a network depends on how many channels each group keeps, not on which: with ``k`` the vector of
+kept counts, a layer's input and output widths are affine in ``k`` and its multiply-accumulates (MACs) are
+their product times a constant. MACs are counted for one example; convolutions, linear layers and matrix
+products count, nothing else does. Parameters are all learnable parameters of the rebuilt network.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class CostModel:
 def _affine(
     graph: ChannelGraph, sides: list[Units], groups: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Widths as ``matrix @ counts + fixed``: channels per kept unit of each group, and channels always kept."""
+    """Widths as ``matrix @ counts + fixed``: channels per kept unit of a group, and channels always kept."""
     matrix = np.zeros((len(sides), groups))
     fixed = np.zeros(len(sides))
     sizes = graph.sizes

@@ -1,8 +1,8 @@
 """Importance criteria: a score for each channel of a group, higher = keep.
 
-Every criterion has one contract: it is given a prunable group and a :class:`Context` and returns a float array
-``(group.size,)``. Scores are comparable within a group; those of ``taylor`` and ``taylor_squared`` are changes of the
-loss and comparable across groups too, which is why the allocators use them.
+Every criterion has one contract: it is given a prunable group and a :class:`Context` and returns a float
+array ``(group.size,)``. Scores are comparable within a group; those of ``taylor`` and ``taylor_squared`` are
+changes of the loss and comparable across groups too, which is why the allocators use them.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
     """The weights that make each channel: one ``(group.size, weights)`` matrix per producing layer."""
     parameters = dict(context.model.named_parameters())
     rows = []
+    seen: set[str] = set()  # a layer that is used twice has one matrix
     for operation in context.graph.operations:
-        if operation.module not in group.producers or operation.weight is None:
+        if operation.module not in group.producers or operation.weight is None or operation.weight in seen:
             continue
         local = operation.outputs - group.start
         mine = np.flatnonzero((operation.outputs >= 0) & (local >= 0) & (local < group.size))
         if len(mine) == 0:
             continue
-        # several channels of one layer may be one unit (grouped convolution): they stand side by side in its row
+        seen.add(operation.weight)
+        # several channels of one layer may be one unit (grouped convolution): they stand side by side in its
+        # row
         mine = mine[np.argsort(local[mine], kind="stable")]
         weight = parameters[operation.weight].detach()
         makes = 0 if operation.groups > 1 else 1 - operation.reads
@@ -66,7 +69,11 @@ def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
 
 
 def l1(group: ChannelGroup, context: Context) -> Scores:
-    """Sum of absolute weights of the filters (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017)."""
+    """Sum of absolute weights of the filters.
+
+    References:
+        Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017.
+    """
     return _total([part.abs().sum(1) for part in filters(group, context)], group)
 
 
@@ -157,8 +164,9 @@ def unit_scores(criterion: str, context: Context) -> Scores:
     scores = np.concatenate([np.empty(0), *(CRITERIA[criterion](group, context) for group in groups)])
     if not np.isfinite(scores).all():
         raise PruningError(
-            f"`criterion` {criterion} should give finite scores. Received {int((~np.isfinite(scores)).sum())} "
-            "non-finite ones. Check the weights and the calibration data for NaN or infinity."
+            f"`criterion` {criterion} should give finite scores. Received "
+            f"{int((~np.isfinite(scores)).sum())} non-finite ones. Check the weights and the calibration "
+            "data for NaN or infinity."
         )
     return scores
 

@@ -288,7 +288,7 @@ def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[s
     odd += [name for name in known if list(known[name].shape) != recipe["unpruned_shapes"].get(name)]
     odd += [name for name in tensors if not odd and not _fits(tensors[name], known[name])]
     if odd:
-        names = f"{', '.join(odd[:_SHOWN])}{', ...' if len(odd) > _SHOWN else ''}"
+        names = ", ".join(odd[:_SHOWN]) + (f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else "")
         raise _misfit(f"a network that differs in {names}", "Give the network that was pruned, unpruned.")
     _check_finite(tensors, model, "folder")
     new: dict[str, Tensor] = {}
@@ -363,6 +363,6 @@ def _check_outputs(model: nn.Module, restored: nn.Module, inputs: tuple[Any, ...
             raise PruningError(
                 "`source` should build the network that was pruned. Received one whose outputs differ after "
                 f"its tensors were replaced, by up to {float((mine - theirs).abs().max()):.2g} of "
-                f"{scale:.2g}. Correct its arguments, or save with source={'constructor': None} and bring "
+                f"{scale:.2g}. Correct its arguments, or save with source={{'constructor': None}} and bring "
                 "the network when loading."
             )

@@ -1,8 +1,9 @@
-"""The channel graph: channel groups, the layers they tie together, and the tensor slices that go with each channel.
+"""The channel graph: channel groups, the layers they tie together, and the tensor slices of each channel.
 
-A *unit* is the smallest thing that can be removed: one channel with every slice of every tensor that carries it. A
-*channel group* collects units that occur in the same places, so that all units of a group cost the same. Units of
-prunable groups are numbered from 0 through the network, group after group; ``-1`` stands for "always kept".
+A *unit* is the smallest thing that can be removed: one channel with every slice of every tensor that carries
+it. A *channel group* collects units that occur in the same places, so that all units of a group cost the
+same. Units of prunable groups are numbered from 0 through the network, group after group; ``-1`` stands for
+"always kept".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.trace import Trace, TracedOperation
 
 Units = NDArray[np.int64]
@@ -118,12 +120,14 @@ class ChannelGraph:
         return next(group for group in self.groups if group.name == name)
 
 
-def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str, str] | None = None) -> ChannelGraph:
+def build_graph(
+    trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str, str] | None = None
+) -> ChannelGraph:
     """Collect the labels of a trace into channel groups.
 
     Args:
         trace: what one forward pass showed.
-        keep: regular expressions; a group made or read by a layer whose path matches one in full is frozen.
+        keep: regular expressions; a group made by a layer whose path matches one in full is frozen.
         frozen_groups: further groups to freeze by name, with the reason (found by the check after surgery).
     """
     classes = _Classes(trace)
@@ -175,12 +179,14 @@ class _Classes:
         ]
         # padded channels before and after cost the same: one group
         slots += [(trace.roots[np.append(one.before, one.after)], (one.module, -1)) for one in trace.paddings]
-        # one random number per place; a class's sum over its occurrences identifies the multiset of its places
+        # one random number per place; its sum over a class's occurrences identifies the multiset of places
         rng = np.random.Generator(np.random.PCG64(20_240_601))
         signature = np.zeros(len(trace.roots) or 1, dtype=np.uint64)
         for roots, _place in slots:
             np.add.at(signature, roots, rng.integers(1, 2**63, dtype=np.uint64))
-        hashes = {reason: rng.integers(1, 2**63, dtype=np.uint64) for reason in sorted(set(trace.reasons.values()))}
+        hashes = {
+            reason: rng.integers(1, 2**63, dtype=np.uint64) for reason in sorted(set(trace.reasons.values()))
+        }
         for root, reason in trace.reasons.items():
             signature[root : root + 1] += hashes[reason]  # as an array, so that it wraps around
         first = np.full(len(signature), len(signature), dtype=np.int64)
@@ -198,7 +204,7 @@ class _Classes:
 
 
 def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, NDArray[np.int64]]]:
-    """Name each group after the layer that first makes its channels, and list who makes and who reads them."""
+    """Name each group after the layer that first makes its channels; list who makes and who reads them."""
     owner = np.full(len(trace.roots) or 1, -1, dtype=np.int64)
     for index, roots in enumerate(classes.groups):
         owner[roots] = index
@@ -224,7 +230,14 @@ def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, ND
 
 def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:
     for pattern in keep:
-        if any(re.fullmatch(pattern, path) for path in (group.name, *group.producers)):
+        try:
+            matches = any(re.fullmatch(pattern, path) for path in (group.name, *group.producers))
+        except re.error as fault:
+            raise PruningError(
+                f"`keep` should be regular expressions. Received {pattern!r} ({fault}). "
+                "Write for example 'layer1.*', or escape the special characters."
+            ) from fault
+        if matches:
             return f"kept by request ({pattern})"
     return None
 

@@ -1,9 +1,9 @@
 """Channel labels: which indices of which tensors are one channel.
 
-A *field* is an integer array with as many dimensions as the tensor it describes, each either 1 (the label does not
-depend on this dimension) or of full size. The activation ``(B, C, H, W)`` of a convolution carries one field of shape
-``(1, C, 1, 1)``; a weight ``(O, I, kH, kW)`` carries one field per dimension. A tensor may carry several fields as
-long as no two of them vary along the same dimension.
+A *field* is an integer array with as many dimensions as the tensor it describes, each either 1 (the label
+does not depend on this dimension) or of full size. The activation ``(B, C, H, W)`` of a convolution carries
+one field of shape ``(1, C, 1, 1)``; a weight ``(O, I, kH, kW)`` carries one field per dimension. A tensor may
+carry several fields as long as no two of them vary along the same dimension.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Shape: TypeAlias = Sequence[int]
 class LabelBook:
     """Issues labels and remembers which are the same channel and which may not be removed.
 
-    Unions are only noted while the network runs and resolved once at the end, which is linear in their number.
+    Unions are only noted while the network runs and resolved once at the end, which is linear in their
+    number.
     """
 
     def __init__(self) -> None:
@@ -57,8 +58,8 @@ class LabelBook:
         """Close the book.
 
         Returns:
-            The representative of each label ``(labels,)``; the reason of each frozen representative; whether a
-            representative was produced by a layer ``(labels,)``.
+            The representative of each label ``(labels,)``; the reason of each frozen representative; whether
+            a representative was produced by a layer ``(labels,)``.
         """
         left, right = _concatenated(self._left), _concatenated(self._right)
         links = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
@@ -97,8 +98,8 @@ def lifted(field: Field, ndim: int) -> Field:
 def reshaped(field: Field, old: Shape, new: Shape) -> Field:
     """Follow ``tensor.view(new)`` of a tensor of shape ``old``.
 
-    Dimensions are matched in blocks of equal product, and within a block the field is spelled out and reshaped; a
-    dimension along which the result turns out constant is folded back to 1.
+    Dimensions are matched in blocks of equal product, and within a block the field is spelled out and
+    reshaped; a dimension along which the result turns out constant is folded back to 1.
     """
     shape: list[int] = []
     expanded: list[int] = []

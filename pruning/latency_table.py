@@ -38,12 +38,13 @@ from prunegym.pruning.plan import PruningPlan
 
 FORMAT = 1
 
-#: Share of every group that the measured networks keep. None keeps a single channel of everything, because
-#: networks that squeeze dimensions of size 1 would break.
-_ANCHORS = {"unpruned": 1.0, "half": 0.5, "eighth": 0.125}
+#: Keep ratios, lowest and highest, of the networks measured besides the unpruned one; drawn for each group.
+#: "mixed" has the awkward widths of real plans, "small" shows what cannot be removed. (A single channel
+#: everywhere would show it best, but breaks networks that squeeze dimensions of size 1.)
+_ANCHORS = {"mixed": (0.25, 1.0), "small": (0.125, 0.125)}
 #: Weight of the layers as timed against one measured network. Without it the fit could not tell the layers
 #: from the elements between them, which shrink together.
-_TRUST = 0.1
+_TRUST = 0.3
 
 
 def median_seconds(
@@ -55,7 +56,10 @@ def median_seconds(
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds of the unpruned network by what they go to; they add up to its measured latency."""
+    """Seconds of the unpruned network by what they go to.
+
+    They add up to its measured latency or, where the runtime favours round widths, to more.
+    """
 
     layers: float
     elements: float
@@ -63,7 +67,7 @@ class Calibration:
     fixed: float
     """What no pruning removes."""
     measured: Mapping[str, float]
-    """Seconds of the networks that this was fitted to."""
+    """Seconds of the networks that this was fitted to; ``unpruned`` is one of them."""
 
 
 class LatencyTable:
@@ -95,17 +99,22 @@ class LatencyTable:
         sizes = network.graph.sizes
         self._per_second = calibration.layers / _positive(self._model.seconds(sizes))
         self._per_element = calibration.elements / _positive(self._model.elements(sizes))
-        self.full = self.latency(sizes)
+        self.full = float(calibration.measured["unpruned"])
         """Measured latency of the unpruned network, seconds per run."""
 
     def latency(self, counts: NDArray[np.int64]) -> float:
-        """Predicted seconds per run for kept counts ``(groups,)``; never falls when a count rises."""
-        return float(self.operation_latency(counts).sum()) + self.calibration.fixed
+        """Predicted seconds per run for kept counts ``(groups,)``.
+
+        Never falls when a count rises, is never above :attr:`full`, and is equal to it for the unpruned
+        network.
+        """
+        return min(self.full, float(self.operation_latency(counts).sum()) + self.calibration.fixed)
 
     def operation_latency(self, counts: NDArray[np.int64]) -> Floats:
         """Predicted seconds of each operation and of passing over what it puts out ``(operations,)``.
 
-        Together with ``calibration.fixed`` they add up to :meth:`latency`.
+        Together with ``calibration.fixed`` they add up to :meth:`latency`, unless that is bounded by
+        :attr:`full`.
         """
         return self._per_second * self._model.seconds(counts) + self._per_element * self._model.elements(
             counts
@@ -209,7 +218,7 @@ class LatencyTable:
             stored = {_key(one["shape"]): _read_times(one) for one in content["layers"]}
             if len({times[2].shape for times in stored.values()}) != 1:
                 raise ValueError("layers with different numbers of widths")
-        except (KeyError, TypeError, ValueError) as fault:
+        except (AttributeError, KeyError, TypeError, ValueError) as fault:
             raise PruningError(
                 f"`cache` should be an undamaged latency table of format {FORMAT}. Received '{path}' "
                 f"({type(fault).__name__}: {fault}). Delete it and measure again."
@@ -250,41 +259,48 @@ def _key(shape: Mapping[str, Any]) -> str:
     return json.dumps(shape, sort_keys=True)
 
 
-def _anchor_counts(network: PrunableNetwork, ratio: float) -> NDArray[np.int64]:
-    """Kept counts ``(groups,)`` at one keep ratio everywhere."""
-    return np.maximum(1, np.round(ratio * network.graph.sizes)).astype(np.int64)
+def _anchors(network: PrunableNetwork) -> dict[str, NDArray[np.int64]]:
+    """Kept counts ``(groups,)`` of the networks to measure, by name; always the same for one network."""
+    rng = np.random.default_rng(0)
+    sizes = network.graph.sizes
+    counts = {"unpruned": sizes}
+    for name, (lowest, highest) in _ANCHORS.items():
+        ratios = rng.uniform(lowest, highest, len(sizes))
+        counts[name] = np.maximum(1, np.round(ratios * sizes)).astype(np.int64)
+    return counts
 
 
 def _anchor_models(network: PrunableNetwork) -> dict[str, nn.Module]:
     """The networks to measure, by name."""
     graph = network.graph
-    models = {}
-    for name, ratio in _ANCHORS.items():
-        counts = _anchor_counts(network, ratio)
-        models[name] = network.pruned(PruningPlan.from_scores(graph, counts, np.zeros(graph.units)))
-    return models
+    scores = np.zeros(graph.units)  # which channels stay does not matter
+    return {
+        name: network.pruned(PruningPlan.from_scores(graph, counts, scores))
+        for name, counts in _anchors(network).items()
+    }
 
 
 def _calibrate(network: PrunableNetwork, layers: LayerModel, measured: Mapping[str, float]) -> Calibration:
-    """Fit the three factors to the measured networks; the unpruned one is met exactly."""
+    """Fit the three factors to the measured networks."""
     sizes = network.graph.sizes
     seconds, elements = _positive(layers.seconds(sizes)), _positive(layers.elements(sizes))
     rows = [[_TRUST / seconds, 0.0, 0.0]]
-    for name, ratio in _ANCHORS.items():
-        counts = _anchor_counts(network, ratio)
+    for name, counts in _anchors(network).items():
         share = [layers.seconds(counts).sum() / seconds, layers.elements(counts).sum() / elements, 1.0]
         rows.append([one / measured[name] for one in share])  # relative errors: small networks count as much
-    factors, _ = nnls(np.array(rows), np.array([_TRUST, *[1.0] * len(_ANCHORS)]))
-    factors *= measured["unpruned"] / factors.sum()
+    factors, _ = nnls(np.array(rows), np.array([_TRUST, *[1.0] * (len(rows) - 1)]))
+    # met exactly: from below here, from above by the bound in `latency`
+    factors *= max(1.0, measured["unpruned"] / factors.sum())
     return Calibration(float(factors[0]), float(factors[1]), float(factors[2]), dict(measured))
 
 
 def _read_calibration(content: Mapping[str, Any]) -> Calibration:
     """Read a stored calibration; ValueError or TypeError if it is none."""
     numbers = [float(content[name]) for name in ("layers", "elements", "fixed")]
-    if not all(np.isfinite(number) and number >= 0 for number in numbers) or not sum(numbers):
+    measured = {str(name): float(value) for name, value in content["measured"].items()}
+    if not all(0 <= number < np.inf for number in numbers) or not 0 < measured["unpruned"] < np.inf:
         raise ValueError(f"calibration {numbers}")
-    return Calibration(numbers[0], numbers[1], numbers[2], dict(content["measured"]))
+    return Calibration(numbers[0], numbers[1], numbers[2], measured)
 
 
 def _read_times(content: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], Floats]:

@@ -189,9 +189,10 @@ def layer_grid(shape: LayerShape, points: int) -> list[tuple[int, int]]:
 
 
 def _spaced(full: int, step: int, points: int) -> list[int]:
-    """Evenly spaced multiples of ``step`` up to ``full``."""
-    even = np.round(np.linspace(0, full // step, points)).astype(np.int64)
-    widths: list[int] = (step * np.unique(np.maximum(even, 1))).tolist()
+    """About evenly spaced multiples of ``step`` up to ``full``."""
+    multiples = np.round(np.linspace(0, full // step, points)).astype(np.int64)
+    multiples[1:-1] -= 1  # off the round widths that kernels are made for and plans rarely have
+    widths: list[int] = (step * np.unique(np.maximum(multiples, 1))).tolist()
     return widths
 
 
@@ -279,10 +280,10 @@ class LayerModel:
         return self._elements * self._costs.widths(counts)[1]
 
     def _locate(self, grid: Floats, widths: Floats) -> tuple[NDArray[np.int64], Floats]:
-        """Where widths ``(rows,)`` lie on ``grid (rows, points)``: the point at or below, and the way to the
-        next.
+        """Where widths ``(rows,)`` lie on ``grid (rows, points)``.
 
-        The way goes from 0 to 1.
+        Returns:
+            The point at or below each width, and the way from there to the next point, 0 to 1.
         """
         index = np.clip((grid <= widths[:, None]).sum(axis=1) - 1, 0, grid.shape[1] - 2)
         lower = grid[self._rows, index]

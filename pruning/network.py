@@ -30,8 +30,8 @@ class PrunableNetwork:
         example_inputs: a tensor with a batch dimension, or a tuple of inputs for ``model(*inputs)``.
         name: how the network is called in tables and run folders.
         keep: regular expressions; groups made by a layer whose path matches one in full are not pruned.
-        check: prune a random half of every group once and compare with the masked twin; groups whose pruning does not
-            survive (a size hard-coded in ``forward``) are frozen with the reason.
+        check: prune a random half of every group once and compare with the masked twin; groups whose pruning
+            does not survive (a size hard-coded in ``forward``) are frozen with the reason.
 
     Raises:
         UnsupportedLayerError: the network has no channel group that can be pruned.
@@ -56,10 +56,12 @@ class PrunableNetwork:
         except PruningError:
             raise
         except Exception as fault:
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves(self.example_inputs) if isinstance(leaf, Tensor)]
+            shapes = [
+                tuple(leaf.shape) for leaf in tree_leaves(self.example_inputs) if isinstance(leaf, Tensor)
+            ]
             raise PruningError(
-                f"`network` should run on its example input. Received {name} on inputs of shape {shapes}, which raised "
-                f"{type(fault).__name__}: {fault}. Give the shape that the network takes."
+                f"`network` should run on its example input. Received {name} on inputs of shape {shapes}, "
+                f"which raised {type(fault).__name__}: {fault}. Give the shape that the network takes."
             ) from fault
         self.graph = build_graph(self._trace, self.keep)
         if check and self.graph.groups:
@@ -67,8 +69,9 @@ class PrunableNetwork:
         if not self.graph.groups:
             reasons = "; ".join(f"{group.name}: {group.frozen}" for group in self.graph.frozen[:3])
             raise UnsupportedLayerError(
-                f"`network` should have at least one channel group that can be pruned. Received {name}, where all "
-                f"{len(self.graph.frozen)} groups are frozen ({reasons}). `prunegym inspect` lists all reasons."
+                f"`network` should have at least one channel group that can be pruned. Received {name}, "
+                f"where all {len(self.graph.frozen)} groups are frozen ({reasons}). "
+                "`prunegym inspect` lists all reasons."
             )
         self.costs = CostModel(self.graph, model)
 
@@ -78,9 +81,12 @@ class PrunableNetwork:
         return self.costs.full
 
     def counts(self, plan: PruningPlan) -> NDArray[np.int64]:
-        """Channels kept in each group ``(groups,)``."""
-        kept = plan.counts()
-        return np.array([kept[group.name] for group in self.graph.groups], dtype=np.int64)
+        """Channels kept in each group ``(groups,)``.
+
+        Raises:
+            PruningError: the plan was made for another network.
+        """
+        return np.bincount(self.graph.group_of[plan.mask(self.graph)], minlength=len(self.graph.groups))
 
     def cost(self, plan: PruningPlan) -> Cost:
         """Exact cost of a plan, without building it."""
@@ -95,7 +101,9 @@ class PrunableNetwork:
         return masked_network(self.model, self.graph, plan.mask(self.graph))
 
     def check(self, plan: PruningPlan) -> float:
-        """Largest output difference between the pruned network and its masked twin, as a share of the largest output.
+        """Largest difference between the outputs of the pruned network and its masked twin.
+
+        It is a share of the largest output.
 
         Raises:
             Exception: whatever the pruned network raises when it does not run.
@@ -134,7 +142,8 @@ class PrunableNetwork:
                     found[group.name] = f"the network breaks when it is pruned: {failure}"
             if not found:  # only the combination fails: nothing can be trusted
                 found = {
-                    group.name: "pruning several groups together breaks the network" for group in self.graph.groups
+                    group.name: "pruning several groups together breaks the network"
+                    for group in self.graph.groups
                 }
             broken.update(found)
             self.graph = build_graph(self._trace, self.keep, broken)
@@ -143,7 +152,11 @@ class PrunableNetwork:
         try:
             difference = self._difference(mask)
         except Exception as fault:
-            return f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}" if str(fault) else type(fault).__name__
+            return (
+                f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}"
+                if str(fault)
+                else type(fault).__name__
+            )
         if not difference <= CHECK_TOLERANCE:
             return f"outputs differ from the masked network by {difference:.2g} of their size"
         return None

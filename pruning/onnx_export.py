@@ -175,10 +175,16 @@ def _single_layer(layer: nn.Module, data: Tensor) -> bytes:
         kind = "Gemm"
         attributes = {"transB": 1}
     else:
-        constants = {"weight": layer.weight.t()}
+        constants["weight"] = layer.weight.t()
     values = {name: tensor.detach().numpy() for name, tensor in constants.items()}
+    nodes = [helper.make_node(kind, ["x", *values], ["y"], **attributes)]
+    if kind == "MatMul" and "bias" in values:
+        nodes = [
+            helper.make_node(kind, ["x", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "bias"], ["y"]),
+        ]
     graph = helper.make_graph(
-        [helper.make_node(kind, ["x", *values], ["y"], **attributes)],
+        nodes,
         "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(data.shape))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],

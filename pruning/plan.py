@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.files import replacing
 from prunegym.pruning.graph import ChannelGraph
 
 FORMAT = 1
@@ -21,7 +22,8 @@ FORMAT = 1
 class PruningPlan:
     """Kept channel indices of every prunable group of one network.
 
-    Indices are positions within the group, ``0 <= i < size``, sorted and unique. Plans compare and hash by content.
+    Indices are positions within the group, ``0 <= i < size``, sorted and unique. Plans compare and hash by
+    content.
     """
 
     kept: tuple[tuple[str, tuple[int, ...]], ...]
@@ -68,15 +70,17 @@ class PruningPlan:
             odd = sorted(kept.keys() ^ expected)
             raise PruningError(
                 f"`plan` should name exactly the network's {len(expected)} prunable groups. "
-                f"Differing: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}. Make the plan on this network."
+                f"Differing: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}. "
+                "Make the plan on this network."
             )
         mask = np.zeros(graph.units, dtype=np.bool_)
         for group in graph.groups:
             indices = np.asarray(kept[group.name], dtype=np.int64)
             if len(indices) == 0 or indices.min() < 0 or indices.max() >= group.size:
                 raise PruningError(
-                    f"`plan` should keep between 1 and {group.size} channels of group {group.name}, with indices "
-                    f"below {group.size}. Received {len(indices)} indices. Make the plan on this network."
+                    f"`plan` should keep between 1 and {group.size} channels of group {group.name}, with "
+                    f"indices below {group.size}. Received {len(indices)} indices. "
+                    "Make the plan on this network."
                 )
             mask[group.start + indices] = True
         return mask
@@ -101,12 +105,23 @@ class PruningPlan:
                 f"`plan` should be a plan of format {FORMAT}. Received format {content.get('format')!r}. "
                 "Write it with this version of prunegym."
             )
+        for name, indices in content["kept"].items():
+            if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+                raise PruningError(
+                    f"`plan` should list the kept channel numbers of group {name}. Received {str(indices)[:60]}. "
+                    "Write it with this version of prunegym."
+                )
         kept: Mapping[str, list[int]] = content["kept"]
-        return cls(tuple((name, tuple(sorted({int(index) for index in indices}))) for name, indices in kept.items()))
+        return cls(tuple((name, tuple(sorted(set(indices)))) for name, indices in kept.items()))
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON."""
-        path.write_text(json.dumps(self.to_json()) + "\n")
+        """Write the plan as JSON.
+
+        Raises:
+            PruningError: the file cannot be written.
+        """
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
@@ -118,7 +133,11 @@ class PruningPlan:
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as fault:
-            raise PruningError(f"`plan` should be a readable JSON file. Received {path} ({fault}).") from fault
+            raise PruningError(
+                f"`plan` should be a readable JSON file. Received {path} ({fault})."
+            ) from fault
         if not isinstance(content, dict):
-            raise PruningError(f"`plan` should be a JSON object. Received a {type(content).__name__} in {path}.")
+            raise PruningError(
+                f"`plan` should be a JSON object. Received a {type(content).__name__} in {path}."
+            )
         return cls.from_json(content)

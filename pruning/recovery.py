@@ -1,14 +1,16 @@
 """Recovery: what follows pruning without full training.
 
-Compensation folds removed input channels into kept ones; batch normalisation recalibration measures the new running
-statistics; a few optimiser steps are the third, optional part.
+Compensation folds removed input channels into kept ones; batch normalisation recalibration measures the new
+running statistics; a few optimiser steps are the third, optional part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
+from itertools import islice
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +28,21 @@ RIDGE = 1e-3
 
 
 def compensated_tensors(
-    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], statistics: Statistics, ridge: float = RIDGE
+    model: nn.Module,
+    graph: ChannelGraph,
+    mask: NDArray[np.bool_],
+    statistics: Statistics,
+    ridge: float = RIDGE,
 ) -> dict[str, Tensor]:
     r"""Weights and biases of the layers that lose input channels, at full output width.
 
-    Each removed input channel is replaced by its least-squares estimate from the kept ones. With ``S`` the covariance
-    of the input channels, ``k`` kept and ``r`` removed,
+    Each removed input channel is replaced by its least-squares estimate from the kept ones. With ``S`` the
+    covariance of the input channels, ``k`` kept and ``r`` removed,
 
     .. math:: W'_k = W_k + W_r S_{rk} (S_{kk} + \lambda I)^{-1}
 
-    for every kernel position, and the shift of the mean goes into the bias where there is one. Only covariances of
-    the unpruned network are needed, so the cost is one small linear solve per layer.
+    for every kernel position, and the shift of the mean goes into the bias where there is one. Only
+    covariances of the unpruned network are needed, so the cost is one small linear solve per layer.
 
     Args:
         model: the unpruned network.
@@ -58,7 +64,7 @@ def compensated_tensors(
         kept, gone = torch.from_numpy(np.flatnonzero(keep)), torch.from_numpy(np.flatnonzero(~keep))
         covariance = moments.covariance
         mixing = _estimate(covariance, kept, gone, ridge)
-        weight = module.weight.detach().movedim(operation.reads, 0)  # type: ignore[union-attr]
+        weight = module.weight.detach().movedim(operation.reads, 0)
         flat = weight.reshape(weight.shape[0], -1)  # (C_in, everything else)
         lost = flat[gone]
         folded = (flat[kept] + mixing @ lost).reshape(len(kept), *weight.shape[1:])
@@ -67,6 +73,8 @@ def compensated_tensors(
         if operation.bias is not None and isinstance(bias, Tensor):
             shift = moments.mean[gone] - mixing.T @ moments.mean[kept]
             summed = lost.reshape(len(gone), *weight.shape[1:]).flatten(2).sum(2) if weight.ndim > 2 else lost
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                summed = summed / prod(module.stride)  # its taps are shared out among that many outputs
             result[operation.bias] = bias.detach() + shift @ summed
     return result
 
@@ -79,33 +87,55 @@ def _estimate(covariance: Tensor, kept: Tensor, gone: Tensor, ridge: float) -> T
     factor, failed = torch.linalg.cholesky_ex(block)
     cross = covariance[kept][:, gone]
     if int(failed):
-        return torch.linalg.lstsq(block, cross).solution
+        solution: Tensor = torch.linalg.lstsq(block, cross).solution
+        return solution
     return torch.cholesky_solve(cross, factor)
 
 
 @contextmanager
 def recalibrating(model: nn.Module) -> Iterator[bool]:
-    """Batch normalisation layers measure cumulative averages of what runs through them; all else stays in eval mode.
+    """Batch normalisation layers average what runs through them, each value once; all else is in eval mode.
 
     Yields:
-        True if the network has such layers. Their momentum is restored at the end: left at None, the running
-        statistics of a later fine-tuning would be an average over the whole run.
+        True if the network has such layers. Their momentum is restored at the end: left as it is here, the
+        running statistics of a later fine-tuning would be an average over the whole run.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    layers = [
+        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
     states = [(layer, layer.momentum) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
+    handles = []
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None
         layer.train()
+        handles.append(layer.register_forward_pre_hook(_Average()))
     try:
         yield bool(layers)
     finally:
+        for handle in handles:
+            handle.remove()
         for layer, momentum in states:
             layer.momentum = momentum
         for module, mode in modes:
             module.training = mode
+
+
+class _Average:
+    """Sets a layer's momentum so that a small last batch counts no more than its share."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].ndim < 2:
+            return  # the layer will say that this is no batch
+        count = args[0].numel() // args[0].shape[1]
+        layer.training = count > 1  # a single value has no variance: PyTorch refuses it
+        if layer.training:
+            self.seen += count
+            setattr(layer, "momentum", count / self.seen)  # noqa: B010 (a module's attributes are tensors)
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> None:
@@ -113,7 +143,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> None:
 
     Args:
         model: the pruned network.
-        batches: inputs of calibration batches; cumulative averages weigh batches equally.
+        batches: inputs of calibration batches.
     """
     if not any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules()):
         return
@@ -140,13 +170,18 @@ def train_steps(
         model: the pruned network.
         task: gives training batches and the loss.
         steps: optimiser steps; the learning rate falls linearly to 0 over them.
-        seed: the same seed gives every plan the same batches, so that plans are compared on equal terms.
+        learning_rate: of the first step.
+        batch_size: examples per step.
+        momentum: Nesterov momentum.
+        weight_decay: share of each weight taken off per unit of learning rate.
+        seed: of batches and dropout, the same for every plan, so that plans are compared on equal terms.
+        device: where to run.
 
     Returns:
         The last loss.
 
     Raises:
-        PruningError: the loss became NaN or infinite.
+        PruningError: the loss became NaN or infinite, or there are no training batches.
     """
     if steps <= 0:
         return float("nan")
@@ -156,26 +191,42 @@ def train_steps(
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, total_iters=steps)
     modes = [(module, module.training) for module in model.modules()]
     model.train()
-    value, done = float("nan"), 0
-    generator = torch.Generator().manual_seed(seed)
-    while done < steps:
-        for inputs, targets in task.batches(
-            "train", batch_size=batch_size, train=True, generator=generator, device=device
-        ):
+    value = float("nan")
+    # dropout draws from the global generator: seeded here, and left as it was
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        batches = _training_batches(task, batch_size, seed, device)
+        for step, (inputs, targets) in enumerate(islice(batches, steps)):
             loss = task.loss(forward(model, inputs), targets)
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise PruningError(
-                    f"`learning_rate` should keep the loss finite. Received {learning_rate}, and the loss became {value} "
-                    f"at recovery step {done}. Lower it."
+                    f"`learning_rate` should keep the loss finite. Received {learning_rate}, and the loss "
+                    f"became {value} at recovery step {step}. Lower it."
                 )
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
-            done += 1
-            if done >= steps:
-                break
     for module, mode in modes:
         module.training = mode
     return value
+
+
+def _training_batches(
+    task: Task, batch_size: int, seed: int, device: torch.device | str
+) -> Iterator[tuple[Inputs, Any]]:
+    """Training batches without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        empty = True
+        for batch in task.batches(
+            "train", batch_size=batch_size, train=True, generator=generator, device=device
+        ):
+            empty = False
+            yield batch
+        if empty:
+            raise PruningError(
+                "`task` should give batches of the train split for recovery steps. Received none of "
+                f"{batch_size} examples. Give it more training data, or set recovery_steps=0."
+            )

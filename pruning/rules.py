@@ -1,7 +1,7 @@
 """How each ATen operation carries channel labels from its inputs to its outputs.
 
-A rule takes the tracer and the call. Rules never look at values, only at shapes and arguments, and where they are not
-sure they freeze. To support a new operation, write a rule and name it in ``RULES``.
+A rule takes the tracer and the call. Rules never look at values, only at shapes and arguments, and where they
+are not sure they freeze. To support a new operation, write a rule and name it in ``RULES``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _pass_on(tracer: Tracer, call: Call, fields: list[Field], source: TensorReco
     tracer.set(call.output, TensorRecord(fields, source.origin, source.parameter))
 
 
-# ---- element-wise -----------------------------------------------------------------------------------------------
+# ---- element-wise ------------------------------------------------------------------------------------------
 
 
 def pointwise(tracer: Tracer, call: Call) -> None:
@@ -64,7 +64,7 @@ def pointwise(tracer: Tracer, call: Call) -> None:
 
 
 def _met(tracer: Tracer, tensors: list[Tensor], call: Call) -> list[Field]:
-    """Unite the fields of tensors that are combined element by element, and freeze those that meet no label."""
+    """Unite the fields of tensors that are combined element by element; freeze those that meet no label."""
     ndim = call.output.ndim
     merged: list[Field] = []
     for tensor in tensors:
@@ -88,7 +88,7 @@ def _met(tracer: Tracer, tensors: list[Tensor], call: Call) -> list[Field]:
     return merged
 
 
-# ---- layers -----------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def _only(record: TensorRecord, dim: int) -> NDArray[np.int64] | None:
@@ -151,7 +151,11 @@ def convolution(tracer: Tracer, call: Call) -> None:
 
 
 def _feed(
-    tracer: Tracer, channels: NDArray[np.int64] | None, fan_in: NDArray[np.int64] | None, source: TensorRecord, at: str
+    tracer: Tracer,
+    channels: NDArray[np.int64] | None,
+    fan_in: NDArray[np.int64] | None,
+    source: TensorRecord,
+    at: str,
 ) -> None:
     """Tie a layer's input channels to the slices of its weight that read them."""
     if channels is not None and fan_in is not None:
@@ -192,7 +196,7 @@ def _unite_bias(tracer: Tracer, bias: Tensor | None, outputs: NDArray[np.int64])
 
 
 def matrix_product(tracer: Tracer, call: Call) -> None:
-    """``mm``, ``bmm`` and ``addmm``: rows of the first factor, columns of the second, their inner dimension united."""
+    """``mm``, ``bmm``, ``addmm``: rows of the first factor, columns of the second; inner ones united."""
     bias = call.args[0] if call.name in {"addmm", "baddbmm"} else None
     left, right = call.args[1:3] if bias is not None else call.args[:2]
     a, b = tracer.record(left), tracer.record(right)
@@ -304,7 +308,7 @@ def mixing_norm(tracer: Tracer, call: Call) -> None:
     _pass_on(tracer, call, source.fields, source)
 
 
-# ---- pooling and reductions -------------------------------------------------------------------------------------
+# ---- pooling and reductions --------------------------------------------------------------------------------
 
 
 def spatial(tracer: Tracer, call: Call) -> None:
@@ -322,7 +326,7 @@ def spatial(tracer: Tracer, call: Call) -> None:
 def reduction(tracer: Tracer, call: Call) -> None:
     """Mean, sum, maximum over dimensions that bear no channels."""
     data = call.args[0]
-    dims = call.arg(1, "dim")
+    dims = call.arg(2 if "norm" in call.name else 1, "dim")  # norms take their order first
     dims = range(data.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {dim % data.ndim for dim in dims} if data.ndim else set()
     source = tracer.record(data)
@@ -347,7 +351,7 @@ def softmax(tracer: Tracer, call: Call) -> None:
     _pass_on(tracer, call, source.fields, source)
 
 
-# ---- movement ---------------------------------------------------------------------------------------------------
+# ---- movement ----------------------------------------------------------------------------------------------
 
 
 def same(tracer: Tracer, call: Call) -> None:
@@ -395,20 +399,20 @@ def piece(tracer: Tracer, call: Call) -> None:
     position = {"split": 2, "split_with_sizes": 2}.get(call.name, 1)
     dim = int(call.arg(position, "dim", 0)) % data.ndim
     for index, part in enumerate(call.result if isinstance(call.result, list | tuple) else [call.result]):
-        fields = []
+        fields: list[Field] = []
         for one in source.fields:
             if dim in support(one) and part.shape != data.shape:
                 tracer.book.freeze(one, f"{_where(tracer, call)} takes part of the channels")
                 if part.ndim == data.ndim:
                     start = sum(other.shape[dim] for other in call.result[:index]) if index else 0
                     one = one.take(range(start, start + part.shape[dim]), axis=dim)
-            fields.append(one if part.ndim == data.ndim else one.take(0, axis=dim))
+            fields.append(one if part.ndim == data.ndim else np.asarray(one.take(0, axis=dim)))
         fields = [one for one in fields if support(one)]
         tracer.set(part, TensorRecord(fields, source.origin, source.parameter))
 
 
 def concatenate(tracer: Tracer, call: Call) -> None:
-    """Labels stand behind one another along the joined dimension; other dimensions meet element by element."""
+    """Labels stand one behind another along the joined dimension; others meet element by element."""
     parts = [part for part in call.args[0] if part.numel() or part.ndim > 1]
     dim = int(call.arg(1, "dim", 0)) % call.output.ndim
     joined: list[NDArray[np.int64]] = []
@@ -443,7 +447,7 @@ def concatenate(tracer: Tracer, call: Call) -> None:
 
 
 def pad(tracer: Tracer, call: Call) -> None:
-    """Zero padding. Padded channels are prunable only where the module says how many it adds (``channel_padding``)."""
+    """Zero padding; padded channels are prunable only where ``channel_padding`` says how many there are."""
     data, amounts = call.args[0], list(call.args[1])
     source = tracer.record(data)
     fields = []
@@ -491,11 +495,36 @@ _NORMS = (
 )
 _SPATIAL = (
     *("max_pool1d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d"),
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d"),
-    *("adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    *(
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+        "adaptive_avg_pool1d",
+    ),
+    *(
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+    ),
     *("_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d"),
 )
-_REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "linalg_vector_norm", "norm")
+_REDUCTIONS = (
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "var",
+    "std",
+    "var_mean",
+    "linalg_vector_norm",
+    "norm",
+)
 _SAME = (
     *("clone", "contiguous", "detach", "alias", "_to_copy", "to", "lift_fresh", "lift_fresh_copy"),
     *("dropout", "native_dropout", "zeros_like", "ones_like", "empty_like", "full_like"),
@@ -510,7 +539,16 @@ _ATTENTION = (
 _FACTORIES = ("arange", "zeros", "ones", "empty", "full", "scalar_tensor", "rand", "randn", "linspace", "eye")
 
 # element-wise, but not tagged so by PyTorch
-_POINTWISE = ("hardswish", "hardsigmoid", "mish", "log_sigmoid_forward", "rrelu", "prelu", "_prelu_kernel", "celu")
+_POINTWISE = (
+    "hardswish",
+    "hardsigmoid",
+    "mish",
+    "log_sigmoid_forward",
+    "rrelu",
+    "prelu",
+    "_prelu_kernel",
+    "celu",
+)
 
 RULES: dict[str, Rule] = {
     "convolution": convolution,

@@ -1,9 +1,10 @@
 """From a plan to a score: prune, recover, run. The search spends its time here.
 
-The forward passes are what must be paid; the rest is kept small. Statistics of the unpruned network are computed once
-and sliced, surgery copies Python objects but not the tensors it replaces, calibration and reward batches are prepared
-once, and scoring runs with batch normalisation folded into the convolutions, in channels-last layout and in bfloat16
-where the device computes that fast and the network agrees with itself in float32.
+The forward passes are what must be paid; the rest is kept small. Statistics of the unpruned network are
+computed once and sliced, surgery copies Python objects but not the tensors it replaces, calibration and
+reward batches are prepared once, and scoring runs with batch normalisation folded into the convolutions, in
+channels-last layout and in bfloat16 where the device computes that fast and the network agrees with itself in
+float32.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from prunegym.pruning.criteria import Context, Scores, unit_scores
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import compensated_tensors, recalibrating, train_steps
@@ -30,8 +32,11 @@ from prunegym.pruning.trace import evaluating
 CACHE_LIMIT = 1 << 30
 """Most bytes of prepared batches kept in memory; beyond that batches are prepared anew for each plan."""
 
-BFLOAT16_TOLERANCE = 0.05
-"""bfloat16 is used if it changes the unpruned network's outputs by no more than this share of their size."""
+QUICK_EXAMPLES = 128
+"""Calibration examples of the recalibration between rounds."""
+
+UNPRUNED = PruningPlan(())
+"""Stands for the unpruned network among the scored plans."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Score:
 class ScorerSettings:
     """How plans are turned into scores. The same for every searcher that is compared."""
 
-    criterion: str = "taylor_squared"
+    criterion: str = "taylor"
     """Which channels of a group are kept."""
     compensate: bool = True
     """Fold removed input channels into kept ones by least squares."""
@@ -70,7 +75,9 @@ class ScorerSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in {"auto", "float32", "bfloat16"}:
-            raise PruningError(f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}.")
+            raise PruningError(
+                f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}."
+            )
         for name in ("examples", "batch_size", "statistics_examples"):
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
@@ -106,8 +113,9 @@ class Scorer:
         )
         self.unit_scores = self.criterion_scores(self.settings.criterion)
         self._prepared: dict[tuple[str, int], list[tuple[Any, Any]]] = {}
-        self.half = self._half_precision_works()
-        self._cache: dict[tuple[PruningPlan, str], Score] = {}
+        self.form = self._choose_form()
+        """Layout and precision in which candidates run."""
+        self._cache: dict[tuple[PruningPlan, str, int], Score] = {}
         self.scored = 0
         """Plans run so far; cached ones do not count."""
 
@@ -115,49 +123,75 @@ class Scorer:
         """Scores of all units ``(units,)`` of the unpruned network by a criterion."""
         return unit_scores(criterion, Context(self.network.model, self.network.graph, self.statistics))
 
-    def score(self, plan: PruningPlan, *, split: str | None = None) -> Score:
-        """Prune by the plan, recover, and run on the settings' split (or another)."""
-        key = (plan, split or self.settings.split)
+    def score(self, plan: PruningPlan, *, split: str | None = None, examples: int | None = None) -> Score:
+        """Prune by the plan, recover, and run on the settings' split and examples (or others)."""
+        key = (plan, split or self.settings.split, examples or self.settings.examples)
         if key not in self._cache:
-            self._cache[key] = self._run(plan, key[1])
+            self._cache[key] = self.run(*key)
             self.scored += 1
         return self._cache[key]
 
-    def unpruned(self, split: str | None = None) -> Score:
+    def unpruned(self, *, split: str | None = None, examples: int | None = None) -> Score:
         """The unpruned network's score, in the same precision and on the same examples."""
-        name = f"unpruned:{split or self.settings.split}"
-        key = (PruningPlan(()), name)
+        key = (UNPRUNED, split or self.settings.split, examples or self.settings.examples)
         if key not in self._cache:
             model = copy.deepcopy(self.network.model)
-            self._prepare_layers(model)
-            self._cache[key] = self._measure(model, split or self.settings.split)
+            self.form.prepare_layers(model)
+            self._cache[key] = self._measure(model, *key[1:])
         return self._cache[key]
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """The smaller network right after surgery and compensation, in float32."""
         graph, model = self.network.graph, self.network.model
         mask = plan.mask(graph)
-        replaced = compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
+        replaced = (
+            compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
+        )
         return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced))
 
-    def recovered(self, plan: PruningPlan) -> nn.Module:
-        """The smaller network after all recovery of the settings, in float32."""
+    def recovered(self, plan: PruningPlan, *, quick: bool = False) -> nn.Module:
+        """The smaller network after recovery, in float32.
+
+        Args:
+            plan: channels to keep.
+            quick: for a look between rounds: fewer calibration examples and no optimiser steps.
+        """
         model = self.pruned(plan)
-        if self.settings.recovery_steps:
+        if self.settings.recovery_steps and not quick:
             self._recalibrate(model, half=False)
             self._train(model)
-        self._recalibrate(model, half=False)
+        self._recalibrate(model, half=False, examples=QUICK_EXAMPLES if quick else None)
         return model
 
-    def _run(self, plan: PruningPlan, split: str) -> Score:
+    def look(self, plan: PruningPlan, examples: int) -> Statistics:
+        """Statistics of the network that a plan leaves, for the next round of pruning."""
+        return collect_statistics(
+            self.recovered(plan, quick=True),
+            self.network.graph,
+            self.task,
+            mask=plan.mask(self.network.graph),
+            examples=examples,
+            covariances=False,
+            device=self.device,
+        )
+
+    def run(self, plan: PruningPlan, split: str | None = None, examples: int | None = None) -> Score:
+        """Prune, recover and score, whether or not the plan has been scored before."""
+        _, folded = self.candidate(plan)
+        return self._measure(folded, split or self.settings.split, examples or self.settings.examples)
+
+    def candidate(self, plan: PruningPlan) -> tuple[nn.Module, nn.Module]:
+        """The recovered network as it is recalibrated, and as it is scored: in the form chosen, then folded.
+
+        Both share what they can; the first is not usable once the second has been trained or changed.
+        """
         model = self.pruned(plan)
         if self.settings.recovery_steps:
             self._recalibrate(model, half=False)
             self._train(model)
-        weights = self._prepare_layers(model)
-        self._recalibrate(model, half=self.half)
-        self._fold(model, weights)
-        return self._measure(model, split)
+        weights = self.form.prepare_layers(model)
+        self._recalibrate(model, half=self.form.half)
+        return model, self.form.folded(model, weights)
 
     def _train(self, model: nn.Module) -> None:
         train_steps(
@@ -169,27 +203,27 @@ class Scorer:
             device=self.device,
         )
 
-    def _recalibrate(self, model: nn.Module, *, half: bool) -> None:
-        examples = self.settings.recalibration_examples
-        if examples == 0:
+    def _recalibrate(self, model: nn.Module, *, half: bool, examples: int | None = None) -> None:
+        if self.settings.recalibration_examples == 0:
             return
+        examples = min(examples or self.settings.recalibration_examples, self.settings.recalibration_examples)
         with recalibrating(model) as needed, torch.no_grad():
             if needed:
-                for inputs, _ in self._batches("calibration", examples):
-                    forward(model, inputs if half else tree_map(_to_float, inputs))
+                for inputs, _ in self.batches("calibration", examples):
+                    forward(model, inputs if half else tree_map(to_float, inputs))
 
-    def _measure(self, model: nn.Module, split: str) -> Score:
+    def _measure(self, model: nn.Module, split: str, examples: int) -> Score:
         total, losses, count = 0.0, 0.0, 0
         with evaluating(model), torch.inference_mode():
-            for inputs, targets in self._batches(split, self.settings.examples):
-                outputs = tree_map(_to_float, forward(model, inputs))
+            for inputs, targets in self.batches(split, examples):
+                outputs = tree_map(to_float, forward(model, inputs))
                 scores = self.task.score(outputs, targets)
                 total += float(scores.sum())
                 losses += float(self.task.loss(outputs, targets)) * len(scores)
                 count += len(scores)
         return Score(total / count, losses / count, count)
 
-    def _batches(self, split: str, examples: int) -> Iterable[tuple[Any, Any]]:
+    def batches(self, split: str, examples: int) -> Iterable[tuple[Any, Any]]:
         """Batches in the layout and precision of the scored networks, prepared once if they fit in memory."""
         key = (split, examples)
         if key in self._prepared:
@@ -200,8 +234,8 @@ class Scorer:
         ready: list[tuple[Any, Any]] = []
         size = 0
         for inputs, targets in source:
-            inputs = tree_map(self._prepare_input, inputs)
-            size += sum(part.nbytes for part in _tensors(inputs))
+            inputs = tree_map(self.form.prepare_input, inputs)
+            size += sum(part.nbytes for part in tensors_of(inputs))
             if size > CACHE_LIMIT:
                 return self._stream(split, examples)
             ready.append((inputs, targets))
@@ -212,88 +246,13 @@ class Scorer:
         for inputs, targets in self.task.batches(
             split, batch_size=self.settings.batch_size, limit=examples, device=self.device
         ):
-            yield tree_map(self._prepare_input, inputs), targets
+            yield tree_map(self.form.prepare_input, inputs), targets
 
-    def _prepare_input(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.to(torch.bfloat16 if self.half else torch.float32)
-            return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-        return value
-
-    def _prepare_layers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Give convolutions and linear layers their layout and precision; their float32 weights by module path."""
-        weights = {}
-        dtype = torch.bfloat16 if self.half else torch.float32
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                weights[name] = module.weight.detach()
-                _set_weight(module, module.weight.detach(), dtype)
-                if module.bias is not None:
-                    module.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-        return weights
-
-    def _fold(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Fold batch normalisation into the convolution before it, from float32 weights."""
-        modules = dict(model.named_modules())
-        for conv_name, norm_name in self.network.graph.folds:
-            conv, norm = modules.get(conv_name), modules.get(norm_name)
-            if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
-                continue
-            assert norm.running_mean is not None
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight.detach()
-            shift = -norm.running_mean * scale
-            if norm.bias is not None:
-                shift = shift + norm.bias.detach()
-            if conv.bias is not None:
-                shift = shift + conv.bias.detach().float() * scale
-            dtype = conv.weight.dtype
-            _set_weight(conv, weights[conv_name] * scale.view(-1, 1, 1, 1), dtype)
-            conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
-            parent, _, leaf = norm_name.rpartition(".")
-            setattr(modules[parent], leaf, nn.Identity())
-
-    def _half_precision_works(self) -> bool:
-        """Decide on bfloat16: asked for, or fast here and harmless to this network."""
-        wanted = self.settings.precision
-        if wanted == "float32" or (wanted == "auto" and not _has_fast_bfloat16(self.device)):
-            return False
+    def _choose_form(self) -> InferenceForm:
+        """bfloat16 if it was asked for, or is fast here, and leaves this network's outputs as they are."""
+        folds, wanted = self.network.graph.folds, self.settings.precision
+        if wanted == "float32" or (wanted == "auto" and not has_fast_bfloat16(self.device)):
+            return InferenceForm(folds, half=False)
         inputs, _ = next(iter(self.task.batches("calibration", batch_size=8, limit=8, device=self.device)))
-        try:
-            with evaluating(self.network.model), torch.no_grad():
-                exact = _tensors(forward(self.network.model, inputs))
-                self.half = True
-                model = copy.deepcopy(self.network.model)
-                self._fold(model, self._prepare_layers(model))
-                rough = _tensors(forward(model.eval(), tree_map(self._prepare_input, inputs)))
-        except RuntimeError:  # a layer without bfloat16 support, or float32 parameters outside layers
-            return False
-        return all(
-            float((a - b.float()).abs().max()) <= BFLOAT16_TOLERANCE * max(float(a.abs().max()), 1e-6)
-            for a, b in zip(exact, rough, strict=True)
-            if a.is_floating_point()
-        )
-
-
-def _set_weight(module: nn.Linear | nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> None:
-    weight = weight.to(dtype)
-    if weight.ndim == 4:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _to_float(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
-    return found
-
-
-def _has_fast_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+        form = InferenceForm(folds, half=True)
+        return form if form.agrees(self.network.model, inputs) else InferenceForm(folds, half=False)

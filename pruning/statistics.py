@@ -1,8 +1,8 @@
 """What calibration data show of a network: activations, covariances, and the loss each channel is worth.
 
-Everything is measured where channels are *read*: at the input of each layer that sums over channels. Removing a
-channel means removing exactly those reads, so the first-order change of the loss is the sum over readers of activation
-times gradient.
+Everything is measured where channels are *read*: at the input of each layer that sums over channels. Removing
+a channel means removing exactly those reads, so the first-order change of the loss is the sum over readers of
+activation times gradient.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.task import Task, forward
 from prunegym.pruning.trace import evaluating
+
+Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
 
 MAX_COVARIANCE = 4096
 """Layers with more input channels than this get no covariance (64 MiB in float32) and no compensation."""
@@ -83,24 +86,14 @@ def collect_statistics(
     losses = 0.0
     with evaluating(model), observer.attached(model), _without_weight_gradients(model), torch.enable_grad():
         for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
-            outputs = forward(model, _requiring_grad(inputs))
-            loss = task.loss(outputs, targets)
-            count = len(targets) if hasattr(targets, "__len__") else 1
+            count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+            loss = task.loss(forward(model, inputs), targets)
             observer.start_batch(count, device)
-            (loss * count).backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # else no reader ran: every change is 0
+                (loss * count).backward()
             observer.end_batch()
             losses += float(loss.detach()) * count
     return observer.statistics(losses)
-
-
-def _requiring_grad(inputs: Any) -> Any:
-    """The backward pass needs a leaf: the first floating-point input."""
-    parts = list(inputs) if isinstance(inputs, tuple) else [inputs]
-    for index, part in enumerate(parts):
-        if isinstance(part, Tensor) and part.is_floating_point():
-            parts[index] = part.detach().requires_grad_()
-            break
-    return tuple(parts) if isinstance(inputs, tuple) else parts[0]
 
 
 @contextmanager
@@ -116,10 +109,10 @@ def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(state)
 
 
-def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, nn.Module]]:
+def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, Reader]]:
     """Mixing layers that are modules of their own and read prunable channels, by weight name."""
     modules = dict(model.named_modules())
-    readers = {}
+    readers: dict[str, tuple[Operation, Reader]] = {}
     for operation in graph.operations:
         module = modules.get(operation.module)
         if (
@@ -161,19 +154,19 @@ class _Observer:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            data = args[0]
-            rows = channel_rows(module, data.detach())
-            self._accumulate(name, rows)
-            if not data.requires_grad:
-                return args
-            # an alias of its own, so that the gradient is the one that comes back through this reader alone
-            alias = data.view_as(data)
-            alias.register_hook(lambda gradient: self._add_change(name, module, data.detach(), gradient))
+            data = args[0].detach()
+            self._accumulate(name, channel_rows(module, data), len(data))
+            # an alias of its own, so that the gradient is the one that comes back through this reader alone;
+            # where nothing behind it is differentiated (the first readers), the graph starts here
+            source = args[0] if args[0].requires_grad else data.detach().requires_grad_()
+            alias = source.view_as(source)
+            alias.register_hook(lambda gradient: self._add_change(name, module, data, gradient))
             return (alias, *args[1:])
 
         return observe
 
-    def _accumulate(self, name: str, rows: Tensor) -> None:
+    def _accumulate(self, name: str, rows: Tensor, examples: int) -> None:
+        """Add a layer's input ``(channels, positions)``; batches weigh as many as their examples."""
         channels, count = rows.shape
         total = rows.sum(1, dtype=torch.float64)
         product = (rows @ rows.T).double() if self.covariances and channels <= MAX_COVARIANCE else None
@@ -189,7 +182,7 @@ class _Observer:
             (self._zeros, (rows == 0).float().mean(1)),
             (self._reads, torch.ones(channels)),
         ):
-            store.index_add_(0, units.cpu(), values.cpu().float())
+            store.index_add_(0, units.cpu(), values.cpu().float(), alpha=examples)
 
     def _add_change(self, name: str, module: nn.Module, data: Tensor, gradient: Tensor) -> None:
         product = data * gradient
@@ -197,7 +190,9 @@ class _Observer:
             change = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
         else:
             change = product.flatten(2).sum(2)
-        if len(change) == len(self._changes):  # else the batch dimension was folded away (windows, crops)
+        if len(change) % len(self._changes) == 0:
+            # several rows per example (windows, frames) stand one behind another; sum them
+            change = change.reshape(len(self._changes), -1, change.shape[1]).sum(1)
             self._changes.index_add_(1, self._units[name].to(change.device), change.float())
 
     def start_batch(self, count: int, device: torch.device | str) -> None:

@@ -17,9 +17,7 @@ def kept_indices(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[tuple[str
     """Indices that stay, for each tensor dimension that shrinks under ``mask (units,)``."""
     padded = np.append(mask, True)  # unit -1 is always kept
     return {
-        axis: np.flatnonzero(padded[units])
-        for axis, units in graph.axes.items()
-        if not padded[units].all()
+        axis: np.flatnonzero(padded[units]) for axis, units in graph.axes.items() if not padded[units].all()
     }
 
 
@@ -35,8 +33,8 @@ def sliced_tensors(
         model: the unpruned network.
         graph: its channel graph.
         mask: units kept ``(units,)``.
-        replacements: tensors to cut instead of the network's own, such as compensated weights; a dimension that has
-            been cut already is left alone.
+        replacements: tensors to cut instead of the network's own, such as compensated weights; a dimension
+            that has been cut already is left alone.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     result: dict[str, Tensor] = dict(replacements or {})
@@ -47,7 +45,9 @@ def sliced_tensors(
     return result
 
 
-def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tensors: Mapping[str, Tensor]) -> nn.Module:
+def rebuilt(
+    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """A copy of the network with ``tensors`` in place of its own and every size attribute put right.
 
     Args:
@@ -69,10 +69,10 @@ def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tens
         module = modules.get(operation.module)
         if operation.groups > 1 and operation.weight is not None and hasattr(module, "groups"):
             per_group = operation.outputs.reshape(operation.groups, -1)[:, 0]
-            module.groups = int(padded[per_group].sum())
+            setattr(module, "groups", int(padded[per_group].sum()))  # noqa: B010 (typed as a tensor)
     for padding in graph.paddings:
         amounts = (int(padded[padding.before].sum()), int(padded[padding.after].sum()))
-        modules[padding.module].channel_padding = amounts  # type: ignore[assignment]
+        setattr(modules[padding.module], "channel_padding", amounts)  # noqa: B010
     for module in modules.values():
         refresh_sizes(module)
     return smaller
@@ -101,8 +101,8 @@ def prune_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]
 def masked_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> nn.Module:
     """The network at full size with every use of a removed channel set to zero.
 
-    Only the weights that *read* a removed channel are zeroed, so this computes by other means what the smaller network
-    must compute: the check of surgery.
+    Only the weights that *read* a removed channel are zeroed, so this computes by other means what the
+    smaller network must compute: the check of surgery.
     """
     twin = copy.deepcopy(model)
     tensors = dict(twin.named_parameters())

@@ -1,9 +1,9 @@
 """One observed forward pass: operations, channel labels, and what could not be followed.
 
-The network runs once on an example input under a ``TorchDispatchMode``. Every ATen operation is seen with the real
-tensors; a rule (``rules.py``) says how the labels of its inputs become those of its outputs. Parameters and buffers
-are recognised by identity, so each label knows the slices of the tensors that carry it. An operation without a rule
-freezes the labels that enter it; it never stops the trace.
+The network runs once on an example input under a ``TorchDispatchMode``. Every ATen operation is seen with the
+real tensors; a rule (``rules.py``) says how the labels of its inputs become those of its outputs. Parameters
+and buffers are recognised by identity, so each label knows the slices of the tensors that carry it. An
+operation without a rule freezes the labels that enter it; it never stops the trace.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class TensorRecord:
 class TracedOperation:
     """A convolution, linear layer or matrix product seen in the forward pass.
 
-    Its cost for one example is ``repeats * outputs * fan_in`` multiply-accumulates, where ``fan_in`` is the number of
-    input labels (times the kernel, inside ``repeats``), or a constant for grouped convolutions.
+    Its cost for one example is ``repeats * outputs * fan_in`` multiply-accumulates, where ``fan_in`` is the
+    number of input labels (times the kernel, inside ``repeats``), or a constant for grouped convolutions.
     """
 
     module: str
@@ -67,7 +67,7 @@ class TracedOperation:
 
 @dataclass
 class ChannelPadding:
-    """Zero channels that a module adds, through its public attribute ``channel_padding = (before, after)``."""
+    """Zero channels that a module adds; its public attribute ``channel_padding`` is ``(before, after)``."""
 
     module: str
     before: NDArray[np.int64]
@@ -96,7 +96,7 @@ class Tracer(TorchDispatchMode):
     """Carries labels through every operation of one forward pass."""
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         from prunegym.pruning.rules import rule_for  # the rules need the classes above
 
         self._rule_for: Callable[[Any], Callable[[Tracer, Call], None] | None] = rule_for
@@ -112,6 +112,7 @@ class Tracer(TorchDispatchMode):
         self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._reads: dict[int, int] = defaultdict(int)
         self._normalised: list[tuple[int, str]] = []
+        self._norm_runs: Counter[str] = Counter()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self._names[tensor] = name
 
@@ -146,8 +147,15 @@ class Tracer(TorchDispatchMode):
         """``output`` is what an operation (by number) made."""
         self._outputs[output] = operation
 
+    def note_read(self, tensor: Tensor) -> None:
+        """Something reads ``tensor``."""
+        operation = self._outputs.get(tensor)
+        if operation is not None:
+            self._reads[operation] += 1
+
     def note_normalisation(self, data: Tensor) -> None:
         """The running module normalises ``data``."""
+        self._norm_runs[self.module] += 1
         operation = self._outputs.get(data)
         if operation is not None:
             self._normalised.append((operation, self.module))
@@ -155,26 +163,28 @@ class Tracer(TorchDispatchMode):
     def folds(self) -> list[tuple[str, str]]:
         """Convolutions read by one batch normalisation and nothing else, both used once."""
         runs = Counter(one.module for one in self.operations)
-        norms = Counter(norm for _, norm in self._normalised)
-        return [
-            (self.operations[index].module, norm)
-            for index, norm in self._normalised
-            if self._reads[index] == 1 and runs[self.operations[index].module] == 1 and norms[norm] == 1
-        ]
+        pairs = []
+        for index, norm in self._normalised:
+            one = self.operations[index]
+            own = one.weight == f"{one.module}.weight"  # else computed in forward, such as a standardised one
+            if own and self._reads[index] == 1 and runs[one.module] == 1 and self._norm_runs[norm] == 1:
+                pairs.append((one.module, norm))
+        return pairs
 
     def freeze(self, fields: list[Field], reason: str) -> None:
         """Freeze every label of some fields."""
         for one in fields:
             self.book.freeze(one, reason)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Run the operation, then let its rule carry the labels over."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         call = Call(func, args, kwargs, result)
         for tensor in call.tensors:
-            if (made_by := self._outputs.get(tensor)) is not None:
-                self._reads[made_by] += 1
+            self.note_read(tensor)
         rule = self._rule_for(func)
         if rule is None:
             self.unknown.setdefault(call.name, self.module)
@@ -247,11 +257,20 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     tracer.freeze(tracer.record(leaf).fields, "network output")
+                    tracer.note_read(leaf)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     roots, reasons, produced = tracer.book.resolve()
     return Trace(
-        roots, reasons, produced, tracer.tensors, tracer.operations, tracer.paddings, tracer.batch_size, tracer.unknown, tracer.folds()
+        roots,
+        reasons,
+        produced,
+        tracer.tensors,
+        tracer.operations,
+        tracer.paddings,
+        tracer.batch_size,
+        tracer.unknown,
+        tracer.folds(),
     )
 
 

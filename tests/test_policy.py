@@ -18,7 +18,7 @@ from prunegym.envs.observation import GROUP_DATA_COLUMNS, NODE_DATA_COLUMNS, Pad
 from prunegym.pruning.errors import PruningError
 
 REAL, GROUPS = 3, 5
-PADDING = Padding(groups=GROUPS, edges=12, bins=4)
+PADDING = Padding(groups=GROUPS, edges=60, bins=4)
 SMALL: dict[str, Any] = {"width": 16, "heads": 2, "gat_layers": 1, "transformer_layers": 1}
 Arrays = dict[str, NDArray[Any]]
 
@@ -128,11 +128,11 @@ def test_samples_have_the_shared_deviation_and_leave_padding_alone() -> None:
 
 
 def test_gradients_pass_through_padding_that_is_not_a_number() -> None:
-    """A product with a mask would make NaN of 0 times NaN."""
+    """Zero times NaN is NaN, also on the way back."""
     mean = torch.zeros(1, 2, requires_grad=True)
     distribution = MaskedGaussian(mean, torch.tensor(0.0), torch.tensor([[True, False]]))
 
-    distribution.log_prob(torch.tensor([[0.5, 1e30]])).sum().backward()
+    distribution.log_prob(torch.tensor([[0.5, math.nan]])).sum().backward()
 
     assert mean.grad is not None
     assert mean.grad.tolist() == [[0.5, 0.0]]
@@ -271,7 +271,7 @@ def test_only_random_features_hide_the_structure_of_nodes(features: str, sees: b
 def test_random_features_do_not_depend_on_padding() -> None:
     """A group keeps its noise in a larger observation."""
     policy = make_policy(trained=True, features="random")
-    small = observe(0, Padding(groups=3, edges=12, bins=4))
+    small = observe(0, Padding(groups=3, edges=60, bins=4))
     large = observe(0)
     for name, value in small.items():
         large[name][tuple(slice(size) for size in value.shape)] = value
@@ -281,26 +281,22 @@ def test_random_features_do_not_depend_on_padding() -> None:
 
 def test_ppo_learns_the_toy_task() -> None:
     """The mean moves from the prior to where the reward is."""
-    ppo = make_ppo(learning_rate=2e-2, n_epochs=8)
+    ppo = make_ppo(learning_rate=1e-3, n_epochs=10)
 
     ppo.learn(512)
 
     seen = ShiftedPrior().seen
     learned = (ppo.policy.act(seen) - seen["prior"])[:REAL]
-    assert learned.tolist() == pytest.approx([ShiftedPrior.shift] * REAL, abs=0.12)
+    assert learned.tolist() == pytest.approx([ShiftedPrior.shift] * REAL, abs=0.1)
 
 
 def test_ppo_trains_every_parameter_and_repeats_itself() -> None:
     """Two runs with one seed give the same weights; nothing is left at its start."""
-    first, second, untrained = make_ppo(), make_ppo(), make_ppo()
-    first.learn(128)
-    second.learn(128)
+    weights, again = (make_ppo().learn(128).policy.state_dict() for _ in range(2))
+    untrained = make_ppo().policy.state_dict()
+    same = [name for name, value in untrained.items() if torch.equal(value, weights[name])]
 
-    weights, again = first.policy.state_dict(), second.policy.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
-    same = [
-        name for name, value in untrained.policy.state_dict().items() if torch.equal(value, weights[name])
-    ]
     assert same == []
 
 

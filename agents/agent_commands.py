@@ -1,0 +1,163 @@
+"""The commands about policies: train, evaluate, transfer. They return results and print nothing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from prunegym.agents.config import EvaluateConfig, TrainConfig, TransferConfig
+from prunegym.agents.evaluate import EvaluationSettings, evaluate, measure_unpruned, plan_row
+from prunegym.agents.policy_file import load_policy
+from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
+from prunegym.agents.setup import build_model, build_problems, build_prunable, build_task, seed_everything
+from prunegym.agents.tables import format_table
+from prunegym.agents.train import TrainResult, train
+from prunegym.agents.transfer import transfer
+from prunegym.envs.rewards import PROFILES
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.files import plain
+
+#: Columns of a table of plans, in order.
+PLAN_COLUMNS = (
+    "network",
+    "budget",
+    "searcher",
+    "cost",
+    "macs",
+    "parameters",
+    "reward_score",
+    "selection_score",
+    "test_score",
+    "evaluations",
+    "seconds",
+)
+
+
+def run_train(config: TrainConfig, reporter: Reporter) -> Result:
+    """Train a pruning policy."""
+    seed_everything(config.seed)
+    launch = Launch(config, reporter, config.network, "ppo", joined(config.budgets))
+    content = launch.finished()
+    if content is None:
+        if config.policy is not None:
+            load_policy(config.policy)  # refused before anything is computed
+        problems = _problems(config, reporter)
+        run = launch.open()
+        save_splits(problems, run)
+        trained = train(problems, config, run, progress=reporter.progress)
+        rows = _rows_beside_baselines(problems, trained, run)
+        content = {
+            "folder": str(run.folder),
+            "policy": str(trained.policy),
+            "evaluations": trained.evaluations,
+            "seconds": trained.seconds,
+            "rows": plain(rows),
+        }
+        run.write_json(RESULT, content)
+    table = format_table(content["rows"], PLAN_COLUMNS)
+    return Result(content, f"{table}\nuse it with --policy {content['policy']}")
+
+
+def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
+    """Compare searchers, or measure the unpruned networks."""
+    seed_everything(config.seed)
+    budget, searcher = joined(config.budgets), "+".join(config.searchers)
+    if config.measures_unpruned:
+        budget, searcher = "none", "unpruned"
+    launch = Launch(config, reporter, config.network, searcher, budget)
+    content = launch.finished()
+    if content is None:
+        if config.policy is not None:
+            load_policy(config.policy)
+        problems = [] if config.measures_unpruned else _problems(config, reporter)
+        unpruned = _unpruned_rows(config) if config.measures_unpruned else []
+        run = launch.open()
+        if problems:
+            save_splits(problems, run)
+        settings = EvaluationSettings(
+            searchers=config.searchers,
+            policy=config.policy,
+            evaluations=config.evaluations,
+            seed=config.seed,
+            test=config.test,
+            progress=reporter.progress,
+        )
+        rows = evaluate(problems, settings) if problems else unpruned
+        content = {"folder": str(run.folder), "rows": plain(rows)}
+        run.write_json(RESULT, content)
+    return Result(content, format_table(content["rows"], PLAN_COLUMNS))
+
+
+def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
+    """Use a policy on other networks."""
+    seed_everything(config.seed)
+    launch = Launch(config, reporter, config.network, "transfer", joined(config.budgets))
+    content = launch.finished()
+    if content is None:
+        load_policy(config.policy)
+        problems = _problems(config, reporter)
+        run = launch.open()
+        save_splits(problems, run)
+        rows = transfer(problems, config, run, test=config.test, progress=reporter.progress)
+        content = {"folder": str(run.folder), "rows": plain(rows)}
+        run.write_json(RESULT, content)
+    return Result(content, format_table(content["rows"], PLAN_COLUMNS))
+
+
+def _problems(
+    config: TrainConfig | EvaluateConfig | TransferConfig, reporter: Reporter
+) -> list[PruningProblem]:
+    """All networks with all budgets, on the same data."""
+    rewarded = not isinstance(config, EvaluateConfig) and PROFILES[config.reward_profile].latency != 0
+    return build_problems(
+        config.pairs,
+        config,
+        config.budgets,
+        keep=config.keep,
+        latency=rewarded,
+        progress=reporter.progress,
+    )
+
+
+def _unpruned_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Scores of the networks as they are."""
+    task, device = build_task(config), str(config.torch_device)
+    rows = []
+    for name, weights in config.pairs:
+        model = build_model(name, weights, task.data, config.seed)
+        network = build_prunable(model, task, name=name, keep=config.keep)
+        rows.append(measure_unpruned(network, task, device=device))
+    return rows
+
+
+def _rows_beside_baselines(
+    problems: list[PruningProblem], trained: TrainResult, run: RunFolder
+) -> list[dict[str, Any]]:
+    """What training reached on each network and budget: the policy's own plan, and the best it sampled."""
+    rows = []
+    for problem in problems:
+        for budget in problem.budgets:
+            for name in ("uniform", "knapsack"):
+                found = searcher_named(name)(problem, budget, SearchSettings())
+                rows.append(plan_row(problem, budget, name, found))
+            key = f"{problem.scorer.network.name} {budget}"
+            for name, plans in (("policy", trained.own), ("best sampled", trained.best)):
+                found = SearchResult(
+                    plan=plans[key], evaluations=trained.evaluations, seconds=trained.seconds
+                )
+                rows.append(plan_row(problem, budget, name, found))
+                run.write_json(plan_file(name, key), plans[key].to_json())
+    return rows
+
+
+def plan_file(kind: str, key: str) -> str:
+    """Name of the file that keeps one of a training's plans, for ``prunegym prune --plan``.
+
+    Args:
+        kind: ``policy`` or ``best sampled``.
+        key: Network and budget.
+    """
+    words = re.sub(r"[^\w.]+", "-", f"{kind.split()[0]} {key}", flags=re.ASCII)
+    return f"plan_{words}.json"

@@ -1,0 +1,223 @@
+"""The Python face: what the commands do, for any model and any task. Exported by ``prunegym``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunegym.agents.config import PruneConfig
+from prunegym.agents.inspect import Inspection, inspect_network
+from prunegym.agents.options import ProblemOptions, parse_budgets
+from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
+from prunegym.agents.setup import assemble_problem, build_prunable, latency_cache
+from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.rewards import profile_named
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.data import DataSplits, load_data
+from prunegym.pruning.export import load_network
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.task import ClassificationTask, Task
+
+__all__ = ["inspect", "load", "make_env", "prune", "save"]
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    keep: Sequence[str] = (),
+    name: str | None = None,
+) -> Inspection:
+    """List the channel groups of a model, what ties them together, what is frozen and why, and costs.
+
+    Args:
+        model: Any network; it is not changed.
+        example_inputs: A tensor with a batch dimension, or a tuple for ``model(*inputs)``.
+        keep: Regular expressions of module paths whose channels are not to be pruned.
+        name: What the network is called; by default its class.
+
+    Returns:
+        The groups; ``to_text()`` for people, ``to_json()`` for programs.
+
+    Raises:
+        PruningError: The model does not run on the inputs, or nothing in it can be pruned.
+    """
+    network = PrunableNetwork(model, example_inputs, name=name or type(model).__name__, keep=keep)
+    return inspect_network(network)
+
+
+def prune(
+    model: nn.Module,
+    task: Task | DataSplits | str,
+    budget: str = "macs:0.5",
+    *,
+    searcher: str | None = None,
+    policy: str | Path | None = None,
+    evaluations: int = 100,
+    epochs: int = 0,
+    learning_rate: float = 0.01,
+    keep: Sequence[str] = (),
+    name: str | None = None,
+    source: Mapping[str, Any] | None = None,
+    latency: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> PruneResult:
+    """Prune a trained model: find a plan, cut, recover and, if asked for, fine-tune.
+
+    Args:
+        model: The trained network; it is not changed.
+        task: Data, loss and score: an object with the methods of :class:`prunegym.Task`; or data for image
+            classification, by name, file or folder.
+        budget: What may remain, such as ``macs:0.5``, ``params:0.3``, ``latency:0.7`` or ``latency:12ms``.
+        searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform`` or ``random``; by default the
+            policy if there is one, else the knapsack allocator.
+        policy: Policy file.
+        evaluations: Plans that a searcher such as ``random`` may score.
+        epochs: Of fine-tuning; 0 leaves it out.
+        learning_rate: Of fine-tuning.
+        keep: Regular expressions of module paths whose channels are not to be pruned.
+        name: What the network is called; by default its class.
+        source: How to build the unpruned network, if it comes from :func:`prunegym.build_network`: its
+            arguments ``network``, ``num_classes``, ``in_channels``, ``image_size``. Without it, :func:`load`
+            needs the model.
+        latency: Measure latency before and after.
+        device: Where to compute; ``auto`` takes a graphics card if there is one.
+        seed: Of everything random.
+        progress: Show bars on standard error.
+        **options: Any other option of ``prunegym prune``, such as ``criterion``, ``regime`` or ``distill``,
+            under the name it has in :class:`prunegym.agents.config.PruneConfig`.
+
+    Returns:
+        The smaller model, its plan, scores on the test split and costs.
+
+    Raises:
+        InfeasibleBudgetError: The budget cannot be reached.
+        PruningError: Something does not fit or is out of range; the message says what to do.
+    """
+    config = PruneConfig(
+        network=name or type(model).__name__,
+        budget=budget,
+        searcher=searcher,
+        policy=None if policy is None else Path(policy),
+        evaluations=evaluations,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        keep=tuple(keep),
+        device=device,
+        seed=seed,
+        **options,
+    )
+    wanted = Budget("macs", 1.0) if config.plan is not None else Budget.parse(budget)
+    problem = _problem(model, task, [wanted], config, name=config.network, keep=keep, progress=progress)
+    found = find_plan(problem, wanted, config, progress=progress)
+    return carry_out(problem, found, config, source=source, latency=latency, progress=progress)
+
+
+def make_env(
+    model: nn.Module,
+    task: Task | DataSplits | str,
+    budget: str | Sequence[str] = "macs:0.5",
+    *,
+    rounds: int = 3,
+    mode: str = "budgeted",
+    reward: str | None = None,
+    keep: Sequence[str] = (),
+    name: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    **options: Any,
+) -> ChannelPruningEnv:
+    """Make the Gymnasium environment ``prunegym/ChannelPruning-v0`` around a model.
+
+    Args:
+        model: The trained network; it is not changed.
+        task: Data, loss and score, as for :func:`prune`.
+        budget: What may remain; of several, ``reset`` draws one.
+        rounds: Steps of an episode.
+        mode: ``budgeted`` projects every action onto the budget; ``free`` does not.
+        reward: Reward profile; by default ``improvement``, or ``tradeoff`` in free mode.
+        keep: Regular expressions of module paths whose channels are not to be pruned.
+        name: What the network is called; by default its class.
+        device: Where to compute.
+        seed: Of the recovery steps. The environment itself is seeded by ``reset``.
+        **options: Any other option of how plans are scored, such as ``criterion``, ``regime`` or
+            ``reward_examples``, under the name it has in :class:`prunegym.agents.options.ProblemOptions`.
+
+    Raises:
+        InfeasibleBudgetError: A budget cannot be reached.
+        PruningError: Something does not fit or is out of range; the message says what to do.
+    """
+    config = ProblemOptions(device=device, seed=seed, **options)
+    texts = (budget,) if isinstance(budget, str) else tuple(budget)
+    rewarded = profile_named(reward).latency != 0 if reward is not None else mode == "free"
+    problem = _problem(
+        model,
+        task,
+        parse_budgets(texts),
+        config,
+        name=name or type(model).__name__,
+        keep=keep,
+        latency=rewarded,
+    )
+    return ChannelPruningEnv(problem, rounds=rounds, mode=mode, profile=reward)
+
+
+def load(folder: str | Path, model: nn.Module | None = None, *, allow_code: bool = False) -> nn.Module:
+    """Read a network that :func:`save` or ``prunegym prune`` wrote.
+
+    Args:
+        folder: Holds ``model.safetensors`` and ``recipe.json``.
+        model: The unpruned network, with any weights, where the recipe does not say how to build it.
+        allow_code: Let a recipe that names ``path/file.py:function`` run that file. Leave it at False for
+            folders from others.
+
+    Returns:
+        The pruned network, in evaluation mode, on the CPU. Nothing is unpickled.
+
+    Raises:
+        PruningError: A file is missing, damaged or of another version, or ``model`` is another network.
+    """
+    return load_network(Path(folder).expanduser(), model=model, allow_code=allow_code)
+
+
+def as_task(task: Task | DataSplits | str) -> Task:
+    """A task as it is, or image classification on data."""
+    if isinstance(task, str):
+        task = load_data(task)
+    return ClassificationTask(task) if isinstance(task, DataSplits) else task
+
+
+def _problem(
+    model: nn.Module,
+    task: Task | DataSplits | str,
+    budgets: Sequence[Budget],
+    options: ProblemOptions,
+    *,
+    name: str,
+    keep: Sequence[str] = (),
+    latency: bool = False,
+    progress: bool = False,
+) -> PruningProblem:
+    """A pruning problem around a copy of the model, which may be moved to another device."""
+    task, device = as_task(task), options.torch_device
+    network = build_prunable(copy.deepcopy(model).to("cpu"), task, name=name, keep=keep)
+    wanted = latency or any(budget.kind == "latency" for budget in budgets)
+    return assemble_problem(
+        network,
+        task,
+        budgets,
+        settings=options.scorer_settings,
+        latency=options.latency_settings(torch.device(device)) if wanted else None,
+        cache=latency_cache(options.data_root),
+        device=device,
+        progress=progress,
+    )

@@ -1,0 +1,163 @@
+"""The ``prunegym`` command, the only module that prints: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import Annotated, TextIO, TypeAlias
+
+import tyro
+
+from prunegym.agents.config import (
+    DemoConfig,
+    EvaluateConfig,
+    InspectConfig,
+    PretrainConfig,
+    PruneConfig,
+    TrainConfig,
+    TransferConfig,
+)
+from prunegym.agents.running import Reporter, Result
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.files import plain
+
+Config: TypeAlias = (
+    Annotated[InspectConfig, tyro.conf.subcommand("inspect")]
+    | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+    | Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[TransferConfig, tyro.conf.subcommand("transfer")]
+    | Annotated[PruneConfig, tyro.conf.subcommand("prune")]
+    | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
+)
+
+_DESCRIPTION = (
+    "Prune channels of PyTorch networks with a learned agent. Each command has its own --help. Runs are kept "
+    "in folders below runs/; an interrupted command goes on where it stopped if it is given its folder with "
+    "--out."
+)
+#: Exit codes: what was asked cannot be done; interrupted from the keyboard.
+REFUSED, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Without the program's name; by default those of the process.
+
+    Returns:
+        Exit code: 0, 2 for what cannot be done as asked, 130 after an interruption.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments in (["--version"], ["-V"]):
+        print(f"prunegym {metadata.version('prunegym')}")
+        return 0
+    reporter = Reporter()
+    try:
+        config = parse(arguments)
+        reporter.say = lambda text: print(text, file=sys.stderr)
+        with _quiet_libraries():
+            result = run(config, reporter)
+    except PruningError as fault:
+        print(f"prunegym: error: {' '.join(str(fault).split())}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"\nprunegym: interrupted. {_how_to_continue(arguments, reporter)}", file=sys.stderr)
+        return INTERRUPTED
+    _print(result, as_json=config.json)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Read the command line.
+
+    Raises:
+        PruningError: A value breaks its rule.
+        SystemExit: After ``--help``, or for unknown flags, which have been explained on standard error.
+    """
+    messages = io.StringIO()
+    try:
+        # held back: tyro would wrap our messages into a box, over several lines
+        with contextlib.redirect_stderr(messages):
+            config: Config = tyro.cli(
+                Config,
+                prog="prunegym",
+                description=_DESCRIPTION,
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, PruningError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(messages.getvalue())
+        raise
+    return config
+
+
+def run(config: Config, reporter: Reporter) -> Result:
+    """Run the command that a configuration belongs to."""
+    # imported here: `prunegym --help` should not wait for PyTorch
+    from prunegym.agents import agent_commands, network_commands
+    from prunegym.agents.demo import run_demo
+
+    match config:
+        case InspectConfig():
+            return network_commands.run_inspect(config, reporter)
+        case PretrainConfig():
+            return network_commands.run_pretrain(config, reporter)
+        case TrainConfig():
+            return agent_commands.run_train(config, reporter)
+        case EvaluateConfig():
+            return agent_commands.run_evaluate(config, reporter)
+        case TransferConfig():
+            return agent_commands.run_transfer(config, reporter)
+        case PruneConfig():
+            return network_commands.run_prune(config, reporter)
+        case DemoConfig():
+            return run_demo(config, reporter)
+
+
+def _print(result: Result, *, as_json: bool) -> None:
+    """Print a result for a program or for a person."""
+    print(json.dumps(plain(result.content), ensure_ascii=False) if as_json else result.text)
+
+
+def _how_to_continue(arguments: Sequence[str], reporter: Reporter) -> str:
+    """The command that goes on from where this one was stopped."""
+    if reporter.folder is None:
+        return "Nothing had been computed yet."
+    command = ["prunegym", *arguments]
+    if "--out" not in arguments:
+        command += ["--out", str(reporter.folder)]
+    return f"Continue with: {shlex.join(command)}"
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Show our own warnings, in one line each, and not those that libraries address to programmers."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"prunegym: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning, module=r"prunegym\.")
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,111 @@
+"""Evaluate policies: networks x budgets, beside uniform and the knapsack allocator.
+
+Plans are compared at equal realised cost, on images that neither training nor the search has seen: the selection
+split, and the test split where asked, in float32 on the physically rebuilt network after recovery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.task import Task
+from prunegym.pruning.training import evaluate_network
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is measured of every plan."""
+
+    searchers: tuple[str, ...] = ("uniform", "knapsack", "policy")
+    policy: Path | None = None
+    evaluations: int = 0
+    seed: int = 0
+    test: bool = False
+    """Also score on the test split, which is read once, at the end."""
+    progress: bool = True
+
+
+def evaluate(problems: Sequence[PruningProblem], settings: EvaluationSettings) -> list[Row]:
+    """Score the searchers' plans on every network and budget.
+
+    Args:
+        problems: networks with their budgets.
+        settings: searchers, policy file and splits. Searcher `policy` is left out where there is no policy file.
+
+    Returns:
+        One row per network, budget and searcher, see :func:`plan_row`.
+    """
+    names = [name for name in settings.searchers if name != "policy" or settings.policy is not None]
+    work = [(problem, budget, name) for problem in problems for budget in problem.budgets for name in names]
+    rows = []
+    for problem, budget, name in tqdm(work, desc="evaluate", unit="plan", disable=not settings.progress):
+        search = SearchSettings(evaluations=settings.evaluations, seed=settings.seed, policy=settings.policy)
+        result = searcher_named(name)(problem, budget, search)
+        rows.append(plan_row(problem, budget, name, result, test=settings.test))
+    return rows
+
+
+def plan_row(
+    problem: PruningProblem, budget: Budget, searcher: str, result: SearchResult, *, test: bool = False
+) -> Row:
+    """What a plan costs and what its recovered network scores.
+
+    Returns:
+        network, budget, searcher; `cost`, the share of the budgeted cost kept; MACs and parameters; `reward_score` on
+        the images of the search and `selection_score` on others; `test_score` if asked; evaluations and seconds.
+    """
+    network = problem.scorer.network
+    counts = network.counts(result.plan)
+    cost = network.costs.cost(counts)
+    settings = problem.scorer.settings
+    return {
+        "network": network.name,
+        "budget": str(budget),
+        "searcher": searcher,
+        "regime": "finetuned" if settings.recovery_steps else "post-training",
+        "cost": problem.limits[budget].fraction(counts),
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+        "reward_score": problem.scorer.score(result.plan).score,
+        **recovered_scores(problem, result.plan, ("selection", "test") if test else ("selection",)),
+        "evaluations": result.evaluations,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def recovered_scores(problem: PruningProblem, plan: PruningPlan, splits: Sequence[str]) -> dict[str, float]:
+    """Scores of the recovered float32 network on whole splits, as ``{split}_score``."""
+    scorer = problem.scorer
+    model = scorer.recovered(plan)
+    return {
+        f"{split}_score": evaluate_network(model, scorer.task, split, device=scorer.device).score for split in splits
+    }
+
+
+def measure_unpruned(
+    network: PrunableNetwork, task: Task, *, splits: Sequence[str] = ("reward", "selection", "test"), device: str = "cpu"
+) -> Row:
+    """Cost and scores of the unpruned network: what `evaluate` prints without a policy and a budget."""
+    scores = {f"{split}_score": evaluate_network(network.model, task, split, device=device).score for split in splits}
+    cost = network.full_cost
+    return {
+        "network": network.name,
+        "budget": "none",
+        "searcher": "unpruned",
+        "cost": 1.0,
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+        **scores,
+    }

@@ -1,0 +1,159 @@
+"""What can be pruned of a network: channel groups, what ties them, what is frozen and why, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prunegym.agents.tables import format_table
+from prunegym.pruning.budget import LatencyModel
+from prunegym.pruning.files import plain
+from prunegym.pruning.graph import ChannelGroup
+from prunegym.pruning.network import PrunableNetwork
+
+#: Layers shown of a list in the text; JSON has all.
+_SHOWN = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """One prunable channel group."""
+
+    name: str
+    channels: int
+    made_by: tuple[str, ...]
+    """Layers whose output channels these are: they can only be pruned together."""
+    read_by: tuple[str, ...]
+    """Layers that lose input channels with them."""
+    macs_share: float
+    """Share of the network's MACs that pruning this group alone can save."""
+    parameters_share: float
+    """Share of its parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenRow:
+    """One group that is not pruned."""
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """All about pruning one network, before any of it is done."""
+
+    network: str
+    macs: int
+    """Of the unpruned network, for one example."""
+    parameters: int
+    groups: tuple[GroupRow, ...]
+    frozen: tuple[FrozenRow, ...]
+    unknown_operations: dict[str, str]
+    """Operations without a rule -> where they were met; what passes through them is frozen."""
+    reachable: dict[str, float]
+    """Smallest budget of each kind: a share of the unpruned network, rounded up so that it can be met."""
+    latency_seconds: float | None = None
+    """Measured latency of the unpruned network."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The inspection in what JSON holds."""
+        content: dict[str, Any] = plain(self)
+        return content
+
+    def to_text(self) -> str:
+        """The inspection for a terminal."""
+        rows = [
+            {
+                "group": row.name,
+                "channels": row.channels,
+                "made by": _some(row.made_by),
+                "read by": _some(row.read_by),
+                "MACs share": row.macs_share,
+                "parameters share": row.parameters_share,
+            }
+            for row in self.groups
+        ]
+        least = ", ".join(f"{kind}:{value:g}" for kind, value in self.reachable.items())
+        latency = "" if self.latency_seconds is None else f", {1e3 * self.latency_seconds:.3g} ms"
+        parts = [
+            f"{self.network}: {self.macs:,} MACs, {self.parameters:,} parameters{latency}",
+            f"Channel groups that can be pruned: {len(self.groups)} (share: what one group alone can save)",
+            format_table(rows),
+        ]
+        if self.frozen:
+            frozen = [{"group": row.name, "channels": row.channels, "why": row.reason} for row in self.frozen]
+            parts += [f"Frozen groups: {len(self.frozen)}", format_table(frozen)]
+        if self.unknown_operations:
+            unknown = [{"operation": name, "where": path} for name, path in self.unknown_operations.items()]
+            parts += ["Operations without a rule", format_table(unknown)]
+        parts.append(f"Smallest budgets within reach: {least}")
+        return "\n\n".join(parts)
+
+
+def inspect_network(network: PrunableNetwork, *, latency: LatencyModel | None = None) -> Inspection:
+    """Describe a network's channel groups and costs.
+
+    Args:
+        network: The network, traced.
+        latency: Its latency model, for the least latency within reach.
+    """
+    graph, costs = network.graph, network.costs
+    sizes = graph.sizes
+    rows = []
+    for index, group in enumerate(graph.groups):
+        counts = sizes.copy()
+        counts[index] = 1
+        least = costs.cost(counts)
+        rows.append(
+            GroupRow(
+                name=group.name,
+                channels=group.size,
+                made_by=group.producers,
+                read_by=group.consumers,
+                macs_share=_saved(least.macs, costs.full.macs),
+                parameters_share=_saved(least.parameters, costs.full.parameters),
+            )
+        )
+    ones = np.ones(len(sizes), dtype=np.int64)
+    least = costs.cost(ones)
+    reachable = {
+        "macs": _rounded_up(least.macs, costs.full.macs),
+        "params": _rounded_up(least.parameters, costs.full.parameters),
+    }
+    if latency is not None:
+        reachable["latency"] = _rounded_up(latency.latency(ones), latency.full)
+    return Inspection(
+        network=network.name,
+        macs=costs.full.macs,
+        parameters=costs.full.parameters,
+        groups=tuple(rows),
+        frozen=tuple(_frozen_row(group) for group in graph.frozen),
+        unknown_operations=dict(graph.unknown_operations),
+        reachable=reachable,
+        latency_seconds=None if latency is None else latency.full,
+    )
+
+
+def _frozen_row(group: ChannelGroup) -> FrozenRow:
+    return FrozenRow(name=group.name, channels=group.size, reason=group.frozen or "")
+
+
+def _saved(left: float, full: float) -> float:
+    """Share that is gone."""
+    return 1 - left / max(full, 1)
+
+
+def _rounded_up(least: float, full: float) -> float:
+    """Share of the least in the full cost, to three decimals, never too small."""
+    return float(min(1.0, np.ceil(1000 * least / max(full, 1e-12)) / 1000))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,338 @@
+"""Command-line options that several commands share, so that one flag means one thing everywhere.
+
+Each class is a base of the configurations in :mod:`prunegym.agents.config`; the text under a field is its
+help. Heavy libraries are imported where they are used, so that ``prunegym --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import tyro
+
+from prunegym.pruning.errors import PruningError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from prunegym.pruning.budget import Budget
+    from prunegym.pruning.latency import LatencySettings
+    from prunegym.pruning.scoring import ScorerSettings
+
+Names: TypeAlias = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""Texts that are given by repeating the flag."""
+
+DEFAULT_BUDGET = "macs:0.5"
+DEFAULT_EVALUATIONS = 300
+#: Steps of recovery before scoring in the fine-tuned regime, unless asked for.
+FINETUNED_STEPS = 50
+
+
+def require(holds: bool, flag: str, rule: str, value: object, remedy: str = "") -> None:
+    """Refuse the value of a flag that breaks its rule.
+
+    Args:
+        holds: Whether the value keeps the rule.
+        flag: The flag as it is typed, without dashes.
+        rule: How the value should be, to follow "should be".
+        value: The value received.
+        remedy: What to do; by default to correct it or to leave it out.
+
+    Raises:
+        PruningError: It does not.
+    """
+    if not holds:
+        remedy = remedy or "Correct it, or leave it out for the default."
+        raise PruningError(f"`--{flag}` should be {rule}. Received {value}. {remedy}")
+
+
+def at_least(config: object, least: int, *names: str) -> None:
+    """Check that numbers, where they are given, are large enough."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, name.replace("_", "-"), f"at least {least}", value)
+
+
+def positive(config: object, *names: str) -> None:
+    """Check that numbers are above 0 and finite."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 < value < math.inf, name.replace("_", "-"), "above 0 and finite", value)
+
+
+def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
+    """Read budgets such as ``macs:0.5``.
+
+    Raises:
+        PruningError: One of them is none.
+    """
+    from prunegym.pruning.budget import Budget
+
+    return tuple(dict.fromkeys(Budget.parse(text) for text in texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every configuration is: checked when it is made."""
+
+    def __post_init__(self) -> None:
+        """Overridden by each group, which calls the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Where and how to run."""
+
+    seed: int = 0
+    """Seed of everything random except the splits of the data."""
+    device: str = "auto"
+    """Torch device, such as cpu or cuda:1; auto takes a graphics card if there is one."""
+    out: Path | None = None
+    """Run folder. By default a new one below runs/; give that of an interrupted run to continue it."""
+    json: bool = False
+    """Print the result as one JSON object on standard output, and everything else on standard error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "seed")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, chosen if it is ``auto``.
+
+        Raises:
+            PruningError: There is no such device here.
+        """
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        # AssertionError: torch was built without that kind of device
+        except (RuntimeError, AssertionError, NotImplementedError) as fault:
+            reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise PruningError(
+                f"`--device` should be a device that torch can use here. Received '{self.device}' "
+                f"({reason}). Write cpu, or leave it out."
+            ) from fault
+        return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Which images."""
+
+    data: str = "digits"
+    """Data: digits (embedded, needs no download), a torchvision data set such as cifar10 or imagenet, an
+    .npz file with x_train, y_train, x_test and y_test, or a folder of class folders."""
+    data_root: Path | None = None
+    """Folder of the named data sets and of latency tables; by default $PRUNEGYM_DATA, else
+    ~/.cache/prunegym."""
+    image_size: int | None = None
+    """Side in pixels that images are scaled to. By default small images stay as they are and others become
+    224."""
+    split_seed: int = 0
+    """Chooses the splits. Leave it alone between commands that build on each other: with other splits, plans
+    would be judged on images that the network was trained on."""
+    data_workers: int = 0
+    """Processes that read image files; 0 reads them in the main process."""
+    download: bool = False
+    """Let torchvision download the data set if it is absent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "split_seed", "data_workers")
+        at_least(self, 1, "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneNetwork(Options):
+    """Which network."""
+
+    network: str
+    """Network: a name, such as cifar_resnet20 or torchvision's resnet50, or your own as
+    path/file.py:function."""
+    weights: str | None = None
+    """Weights of the network: a file of torch.save or safetensors, or for torchvision's networks
+    `default`."""
+    keep: Names = ()
+    """Regular expression of module paths whose channels are not to be pruned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_patterns(self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralNetworks(Options):
+    """Which networks."""
+
+    network: Names = ()
+    """Network: a name, such as cifar_resnet20 or torchvision's resnet50, or your own as
+    path/file.py:function."""
+    weights: Names = ()
+    """Weights of the network: a file of torch.save or safetensors, or for torchvision's networks `default`.
+    Once for each network, in the same order."""
+    keep: Names = ()
+    """Regular expression of module paths whose channels are not to be pruned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        remedy = "Name a network, for example digits_resnet."
+        require(bool(self.network), "network", "given at least once", "none", remedy)
+        require(
+            not self.weights or len(self.weights) == len(self.network),
+            "weights",
+            f"given once for each of the {len(self.network)} networks, or not at all",
+            f"{len(self.weights)} files",
+            "Repeat --weights in the order of --network.",
+        )
+        _check_patterns(self.keep)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str | None], ...]:
+        """Each network with its weights."""
+        return tuple(zip(self.network, self.weights or (None,) * len(self.network), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetsOptions(Options):
+    """Several budgets."""
+
+    budget: Names = ()
+    """Cost kept: a share of the unpruned network's MACs, parameters or latency (macs:0.5, params:0.3,
+    latency:0.7), or a latency in milliseconds (latency:12ms). By default macs:0.5."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_budgets(self.budget)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets, each once."""
+        return parse_budgets(self.budget or (DEFAULT_BUDGET,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(Options):
+    """How a plan becomes a score: the same for every searcher."""
+
+    criterion: str = "taylor"
+    """Which channels of a group stay: l1, l2, bn_scale, fpgm, taylor, taylor_squared, activation or
+    random."""
+    regime: Literal["post-training", "finetuned"] = "post-training"
+    """post-training: plans are scored after recovery, which is what you get without training. finetuned: a
+    few training steps come before the score, to rank plans by what fine-tuning makes of them."""
+    compensate: bool = True
+    """Fold removed channels into kept ones by least squares."""
+    statistics_examples: int = 512
+    """Calibration images for activations, covariances and Taylor scores."""
+    recalibration_examples: int = 512
+    """Calibration images for the running statistics of batch normalisation; 0 leaves these as they are."""
+    reward_examples: int = 1000
+    """Images of the reward split that a plan is scored on while searching."""
+    recovery_steps: int | None = None
+    """Training steps before a plan is scored; by default 0 in the post-training regime and 50 in the
+    fine-tuned."""
+    recovery_rate: float = 0.02
+    """Learning rate of those steps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of scoring; auto takes bfloat16 where the device computes it fast and the network allows
+    it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from prunegym.pruning.criteria import CRITERIA
+
+        if self.criterion not in CRITERIA:
+            raise unknown_name("--criterion", self.criterion, CRITERIA)
+        at_least(self, 0, "recalibration_examples", "recovery_steps")
+        at_least(self, 1, "reward_examples")
+        at_least(self, 2, "statistics_examples")
+        require(
+            self.regime == "post-training" or self.steps > 0,
+            "recovery-steps",
+            "at least 1 in the finetuned regime",
+            self.recovery_steps,
+        )
+        positive(self, "recovery_rate")
+
+    @property
+    def steps(self) -> int:
+        """Training steps before a plan is scored."""
+        if self.recovery_steps is not None:
+            return self.recovery_steps
+        return FINETUNED_STEPS if self.regime == "finetuned" else 0
+
+    @property
+    def scorer_settings(self) -> ScorerSettings:
+        """The same, as the scorer takes it."""
+        from prunegym.pruning.scoring import ScorerSettings
+
+        return ScorerSettings(
+            criterion=self.criterion,
+            compensate=self.compensate,
+            statistics_examples=self.statistics_examples,
+            recalibration_examples=self.recalibration_examples,
+            examples=self.reward_examples,
+            recovery_steps=self.steps,
+            learning_rate=self.recovery_rate,
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions(Options):
+    """How latency is measured."""
+
+    latency_batch: int = 1
+    """Images per run when latency is measured."""
+    latency_threads: int | None = None
+    """Threads when latency is measured on a processor; by default as many as torch uses."""
+    latency_backend: Literal["torch", "onnxruntime"] = "torch"
+    """What runs the network when a latency table is measured, for latency budgets and rewards."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "latency_batch", "latency_threads")
+
+    def latency_settings(self, device: torch.device, backend: str | None = None) -> LatencySettings:
+        """The same, as :mod:`prunegym.pruning.latency` takes it."""
+        from prunegym.pruning.latency import LatencySettings
+
+        backend = backend or self.latency_backend
+        return LatencySettings(
+            batch_size=self.latency_batch,
+            threads=self.latency_threads,
+            backend=backend,
+            device="cpu" if backend == "onnxruntime" else str(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, DataOptions):
+    """Everything that turns a network into a pruning problem."""
+
+    @property
+    def scorer_settings(self) -> ScorerSettings:
+        """How plans are scored, with the seed of the run."""
+        return replace(super().scorer_settings, seed=self.seed)
+
+
+def _check_patterns(patterns: tuple[str, ...]) -> None:
+    """Refuse what is no regular expression."""
+    import re
+
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as fault:
+            raise PruningError(
+                f"`--keep` should be a regular expression. Received '{pattern}' ({fault}). "
+                "Put a backslash before characters that are meant as they are."
+            ) from fault

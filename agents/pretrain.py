@@ -1,0 +1,96 @@
+"""Train a base network on the train split, to be pruned later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from prunegym.agents.config import FittingOptions
+from prunegym.agents.runs import RunFolder
+from prunegym.pruning.files import replacing
+from prunegym.pruning.task import Task
+from prunegym.pruning.training import EpochRow, evaluate_network, train_network
+
+WEIGHTS = "model.safetensors"
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """A trained network."""
+
+    weights: Path
+    """For ``--weights``."""
+    epochs: int
+    test_score: float
+    """Accuracy on the test images after the last epoch."""
+    test_loss: float
+
+
+def pretrain(
+    model: nn.Module,
+    task: Task,
+    config: FittingOptions,
+    run: RunFolder,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> PretrainResult:
+    """Train a network; an interrupted run goes on from its last epoch.
+
+    Args:
+        model: Trained in place.
+        task: Data and loss.
+        config: Epochs, learning rate and the rest of the schedule.
+        run: Where weights, checkpoint and metrics go.
+        seed: Of the order and augmentation of the images.
+        device: Where to train.
+        progress: Show a bar.
+
+    Raises:
+        PruningError: The loss became non-finite, or a file could not be written; the checkpoint is kept.
+    """
+    rows = train_network(
+        model,
+        task,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+        weight_decay=config.weight_decay,
+        label_smoothing=config.label_smoothing,
+        amp=config.amp,
+        device=device,
+        seed=seed,
+        checkpoint=run.path(CHECKPOINT),
+        progress=progress,
+        on_epoch=lambda row: run.append_row(METRICS, vars(row)),
+    )
+    complete_rows(run, METRICS, rows)
+    save_weights(run.path(WEIGHTS), model)
+    measured = evaluate_network(model, task, "test", device=device)
+    return PretrainResult(
+        weights=run.path(WEIGHTS), epochs=len(rows), test_score=measured.score, test_loss=measured.loss
+    )
+
+
+def complete_rows(run: RunFolder, name: str, rows: list[EpochRow]) -> None:
+    """Write a table again if a kill between a checkpoint and its row left one out."""
+    if [row["epoch"] for row in run.read_rows(name)] == [row.epoch for row in rows]:
+        return
+    run.path(name).unlink(missing_ok=True)
+    for row in rows:
+        run.append_row(name, vars(row))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a network's weights as safetensors, for ``--weights``; replaces the file in one step."""
+    # cloned: safetensors refuses tensors that share memory
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})

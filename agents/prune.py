@@ -1,0 +1,290 @@
+"""From a pruning problem to a smaller network: plan, surgery, recovery, fine-tuning, and what came of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunegym.agents.config import PruneConfig
+from prunegym.agents.options import LatencyOptions
+from prunegym.agents.pretrain import complete_rows
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
+from prunegym.agents.tables import format_table
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.cost import Cost
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.export import save_network
+from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.onnx_export import require_onnx, with_batch
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.trace import evaluating
+from prunegym.pruning.training import EpochRow, evaluate_network, train_network
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.csv"
+#: Names of the scores of a result, in the order in which they come about.
+STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """A pruned network and what is known of it."""
+
+    model: nn.Module = field(repr=False)
+    """The smaller network: same class, same interface."""
+    network: PrunableNetwork = field(repr=False)
+    """The unpruned network."""
+    plan: PruningPlan = field(repr=False)
+    searcher: str
+    budget: str
+    regime: str
+    scores: dict[str, float]
+    """On the test split: ``unpruned``, ``after_pruning`` (cut, nothing else), ``after_recovery`` and, if
+    there was any, ``after_finetuning`` (last epoch)."""
+    before: Cost
+    after: Cost
+    search: SearchResult = field(repr=False)
+    epochs: tuple[EpochRow, ...] = field(default=(), repr=False)
+    latency: tuple[dict[str, Any], ...] = ()
+    """Per runtime: latency before and after, measured side by side, and what can be said of it."""
+    source: Mapping[str, Any] = field(default_factory=lambda: {"constructor": None}, repr=False)
+    """How to build the unpruned network, for :func:`save`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result without the networks, in what JSON holds."""
+        kept = self.plan.counts()
+        return {
+            "network": self.network.name,
+            "searcher": self.searcher,
+            "budget": self.budget,
+            "regime": self.regime,
+            "test_scores": {name: self.scores.get(name) for name in STAGES},
+            "macs": {"before": self.before.macs, "after": self.after.macs},
+            "parameters": {"before": self.before.parameters, "after": self.after.parameters},
+            "channels": {
+                group.name: {"before": group.size, "after": kept[group.name]}
+                for group in self.network.graph.groups
+            },
+            "search": {"evaluations": self.search.evaluations, "seconds": self.search.seconds},
+            "epochs": len(self.epochs),
+            "latency": list(self.latency),
+        }
+
+
+def find_plan(
+    problem: PruningProblem, budget: Budget, config: PruneConfig, *, progress: bool = False
+) -> SearchResult:
+    """Let the searcher of the configuration make a plan, or read the plan file.
+
+    Raises:
+        PruningError: The file is no plan of this network, or the searcher lacks something.
+    """
+    if config.plan is not None:
+        plan = PruningPlan.load(config.plan)
+        plan.mask(problem.scorer.network.graph)  # refuses the plan of another network
+        return SearchResult(plan=plan, evaluations=0, seconds=0.0)
+    settings = SearchSettings(
+        evaluations=config.evaluations,
+        seed=config.seed,
+        policy=config.policy,
+        rounds=config.rounds,
+        progress=progress,
+    )
+    return searcher_named(config.searcher_name)(problem, budget, settings)
+
+
+def carry_out(
+    problem: PruningProblem,
+    found: SearchResult,
+    config: PruneConfig,
+    *,
+    run: RunFolder | None = None,
+    source: Mapping[str, Any] | None = None,
+    latency: bool = True,
+    progress: bool = False,
+) -> PruneResult:
+    """Cut, recover and fine-tune a network by a plan, and measure it.
+
+    The test split is read at the end only, when everything has been done.
+
+    Args:
+        problem: Network, data and recovery.
+        found: The plan.
+        config: Fine-tuning and what is measured.
+        run: Where fine-tuning leaves its checkpoint and metrics; from there it is resumed.
+        source: How to build the unpruned network.
+        latency: Measure latency before and after.
+        progress: Show bars.
+
+    Raises:
+        PruningError: The loss became non-finite, or the rebuilt network does not cost what the plan says.
+    """
+    scorer, network, plan = problem.scorer, problem.scorer.network, found.plan
+    before, after = network.full_cost, network.cost(plan)
+    recovered = scorer.recovered(plan)
+    model = copy.deepcopy(recovered)
+    check_cost(network, model, after)
+    epochs = fine_tune(model, problem, config, run, progress=progress) if config.epochs else []
+    stages = {"unpruned": network.model, "after_pruning": network.pruned(plan), "after_recovery": recovered}
+    if config.epochs:
+        stages["after_finetuning"] = model
+    scores = {
+        name: evaluate_network(one, scorer.task, "test", device=scorer.device).score
+        for name, one in stages.items()
+    }
+    return PruneResult(
+        model=model.eval(),
+        network=network,
+        plan=plan,
+        searcher=config.searcher_name,
+        budget="none" if config.plan is not None else config.budget,
+        regime=config.regime,
+        scores=scores,
+        before=before,
+        after=after,
+        search=found,
+        epochs=tuple(epochs),
+        latency=tuple(measure_speed(network, model, config, scorer.device)) if latency else (),
+        source=source or {"constructor": None},
+    )
+
+
+def fine_tune(
+    model: nn.Module,
+    problem: PruningProblem,
+    config: PruneConfig,
+    run: RunFolder | None = None,
+    *,
+    progress: bool = False,
+) -> list[EpochRow]:
+    """Train a pruned network in place, with the unpruned one as its teacher if asked for."""
+    scorer = problem.scorer
+    rows = train_network(
+        model,
+        scorer.task,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+        weight_decay=config.weight_decay,
+        label_smoothing=config.label_smoothing,
+        amp=config.amp,
+        teacher=scorer.network.model if config.distill else None,
+        distillation_weight=config.distillation_weight,
+        temperature=config.temperature,
+        device=scorer.device,
+        seed=config.seed,
+        checkpoint=None if run is None else run.path(CHECKPOINT),
+        progress=progress,
+        on_epoch=None if run is None else lambda row: run.append_row(METRICS, vars(row)),
+    )
+    if run is not None:
+        complete_rows(run, METRICS, rows)
+    return rows
+
+
+def check_cost(network: PrunableNetwork, model: nn.Module, expected: Cost) -> None:
+    """Count the rebuilt network by other means, and refuse it if it is not as cheap as its plan says.
+
+    Raises:
+        PruningError: It is not: an error of this library, which must not go unnoticed.
+    """
+    parameters = sum(one.numel() for one in model.parameters())
+    macs = count_macs(network, model)
+    # where the counter does not know an operation of the network, nothing can be compared
+    comparable = count_macs(network, network.model) == network.full_cost.macs
+    if parameters != expected.parameters or (comparable and macs != expected.macs):
+        raise PruningError(
+            f"`plan` should cost what it promises, {expected.macs} MACs and {expected.parameters} "
+            f"parameters. Received a network of {macs} MACs and {parameters} parameters. "
+            "Please report this network; until then keep the layers concerned with --keep."
+        )
+
+
+def count_macs(network: PrunableNetwork, model: nn.Module) -> int:
+    """MACs of a model on one example of the network's input, counted by PyTorch while it runs."""
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    inputs = tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), with_batch(network.example_inputs, 1))
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_speed(
+    network: PrunableNetwork, model: nn.Module, options: LatencyOptions, device: torch.device
+) -> list[dict[str, Any]]:
+    """Measure latency before and after side by side, in every runtime that is there."""
+    rows: list[dict[str, Any]] = []
+    for backend in BACKENDS:
+        try:
+            if backend == "onnxruntime":
+                require_onnx()
+            settings = options.latency_settings(device, backend)
+            models = {"before": network.model, "after": model}
+            measured = compare_latency(models, network.example_inputs, settings)
+        except PruningError as fault:
+            if backend == "torch":
+                raise
+            rows.append({"backend": backend, "sentence": f"Not measured: {fault}"})
+            continue
+        ratio, sentence = speed_up(measured["before"], measured["after"])
+        rows.append(
+            {
+                "backend": backend,
+                "before": measured["before"].to_json(),
+                "after": measured["after"].to_json(),
+                "speed_up": ratio,
+                "sentence": sentence,
+            }
+        )
+    return rows
+
+
+def save(result: PruneResult, folder: Path) -> None:
+    """Write a pruned network, to be read by :func:`prunegym.load`.
+
+    Args:
+        result: The network with its plan.
+        folder: Gets ``model.safetensors`` and ``recipe.json``.
+
+    Raises:
+        PruningError: The folder cannot be written, or the network would not come back as it is.
+    """
+    save_network(
+        Path(folder),
+        result.network,
+        result.plan,
+        result.model,
+        source=result.source,
+        metadata=result.to_json(),
+    )
+
+
+def describe(content: Mapping[str, Any]) -> str:
+    """A result, as of :meth:`PruneResult.to_json`, for a terminal."""
+    rows = []
+    for name in STAGES:
+        if content["test_scores"][name] is None:
+            continue
+        side = "before" if name == "unpruned" else "after"
+        rows.append(
+            {
+                "network": name.replace("_", " ").replace("finetuning", "fine-tuning"),
+                "test score": content["test_scores"][name],
+                "MACs": content["macs"][side],
+                "parameters": content["parameters"][side],
+            }
+        )
+    lines = [format_table(rows), ""]
+    lines += [f"{one['backend']}: {one['sentence']}" for one in content["latency"]]
+    return "\n".join(lines).rstrip()

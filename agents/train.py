@@ -1,0 +1,338 @@
+"""Train a pruning agent on one network or several, on one or more worker processes.
+
+An update collects ``update_evaluations`` episodes, each of which scores one plan, then learns from them and from the
+best plans so far. Every update starts from seeds derived from the run's seed and its own number, and ends with a
+checkpoint: a run that was interrupted goes on to the same result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from tqdm import tqdm
+
+from prunegym.agents.checkpoint import load_checkpoint, save_checkpoint
+from prunegym.agents.config import TrainConfig, TransferConfig
+from prunegym.agents.policy import PruningPolicy
+from prunegym.agents.policy_file import load_policy, save_policy
+from prunegym.agents.ppo import Episode, PruningPPO
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import own_plan
+from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.observation import Observer, Padding
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.plan import PruningPlan
+
+AgentConfig: TypeAlias = TrainConfig | TransferConfig
+
+POLICY_FILE = "policy.safetensors"
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.csv"
+TIMING = "timing.csv"
+"""Seconds stand apart from the metrics, which are the same for the same seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What training left behind."""
+
+    policy: Path
+    evaluations: int
+    seconds: float
+    own: dict[str, PruningPlan] = field(default_factory=dict)
+    """The policy's own plan, by ``network budget``."""
+    best: dict[str, PruningPlan] = field(default_factory=dict)
+    """The best plan that was sampled, by ``network budget``: a different result, reported apart."""
+
+
+def train(
+    problems: Sequence[PruningProblem], config: AgentConfig, run: RunFolder, *, progress: bool = True
+) -> TrainResult:
+    """Train a policy on all problems at once.
+
+    Args:
+        problems: networks with their budgets.
+        config: evaluations, rounds, workers, seed and the settings of PPO.
+        run: where metrics, checkpoint, plans and policy go; a run folder with a checkpoint is resumed.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        PruningError: a worker died, or a loss became non-finite; what was learned is in the run folder.
+    """
+    trainer = Trainer(problems, config, run)
+    try:
+        return trainer.run_all(progress)
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """A training run: environments, agent, metrics and checkpoints."""
+
+    def __init__(self, problems: Sequence[PruningProblem], config: AgentConfig, run: RunFolder) -> None:
+        self.problems = list(problems)
+        self.config = config
+        self.folder = run
+        self.padding = shared_padding(self.problems)
+        self.envs = make_envs(self.problems, config, self.padding)
+        # rounded up: every worker plays the same number of whole episodes
+        self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
+        self.model = self._model()
+        self.update = 0
+        self.evaluations = 0
+        self.seconds = 0.0
+        self.best: dict[str, tuple[float, PruningPlan]] = {}
+        if run.path(CHECKPOINT).exists():
+            self._resume()
+
+    def close(self) -> None:
+        """End worker processes."""
+        self.envs.close()
+
+    def _model(self) -> PruningPPO:
+        config = self.config
+        start = None if config.policy is None else load_policy(config.policy, device=config.torch_device)[0]
+        features = start.features if start is not None else getattr(config, "features", "data")
+        steps = self.episodes // self.envs.num_envs * config.rounds
+        model = PruningPPO(
+            PruningPolicy,
+            self.envs,
+            n_steps=steps,
+            batch_size=steps * self.envs.num_envs,
+            n_epochs=config.ppo_epochs,
+            learning_rate=config.learning_rate,
+            # an episode is a few rounds towards one score: nothing is discounted
+            gamma=1.0,
+            gae_lambda=1.0,
+            seed=config.seed,
+            device=config.torch_device,
+            elites=config.elites,
+            imitation_steps=config.imitation_steps,
+            imitation_rate=config.imitation_rate,
+            min_std=config.min_std,
+            policy_kwargs={"features": features, "log_std_init": float(np.log(config.std))},
+        )
+        if start is not None:
+            model.policy.load_state_dict(start.state_dict())
+            with torch.no_grad():
+                model.policy.log_std.fill_(float(np.log(config.std)))
+        formats = ["tensorboard"] if config.tensorboard else []
+        model.set_logger(configure(str(self.folder.path("tensorboard")), formats))
+        return model
+
+    def run_all(self, progress: bool) -> TrainResult:
+        """Update until the evaluations are spent."""
+        bar = tqdm(
+            total=self.config.evaluations,
+            initial=self.evaluations,
+            desc="train",
+            unit="plan",
+            disable=not progress,
+        )
+        with bar:
+            while self.evaluations < self.config.evaluations:
+                before = self.evaluations
+                row = self.run_update()
+                bar.update(self.evaluations - before)
+                bar.set_postfix(best=f"{row['best']:.3f}", own=f"{row['own']:.3f}")
+        return self._finish()
+
+    def run_update(self) -> dict[str, Any]:
+        """One PPO update, its row of metrics, and the checkpoint."""
+        started = time.perf_counter()
+        self._seed_update()
+        self.model._last_obs = None  # begin with a reset, from the seeds just set
+        self.model.progress = min(1.0, (self.evaluations + self.episodes) / self.config.evaluations)
+        collector = _Collector(self.model)
+        self.model.learn(
+            self.episodes * self.config.rounds, callback=collector, reset_num_timesteps=False, log_interval=1
+        )
+        self._note_best(collector.infos)
+        self.evaluations += self.episodes
+        own = self._score_own()
+        self.update += 1
+        self.seconds += time.perf_counter() - started
+        row = {
+            "update": self.update,
+            "evaluations": self.evaluations,
+            "reward_mean": float(np.mean(collector.returns)),
+            "reward_best": float(np.max(collector.returns)),
+            "score_mean": float(np.mean([info["score"] for info in collector.infos])),
+            "best": float(np.mean([score for score, _ in self.best.values()])),
+            "own": own,
+            "std": float(self.model.policy.log_std.exp()),
+        }
+        if not np.isfinite(row["std"]):
+            raise PruningError(
+                f"`--learning-rate` should keep the policy finite. Received {self.config.learning_rate}, and its "
+                f"weights became non-finite in update {self.update}. Lower it; the last checkpoint is kept."
+            )
+        self.folder.append_row(METRICS, row)
+        self.folder.append_row(
+            TIMING,
+            {
+                "update": self.update,
+                "seconds": round(self.seconds, 3),
+                "update_seconds": round(self.model.policy_seconds, 3),
+            },
+        )
+        self.checkpoint()
+        return row
+
+    def _seed_update(self) -> None:
+        """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
+        sequence = np.random.SeedSequence([self.config.seed, self.update])
+        streams = sequence.generate_state(self.envs.num_envs + 1)
+        self.model.set_random_seed(int(streams[0]) % 2**31)
+        # one seed per worker (SB3 would give them consecutive ones)
+        self.envs._seeds = [int(value) % 2**31 for value in streams[1:]]
+
+    def _note_best(self, infos: list[dict[str, Any]]) -> None:
+        for info in infos:
+            key = f"{info['network']} {info['budget']}"
+            if key not in self.best or info["score"] > self.best[key][0]:
+                self.best[key] = (info["score"], info["plan"])
+
+    def _score_own(self) -> float:
+        """Score the policy's own plans on the reward split; they are evaluations too, and are remembered."""
+        scores = []
+        for problem in self.problems:
+            for budget in problem.budgets:
+                episode, score = self._own_episode(problem, budget)
+                self.model.memory.add(episode)
+                self.evaluations += 1
+                scores.append(score)
+        return float(np.mean(scores))
+
+    def _own_episode(self, problem: PruningProblem, budget: Budget) -> tuple[Episode, float]:
+        env = make_env(problem, self.config, self.padding)
+        observation, _ = env.reset(options={"budget": budget})
+        observations, actions, done = [], [], False
+        value, info = 0.0, {}
+        while not done:
+            observations.append(observation)
+            actions.append(self.model.policy.act(observation))
+            observation, value, done, _, info = env.step(actions[-1])
+        self._note_best([info])
+        episode = Episode(observations, np.stack(actions), value)
+        return episode, float(info["score"])
+
+    def checkpoint(self) -> None:
+        """Save policy and state, atomically."""
+        save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
+        save_checkpoint(
+            self.folder.path(CHECKPOINT),
+            self.model,
+            {
+                "update": self.update,
+                "evaluations": self.evaluations,
+                "seconds": self.seconds,
+                "best": {key: [score, plan.to_json()] for key, (score, plan) in self.best.items()},
+            },
+        )
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.folder.path(CHECKPOINT), self.model)
+        self.update = int(state["update"])
+        self.evaluations = int(state["evaluations"])
+        self.seconds = float(state["seconds"])
+        self.best = {
+            key: (float(score), PruningPlan.from_json(content)) for key, (score, content) in state["best"].items()
+        }
+        # a row whose checkpoint was never finished is written again
+        for name in (METRICS, TIMING):
+            self.folder.truncate_rows(name, self.update)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "networks": [problem.scorer.network.name for problem in self.problems],
+            "budgets": sorted({str(budget) for problem in self.problems for budget in problem.budgets}),
+            "rounds": self.config.rounds,
+            "regime": self.config.regime,
+            "criterion": self.config.criterion,
+            "evaluations": self.evaluations,
+            "seed": self.config.seed,
+        }
+
+    def _finish(self) -> TrainResult:
+        own = {}
+        for problem in self.problems:
+            for budget in problem.budgets:
+                key = f"{problem.scorer.network.name} {budget}"
+                own[key] = own_plan(self.model.policy, problem, budget, self.config.rounds)
+        plans = {
+            "own": {key: plan.to_json() for key, plan in own.items()},
+            "best": {key: plan.to_json() for key, (_, plan) in self.best.items()},
+        }
+        self.folder.write_json("plan.json", plans)
+        return TrainResult(
+            policy=self.folder.path(POLICY_FILE),
+            evaluations=self.evaluations,
+            seconds=self.seconds,
+            own=own,
+            best={key: plan for key, (_, plan) in self.best.items()},
+        )
+
+
+class _Collector:
+    """Keeps the infos of finished episodes and the returns of the rollout."""
+
+    def __init__(self, model: PruningPPO) -> None:
+        self.model = model
+        self.infos: list[dict[str, Any]] = []
+
+    def __call__(self, variables: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        """SB3 calls this after every step of the environments."""
+        for info, done in zip(variables["infos"], variables["dones"], strict=True):
+            if done:
+                self.infos.append(info)
+        return True
+
+    @property
+    def returns(self) -> list[float]:
+        """Return of each episode of the last rollout."""
+        return [episode.value for episode in self.model.last_episodes]
+
+
+def shared_padding(problems: Sequence[PruningProblem]) -> Padding:
+    """Sizes of an observation that holds every problem's network."""
+    paddings = [Observer(problem.scorer.network, problem.scorer.statistics).padding for problem in problems]
+    result = paddings[0]
+    for padding in paddings[1:]:
+        result = result.covering(padding)
+    return result
+
+
+def make_env(problem: PruningProblem, config: AgentConfig, padding: Padding) -> ChannelPruningEnv:
+    """The environment of one problem as the configuration asks."""
+    return ChannelPruningEnv(
+        problem, rounds=config.rounds, mode=config.mode, profile=config.reward, padding=padding
+    )
+
+
+def make_envs(problems: Sequence[PruningProblem], config: AgentConfig, padding: Padding) -> VecEnv:
+    """Environments of all problems side by side: in this process, or in one process each for several workers."""
+    copies = -(-config.workers // len(problems))
+    chosen = [problem for problem in problems for _ in range(copies)]
+    threads = max(1, torch.get_num_threads() // len(chosen)) if config.workers > 1 else None
+
+    def factory(problem: PruningProblem) -> Callable[[], ChannelPruningEnv]:
+        def make() -> ChannelPruningEnv:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            return make_env(problem, config, padding)
+
+        return make
+
+    factories: list[Callable[[], Any]] = [factory(problem) for problem in chosen]
+    return DummyVecEnv(factories) if config.workers == 1 else SubprocVecEnv(factories)

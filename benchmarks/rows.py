@@ -1,0 +1,67 @@
+"""Result tables of the benchmarks: one CSV each, one row per finished piece, so that a script that was stopped goes on.
+
+Every row carries the date, the commit, versions and the machine it was measured on.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from prunegym.agents.provenance import describe_environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Table:
+    """A CSV of results that is appended to.
+
+    Args:
+        path: the file; it is made with its first row.
+        keys: columns that identify a row.
+    """
+
+    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
+        self.path = path
+        self.keys = keys
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def has(self, **key: Any) -> bool:
+        """True if a row with these values is there."""
+        return any(all(row[name] == str(value) for name, value in key.items()) for row in self.rows)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row and wait until it is on the disk."""
+        full = {**row, **provenance()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]) if self.rows else list(full))
+            if new:
+                writer.writeheader()
+            writer.writerow(full)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append({name: str(value) for name, value in full.items()})
+
+
+def provenance() -> dict[str, Any]:
+    """Where a row comes from."""
+    environment = describe_environment("cpu")
+    git = environment["git"] or {"commit": "unknown", "dirty": True}
+    versions = environment["versions"]
+    return {
+        "date": date.today().isoformat(),
+        "commit": git["commit"][:10] + ("+" if git["dirty"] else ""),
+        "torch": versions["torch"],
+        "sb3": versions["stable-baselines3"],
+        "cpu": environment["cpu"],
+        "threads": environment["threads"],
+    }

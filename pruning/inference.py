@@ -1,0 +1,128 @@
+"""The form in which candidate networks run fastest: folded, channels last, bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunegym.pruning.task import Inputs, forward
+from prunegym.pruning.trace import evaluating
+
+BFLOAT16_TOLERANCE = 0.05
+"""bfloat16 is used if it changes the unpruned network's outputs by no more than this share of their size."""
+
+
+class InferenceForm:
+    """Precision, memory layout and folding of candidate networks.
+
+    Args:
+        folds: pairs (convolution, batch normalisation) of module paths that can be folded into one.
+        half: convolutions and linear layers in bfloat16; the rest stays in float32.
+    """
+
+    def __init__(self, folds: Sequence[tuple[str, str]], *, half: bool) -> None:
+        self.folds = tuple(folds)
+        self.half = half
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of inputs, convolutions and linear layers."""
+        return torch.bfloat16 if self.half else torch.float32
+
+    def prepare_input(self, value: Any) -> Any:
+        """An input in the form's precision and layout; anything but floating-point tensors is left alone."""
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.to(self.dtype)
+            return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+        return value
+
+    def prepare_layers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Give layers their layout and precision, in place; returns their float32 weights by module path."""
+        weights = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                weights[name] = module.weight.detach()
+                _set_weight(module, module.weight.detach(), self.dtype)
+                if module.bias is not None:
+                    module.bias = nn.Parameter(module.bias.detach().to(self.dtype), requires_grad=False)
+        return weights
+
+    def folded(self, model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+        """A copy with batch normalisation folded into the convolution before it, from float32 weights.
+
+        Args:
+            model: a network whose layers were prepared.
+            weights: their float32 weights, from :meth:`prepare_layers`.
+        """
+        # parameters are shared: those of folded layers are replaced, not changed
+        model = copy.deepcopy(model, {id(one): one for one in [*model.parameters(), *model.buffers()]})
+        modules = dict(model.named_modules())
+        for conv_name, norm_name in self.folds:
+            conv, norm = modules.get(conv_name), modules.get(norm_name)
+            # subclasses of batch normalisation may do more than that, such as an activation
+            if not isinstance(conv, nn.Conv2d) or type(norm) is not nn.BatchNorm2d:
+                continue
+            if norm.running_var is None or norm.running_mean is None:
+                continue
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            if norm.weight is not None:
+                scale = scale * norm.weight.detach()
+            shift = -norm.running_mean * scale
+            if norm.bias is not None:
+                shift = shift + norm.bias.detach()
+            if conv.bias is not None:
+                shift = shift + conv.bias.detach().float() * scale
+            dtype = conv.weight.dtype
+            _set_weight(conv, weights[conv_name] * scale.view(-1, 1, 1, 1), dtype)
+            conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+            for parent in modules.values():  # it may be registered in several places
+                for leaf in [leaf for leaf, child in parent._modules.items() if child is norm]:
+                    setattr(parent, leaf, nn.Identity())
+        return model
+
+    def agrees(self, model: nn.Module, inputs: Inputs) -> bool:
+        """True if the network gives in this form what it gives in its own, within ``BFLOAT16_TOLERANCE``."""
+        try:
+            with evaluating(model), torch.no_grad():
+                exact = tensors_of(forward(model, inputs))
+                twin = copy.deepcopy(model)
+                twin = self.folded(twin, self.prepare_layers(twin))
+                rough = tensors_of(forward(twin, tree_map(self.prepare_input, inputs)))
+        except RuntimeError:  # a layer without bfloat16 support, or float32 parameters outside layers
+            return False
+        return all(
+            float((a - b.float()).abs().max()) <= BFLOAT16_TOLERANCE * max(float(a.abs().max()), 1e-6)
+            for a, b in zip(exact, rough, strict=True)
+            if a.is_floating_point()
+        )
+
+
+def to_float(value: Any) -> Any:
+    """bfloat16 tensors in float32; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a nest of lists, tuples and dicts."""
+    found: list[Tensor] = []
+    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
+    return found
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """True if the device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _set_weight(module: nn.Linear | nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> None:
+    weight = weight.to(dtype)
+    if weight.ndim == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    module.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,376 @@
+"""Small networks that each couple channels in another way, and a task on random tensors for them.
+
+Networks and problems are made once per session and shared: tests must not change them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunegym.pruning.cifar import ZeroPadShortcut
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.zoo import build_network, input_shape_of
+
+CLASSES = 5
+
+
+class Residual(nn.Module):
+    """Identity, projection and zero-padding shortcuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.inner, self.inner_norm = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.outer, self.outer_norm = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.down, self.down_norm = nn.Conv2d(8, 12, 3, 2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.project, self.project_norm = nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12)
+        self.wide, self.wide_norm = nn.Conv2d(12, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.shortcut = ZeroPadShortcut(2, (2, 2))
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem_norm(self.stem(x)))
+        x = F.relu(x + self.outer_norm(self.outer(F.relu(self.inner_norm(self.inner(x))))))
+        x = F.relu(self.down_norm(self.down(x)) + self.project_norm(self.project(x)))
+        x = F.relu(self.wide_norm(self.wide(x)) + self.shortcut(x))
+        return self.head(x.mean((2, 3)))
+
+
+class MobileBlock(nn.Module):
+    """Depthwise convolution with squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.expand_norm = nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.depthwise_norm = nn.BatchNorm2d(12)
+        self.squeeze, self.excite = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.project, self.project_norm = nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.expand_norm(self.expand(x)))
+        x = F.silu(self.depthwise_norm(self.depthwise(x)))
+        x = x * self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
+        return self.head(F.hardswish(self.project_norm(self.project(x))).mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """Two branches side by side, and a batch normalisation over both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 10, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.join = nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(18, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        right = self.right(x)
+        both = F.relu(self.norm(torch.cat([self.left(x), right], 1)))
+        joined = torch.cat([F.relu(self.join(both)), F.relu(right)], 1)
+        return self.head(joined.mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A grouped convolution: its groups are the units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.grouped(F.relu(self.stem(x)))))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class Transposed(nn.Module):
+    """Down and up again by a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 2, 2)
+        self.up = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.last = nn.Conv2d(6, 4, 3, padding=1)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.up(F.relu(self.down(x))))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """One layer used two times in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.again(F.relu(self.again(x))))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class HardCoded(nn.Module):
+    """A reshape that knows how many channels there are, and a layer after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fixed, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fixed(F.relu(self.stem(x))))
+        x = x.reshape(len(x), 8, x.shape[2], x.shape[3])
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class TwoInputs(nn.Module):
+    """Two images, each through layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.left_last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.right, self.right_last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        x = self.left_last(F.relu(self.left(left))) + self.right_last(F.relu(self.right(right)))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class DictOutput(nn.Module):
+    """Logits and features: the features may not be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.features = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.last = nn.Conv2d(6, 7, 1)
+        self.head = nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.features(F.relu(self.stem(x)))
+        x = F.relu(self.last(F.relu(self.norm(features))))
+        return {"logits": self.head(x.mean((2, 3))), "features": features}
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """Batch normalisation and activation in one module, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Registered(nn.Module):
+    """The same modules under two names, and a batch normalisation that also activates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU(), nn.Conv2d(8, 6, 1), ActivatedNorm(6))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def _sequential() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, CLASSES)),
+    )
+
+
+def _flattened() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
+        *(nn.Linear(24, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, CLASSES)),
+    )
+
+
+def _unnormalised() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 3, 2), nn.LeakyReLU()),
+        *(nn.Conv2d(10, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)),
+    )
+
+
+TOYS: dict[str, Callable[[], nn.Module]] = {
+    "concat": Concat,
+    "dict_output": DictOutput,
+    "flattened": _flattened,
+    "grouped": Grouped,
+    "hard_coded": HardCoded,
+    "mobile": MobileBlock,
+    "registered": Registered,
+    "residual": Residual,
+    "sequential": _sequential,
+    "transposed": Transposed,
+    "twice": Twice,
+    "two_inputs": TwoInputs,
+    "unnormalised": _unnormalised,
+}
+
+ZOO = (
+    "digits_resnet",
+    "digits_vgg",
+    "digits_mobilenet",
+    "cifar_resnet20",
+    "cifar_resnet20_conv",
+    "cifar_vgg16",
+    "cifar_mobilenet_v2",
+    "cifar_efficientnet_b0",
+)
+
+
+def enlivened(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give batch normalisation statistics and scales that differ between channels; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+    return model.eval()
+
+
+def made(build: Callable[[], nn.Module]) -> nn.Module:
+    """The same weights each time, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return enlivened(build())
+
+
+@cache
+def toy_network(name: str) -> PrunableNetwork:
+    """One of the toys, made ready for pruning."""
+    generator = torch.Generator().manual_seed(1)
+    inputs: tuple[Tensor, ...] = (torch.randn(2, 3, 8, 8, generator=generator),)
+    if name == "two_inputs":
+        inputs = (*inputs, torch.randn(2, 1, 8, 8, generator=generator))
+    return PrunableNetwork(made(TOYS[name]), inputs, name=name)
+
+
+@cache
+def zoo_network(name: str) -> PrunableNetwork:
+    """One of the zoo with random weights, made ready for pruning."""
+    inputs = torch.randn(2, *input_shape_of(name), generator=torch.Generator().manual_seed(1))
+    return PrunableNetwork(made(lambda: build_network(name)), inputs, name=name)
+
+
+@dataclass
+class RandomTask:
+    """Classes and noise: enough to measure with, nothing to learn.
+
+    Args:
+        shapes: of one example of each input.
+        classes: of the targets.
+        sizes: examples of each split.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    classes: int = CLASSES
+    sizes: dict[str, int] = field(
+        default_factory=lambda: {"train": 64, "calibration": 40, "reward": 60, "selection": 60, "test": 60}
+    )
+    name: str = "noise"
+    fingerprint: str = "noise"
+
+    def batches(
+        self, split: str, *, batch_size: int, limit: int | None = None, **_: Any
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        generator = torch.Generator().manual_seed(sorted(self.sizes).index(split))
+        count = self.sizes[split]
+        inputs = [torch.randn(count, *shape, generator=generator) for shape in self.shapes]
+        targets = torch.randint(self.classes, (count,), generator=generator)
+        end = count if limit is None else min(limit, count)
+        for start in range(0, end, batch_size):
+            span = slice(start, min(start + batch_size, end))
+            yield tuple(one[span] for one in inputs), targets[span]
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(_logits(outputs).float(), targets)
+
+    def score(self, outputs: Any, targets: Tensor) -> Tensor:
+        return (_logits(outputs).argmax(1) == targets).float()
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs
+    return logits
+
+
+def random_task_for(network: PrunableNetwork) -> RandomTask:
+    """Noise of the shapes that a network takes."""
+    with torch.no_grad():
+        classes = _logits(network.model(*network.example_inputs)).shape[1]
+    return RandomTask(tuple(tuple(one.shape[1:]) for one in network.example_inputs), classes)
+
+
+@pytest.fixture(scope="session")
+def toys() -> Callable[[str], PrunableNetwork]:
+    """Toy networks by name; made once."""
+    return toy_network
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Callable[[str], PrunableNetwork]:
+    """Networks of the zoo by name; made once."""
+    return zoo_network
+
+
+@pytest.fixture(scope="session")
+def task_for() -> Callable[[PrunableNetwork], RandomTask]:
+    """A task on random tensors for any network."""
+    return random_task_for
+
+
+@pytest.fixture(scope="session", params=sorted(TOYS))
+def toy(request: pytest.FixtureRequest) -> PrunableNetwork:
+    """Each toy network in turn."""
+    return toy_network(request.param)
+
+
+@pytest.fixture(scope="session", params=ZOO)
+def zoo_member(request: pytest.FixtureRequest) -> PrunableNetwork:
+    """Each small network of the zoo in turn."""
+    return zoo_network(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in each test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def random_plan() -> Callable[[PrunableNetwork, np.random.Generator], PruningPlan]:
+    """Makes plans that keep any channels, at least one of each group."""
+
+    def make(network: PrunableNetwork, rng: np.random.Generator) -> PruningPlan:
+        mask = rng.random(network.graph.units) < rng.uniform(0.2, 0.9)
+        for group in network.graph.groups:
+            mask[group.start + rng.integers(group.size)] = True
+        return PruningPlan.from_mask(network.graph, mask)
+
+    return make

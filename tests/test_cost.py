@@ -1,0 +1,140 @@
+"""Predicted costs against PyTorch's own counter on the rebuilt network, and against hand counts."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
+
+Toys = Callable[[str], PrunableNetwork]
+MakePlan = Callable[[PrunableNetwork, np.random.Generator], PruningPlan]
+
+
+def counted_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+    """Multiply-accumulates for one example, by PyTorch's counter of floating point operations."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(*inputs)
+    return counter.get_total_flops() / 2 / len(inputs[0])
+
+
+def counted_parameters(model: nn.Module) -> int:
+    """Learnable parameters."""
+    return sum(one.numel() for one in model.parameters())
+
+
+def test_cost_of_a_toy_plan_is_what_the_rebuilt_network_costs(
+    toy: PrunableNetwork, random_plan: MakePlan
+) -> None:
+    """Exactly, for several plans of every way to couple channels."""
+    for seed in range(4):
+        plan = random_plan(toy, np.random.default_rng(seed))
+        small = toy.pruned(plan)
+
+        assert toy.cost(plan).macs == counted_macs(small, toy.example_inputs)
+        assert toy.cost(plan).parameters == counted_parameters(small)
+
+
+def test_cost_of_a_zoo_plan_is_what_the_rebuilt_network_costs(
+    zoo_member: PrunableNetwork, random_plan: MakePlan, rng: np.random.Generator
+) -> None:
+    """Exactly, for the networks that people prune."""
+    plan = random_plan(zoo_member, rng)
+    small = zoo_member.pruned(plan)
+
+    assert zoo_member.cost(plan).macs == counted_macs(small, zoo_member.example_inputs)
+    assert zoo_member.cost(plan).parameters == counted_parameters(small)
+
+
+def test_full_cost_is_that_of_the_unpruned_network(zoo_member: PrunableNetwork) -> None:
+    """The denominator of every budget."""
+    assert zoo_member.full_cost.macs == counted_macs(zoo_member.model, zoo_member.example_inputs)
+    assert zoo_member.full_cost.parameters == counted_parameters(zoo_member.model)
+
+
+def test_macs_of_a_chain_are_those_counted_by_hand(toys: Toys) -> None:
+    """3x3 on 8x8 pixels, 3x3 on 4x4 pixels, two linear layers."""
+    network = toys("sequential")
+
+    macs = network.costs.macs(np.array([5, 7, 4]))
+
+    assert macs == 64 * 9 * 3 * 5 + 16 * 9 * 5 * 7 + 7 * 4 + 4 * 5
+
+
+def test_parameters_of_a_chain_are_those_counted_by_hand(toys: Toys) -> None:
+    """Weights, scales and shifts of the normalisation, biases of the linear layers."""
+    network = toys("sequential")
+
+    parameters = network.costs.parameters(np.array([5, 7, 4]))
+
+    assert parameters == 9 * 3 * 5 + 2 * 5 + 9 * 5 * 7 + 2 * 7 + (7 * 4 + 4) + (4 * 5 + 5)
+
+
+def test_depthwise_convolution_costs_one_input_per_channel(toys: Toys) -> None:
+    """Expansion, depthwise, squeeze, excitation, projection, head."""
+    network = toys("mobile")
+
+    macs = network.costs.macs(np.array([6, 2, 5]))
+
+    assert macs == 64 * 3 * 6 + 64 * 9 * 6 + 6 * 2 + 2 * 6 + 64 * 6 * 5 + 5 * 5
+
+
+def test_operations_add_up_to_the_whole(zoo_member: PrunableNetwork) -> None:
+    """The shares of the layers are shares of the same total."""
+    costs, sizes = zoo_member.costs, zoo_member.graph.sizes
+
+    assert round(costs.operation_macs(sizes).sum()) == costs.full.macs
+
+
+def test_widths_are_those_of_the_layers(toys: Toys) -> None:
+    """Input and output channels of each operation: what a latency table looks up."""
+    network = toys("residual")
+    counts = np.array([4, 3, 7, 2])
+
+    inputs, outputs = network.costs.widths(counts)
+
+    named = {one.module: k for k, one in enumerate(network.graph.operations)}
+    assert (inputs[named["outer"]], outputs[named["outer"]]) == (3, 4)
+    assert (inputs[named["wide"]], outputs[named["wide"]]) == (7, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_cost_grows_with_every_group(toys: Toys, data: st.DataObject) -> None:
+    """The projection onto a budget relies on it."""
+    network = toys(data.draw(st.sampled_from(["concat", "grouped", "mobile", "residual", "twice"])))
+    sizes = network.graph.sizes
+    counts = np.array([data.draw(st.integers(1, int(size))) for size in sizes])
+    group = data.draw(st.integers(0, len(sizes) - 1))
+    more = counts.copy()
+    more[group] = min(more[group] + 1, sizes[group])
+
+    assert network.costs.macs(more) >= network.costs.macs(counts)
+    assert network.costs.parameters(more) >= network.costs.parameters(counts)
+
+
+def test_attention_is_counted_and_its_channels_are_frozen() -> None:
+    """Products of activations cost too, though they cannot be pruned."""
+    network = PrunableNetwork(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8)
+    )
+
+    # by hand, because PyTorch's counter passes over fused attention on the CPU
+    layers = 5 * (8 * 24 + 8 * 8 + 2 * 8 * 16)
+    products = 2 * 5 * 5 * 8
+    assert {one.name for one in network.graph.groups} == {"linear1"}
+    assert network.full_cost.macs == layers + products
+
+
+def test_batch_size_of_the_example_does_not_matter(toys: Toys) -> None:
+    """MACs are for one example."""
+    model = toys("flattened").model
+
+    macs = [PrunableNetwork(model, torch.randn(count, 3, 8, 8)).full_cost.macs for count in (1, 2, 5)]
+
+    assert len(set(macs)) == 1
