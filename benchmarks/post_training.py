@@ -1,10 +1,11 @@
-"""The agent against its start, post-training regime: no weight is trained, what is measured after recovery counts.
+"""The agent against its start, post-training regime: no weight is trained; what recovery gives is what counts.
 
-For each budget and seed an agent is trained; its own deterministic plan is compared on the selection split, in float32,
-with the uniform plan, the one-shot knapsack plan, and the plan of the untrained agent (the knapsack applied in the same
-rounds). Learning curves go beside the table.
+For each budget and seed an agent is trained; its own deterministic plan is compared on the selection split, in
+float32, with the uniform plan, the one-shot knapsack plan, and the plan of the untrained agent (the knapsack
+applied in the same rounds). Learning curves go beside the table.
 
-    python benchmarks/post_training.py --data cifar10.npz --weights cifar10_resnet20.th
+    python benchmarks/post_training.py --data cifar10.npz --weights cifar10_resnet20.th --budgets macs:0.35
+    python benchmarks/post_training.py --data cifar10.npz --weights cifar10_resnet20.th --budgets macs:0.5 --rounds 1
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Arguments:
     network: str = "cifar_resnet20"
     budgets: tuple[str, ...] = ("macs:0.35", "macs:0.5")
     seeds: tuple[int, ...] = (0, 1, 2)
-    evaluations: int = 300
+    evaluations: int = 200
     """Plans scored for each agent, its own plans included."""
     rounds: int = 3
-    workers: int = 2
+    workers: int = 1
     """Worker processes."""
     reward_examples: int = 2000
     criterion: str = "taylor"
@@ -112,7 +113,8 @@ def add(
 ) -> None:
     """One row: what a plan costs and scores."""
     row = plan_row(problem, problem.budgets[0], searcher, found)
-    table.append({**row, "budget": budget, "seed": seed, "rounds": arguments.rounds, "criterion": arguments.criterion})
+    how = {"rounds": arguments.rounds, "criterion": arguments.criterion}
+    table.append({**row, "budget": budget, "seed": seed, **how})
 
 
 def _found(plan: PruningPlan, evaluations: int, seconds: float) -> SearchResult:
@@ -122,8 +124,9 @@ def _found(plan: PruningPlan, evaluations: int, seconds: float) -> SearchResult:
 def summarise(table: Table) -> None:
     """Print mean and range over seeds of each searcher's selection score."""
     for key in dict.fromkeys((row["budget"], row["searcher"]) for row in table.rows):
-        scores = [float(row["selection_score"]) for row in table.rows if (row["budget"], row["searcher"]) == key]
-        print(f"{key[0]:10} {key[1]:20} {np.mean(scores):.4f}  {np.min(scores):.4f} .. {np.max(scores):.4f}  n={len(scores)}")
+        rows = [row for row in table.rows if (row["budget"], row["searcher"]) == key]
+        scores = np.array([float(row["selection_score"]) for row in rows])
+        print(f"{key[0]:10} {key[1]:20} {scores.mean():.4f}  {scores.min():.4f} .. {scores.max():.4f}  n={len(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Result tables of the benchmarks: one CSV each, one row per finished piece, so that a script that was stopped goes on.
+"""Result tables of the benchmarks: one CSV each, one row per finished piece; a script that was stopped goes on.
 
 Every row carries the date, the commit, versions and the machine it was measured on.
 """
@@ -28,10 +28,14 @@ class Table:
     def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
         self.path = path
         self.keys = keys
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """What the file holds now; another process may be adding to it."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
 
     def has(self, **key: Any) -> bool:
         """True if a row with these values is there."""
@@ -41,15 +45,14 @@ class Table:
         """Write a row and wait until it is on the disk."""
         full = {**row, **provenance()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
+        rows = self.rows
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]) if self.rows else list(full))
-            if new:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0] if rows else full))
+            if not rows:
                 writer.writeheader()
             writer.writerow(full)
             file.flush()
             os.fsync(file.fileno())
-        self.rows.append({name: str(value) for name, value in full.items()})
 
 
 def provenance() -> dict[str, Any]:

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunegym.pruning.cifar import ZeroPadShortcut
+from prunegym.pruning.data import load_data
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.task import ClassificationTask
+from prunegym.pruning.training import train_network
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 CLASSES = 5
@@ -355,6 +358,20 @@ def toy(request: pytest.FixtureRequest) -> PrunableNetwork:
 def zoo_member(request: pytest.FixtureRequest) -> PrunableNetwork:
     """Each small network of the zoo in turn."""
     return zoo_network(request.param)
+
+
+@pytest.fixture(scope="session")
+def digits() -> ClassificationTask:
+    """Handwritten digits."""
+    return ClassificationTask(load_data("digits"))
+
+
+@pytest.fixture(scope="session")
+def trained(digits: ClassificationTask) -> PrunableNetwork:
+    """A residual network that has learned something of the digits: pruning hurts it, and unevenly."""
+    model = build_network("digits_resnet")
+    train_network(model, digits, epochs=4, seed=0, progress=False)
+    return PrunableNetwork(model.eval(), torch.zeros(2, 1, 8, 8), name="digits_resnet")
 
 
 @pytest.fixture

@@ -1,0 +1,310 @@
+"""A flag has a test that it changes something: here it is followed to where it is used."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunegym.agents import config as configs
+from prunegym.agents import network_commands, pretrain, prune, setup, train
+from prunegym.agents.config import PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.options import DataOptions, ProblemOptions
+from prunegym.agents.policy_file import save_policy
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import SearchResult
+from prunegym.agents.setup import build_problem, build_task, seed_everything
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.plan import PruningPlan
+
+#: Few images of everything: the numbers do not matter.
+FEW = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+
+SCORING = {
+    "criterion": "l1",
+    "regime": "finetuned",
+    "compensate": False,
+    "statistics_examples": 8,
+    "recalibration_examples": 8,
+    "reward_examples": 8,
+    "recovery_steps": 3,
+    "recovery_rate": 0.5,
+    "precision": "float32",
+    "seed": 3,
+}
+LATENCY = {"latency_batch": 2, "latency_threads": 1, "latency_backend": "onnxruntime"}
+DATA = {
+    "data": "cifar10",
+    "data_root": Path("elsewhere"),
+    "image_size": 16,
+    "split_seed": 3,
+    "data_workers": 2,
+    "download": True,
+}
+FITTING = {
+    "epochs": 3,
+    "learning_rate": 0.5,
+    "batch_size": 7,
+    "weight_decay": 0.5,
+    "label_smoothing": 0.5,
+    "amp": True,
+}
+DISTILLATION = {"distill": True, "distillation_weight": 0.5, "temperature": 2.0}
+AGENT = {
+    "rounds": 2,
+    "workers": 2,
+    "reward": "smooth",
+    "mode": "free",
+    "update_evaluations": 4,
+    "learning_rate": 0.5,
+    "ppo_epochs": 3,
+    "elites": 3,
+    "imitation_steps": 3,
+    "imitation_rate": 0.5,
+    "std": 0.5,
+    "min_std": 0.01,
+    "tensorboard": False,
+    "features": "structure",
+    "seed": 3,
+}
+SEARCH = {"evaluations": 3, "rounds": 2, "seed": 3}
+#: Flags that are followed in another test of this file, or in the file named.
+ELSEWHERE = {
+    "network": "test_cli.py",
+    "weights": "test_cli.py",
+    "budget": "test_cli.py",
+    "policy": "",
+    "plan": "",
+    "searcher": "",
+    "keep": "",
+    "device": "",
+    "onnx": "test_cli.py",
+    "out": "test_cli.py",
+    "json": "test_cli.py",
+    "latency": "test_cli.py",
+    "test": "test_cli.py",
+    "quick": "test_demo.py",
+}
+
+
+def test_every_flag_is_followed() -> None:
+    """A new flag needs an entry above."""
+    followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *SEARCH, *ELSEWHERE}
+
+    assert {one.name for name in configs.__all__ for one in fields(getattr(configs, name))} == followed
+
+
+@pytest.mark.parametrize("flag", SCORING)
+def test_scoring_flag_reaches_the_scorer(flag: str) -> None:
+    """The scorer's settings are another."""
+    changed = ProblemOptions(**{flag: SCORING[flag]}).scorer_settings
+
+    assert changed != ProblemOptions().scorer_settings
+
+
+@pytest.mark.parametrize("flag", LATENCY)
+def test_latency_flag_reaches_the_measurement(flag: str) -> None:
+    """The settings of the measurement are another."""
+    device = torch.device("cpu")
+    changed = ProblemOptions(**{flag: LATENCY[flag]}).latency_settings(device)
+
+    assert changed != ProblemOptions().latency_settings(device)
+
+
+@pytest.mark.parametrize("flag", DATA)
+def test_data_flag_reaches_the_reader(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data are read in another way."""
+    asked: list[Any] = []
+    data = build_task(DataOptions()).data
+    monkeypatch.setattr(setup, "load_data", lambda *args, **kwargs: asked.append((args, kwargs)) or data)
+
+    build_task(DataOptions())
+    build_task(DataOptions(**{flag: DATA[flag]}))
+
+    assert asked[0] != asked[1]
+
+
+def test_device_flag_chooses_the_device() -> None:
+    """Whatever torch knows."""
+    assert ProblemOptions(device="meta").torch_device == torch.device("meta")
+    assert ProblemOptions(device="cpu").torch_device == torch.device("cpu")
+
+
+def test_seed_flag_reaches_the_global_generators() -> None:
+    """Code that is not ours draws from them."""
+    numbers = []
+    for seed in (0, 0, 1):
+        seed_everything(seed)
+        numbers.append(float(torch.rand(())))
+
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
+@pytest.fixture(scope="module")
+def problem() -> PruningProblem:
+    """A network with random weights, and few images."""
+    options = ProblemOptions(**FEW)
+    return build_problem("digits_vgg", None, options, [Budget("macs", 0.5)])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How networks were asked to be trained; none is."""
+    asked: list[dict[str, Any]] = []
+
+    def note(*_: Any, on_epoch: Any, checkpoint: Any, **settings: Any) -> list[Any]:
+        settings["teacher"] = settings.get("teacher") is not None
+        asked.append(settings)
+        return []
+
+    monkeypatch.setattr(pretrain, "train_network", note)
+    monkeypatch.setattr(prune, "train_network", note)
+    return asked
+
+
+@pytest.mark.parametrize("flag", FITTING)
+def test_training_flag_reaches_pretraining(
+    flag: str, trained: list[dict[str, Any]], problem: PruningProblem, tmp_path: Path
+) -> None:
+    """The network is trained in another way."""
+    task, model, run = problem.scorer.task, problem.scorer.network.model, RunFolder(tmp_path)
+    for changes in ({}, {flag: FITTING[flag]}):
+        pretrain.pretrain(model, task, PretrainConfig(network="digits_vgg", **changes), run, progress=False)
+
+    assert trained[0] != trained[1]
+
+
+@pytest.mark.parametrize("flag", [*FITTING, *DISTILLATION])
+def test_training_flag_reaches_fine_tuning(
+    flag: str, trained: list[dict[str, Any]], problem: PruningProblem
+) -> None:
+    """The pruned network is trained in another way."""
+    for changes in ({}, {flag: {**FITTING, **DISTILLATION}[flag]}):
+        prune.fine_tune(
+            problem.scorer.network.model, problem, PruneConfig(network="digits_vgg", **FEW, **changes)
+        )
+
+    assert trained[0] != trained[1]
+
+
+def agent_state(problem: PruningProblem, folder: Path, **changes: Any) -> dict[str, Any]:
+    """What a training of an agent is about to do."""
+    settings: dict[str, Any] = {"network": ("digits_vgg",), **FEW, **changes}
+    trainer = train.Trainer([problem], TrainConfig(**settings), RunFolder(folder))
+    model = trainer.model
+    env = train.make_env(problem, trainer.config, trainer.padding)
+    try:
+        return {
+            "rounds": env.rounds,
+            "mode": env.mode,
+            "profile": env.profile,
+            "workers": trainer.envs.num_envs,
+            "episodes": trainer.episodes,
+            "model": (
+                model.n_epochs,
+                model.learning_rate,
+                model.elites,
+                model.imitation_steps,
+                model.imitation_rate,
+                model.min_std,
+                model.seed,
+            ),
+            "std": float(model.policy.log_std.detach()),
+            "features": model.policy.features,
+            "weights": float(sum(one.detach().sum() for one in model.policy.encoder.parameters())),
+            "tensorboard": any((folder / "tensorboard").glob("events*")),
+        }
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("flag", AGENT)
+def test_agent_flag_reaches_the_training(
+    flag: str, problem: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent is trained in another way."""
+    monkeypatch.setattr(train, "SubprocVecEnv", train.DummyVecEnv)  # processes take seconds to start
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    before = agent_state(problem, tmp_path / "a")
+    after = agent_state(problem, tmp_path / "b", **{flag: AGENT[flag]})
+
+    assert before != after
+
+
+def test_policy_flag_is_what_training_starts_from(problem: PruningProblem, tmp_path: Path) -> None:
+    """The weights of the file, and not new ones."""
+    run = RunFolder(tmp_path)
+    config = TrainConfig(network=("digits_vgg",), seed=1, tensorboard=False, **FEW)
+    first = train.Trainer([problem], config, run)
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, first.model.policy, metadata={})
+    first.close()
+
+    states = [
+        agent_state(problem, tmp_path, tensorboard=False),
+        agent_state(problem, tmp_path, tensorboard=False, policy=path),
+    ]
+
+    assert states[0]["weights"] != states[1]["weights"]
+    assert states[1]["weights"] == float(
+        sum(one.detach().sum() for one in first.model.policy.encoder.parameters())
+    )
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch, problem: PruningProblem) -> Iterator[list[Any]]:
+    """Who was asked for a plan, and with what settings."""
+    asked: list[Any] = []
+    plan = PruningPlan.unpruned(problem.scorer.network.graph)
+
+    def searcher_named(name: str) -> Any:
+        def search(_: Any, budget: Budget, settings: Any) -> SearchResult:
+            asked.append((name, str(budget), settings))
+            return SearchResult(plan=plan, evaluations=0, seconds=0.0)
+
+        return search
+
+    monkeypatch.setattr(prune, "searcher_named", searcher_named)
+    return asked
+
+
+@pytest.mark.parametrize(("flag", "value"), [*SEARCH.items(), ("searcher", "uniform"), ("policy", Path("p"))])
+def test_search_flag_reaches_the_searcher(
+    flag: str, value: Any, searches: list[Any], problem: PruningProblem
+) -> None:
+    """The plan is asked for in another way."""
+    for changes in ({}, {flag: value}):
+        prune.find_plan(problem, Budget("macs", 0.5), PruneConfig(network="digits_vgg", **changes))
+
+    assert searches[0] != searches[1]
+
+
+def test_plan_flag_takes_the_place_of_the_search(
+    searches: list[Any], problem: PruningProblem, tmp_path: Path
+) -> None:
+    """The plan of the file is carried out."""
+    plan = problem.plan(problem.uniform_counts(problem.limits[Budget("macs", 0.5)]))
+    plan.save(tmp_path / "plan.json")
+
+    found = prune.find_plan(
+        problem, Budget("macs", 0.5), PruneConfig(network="digits_vgg", plan=tmp_path / "plan.json")
+    )
+
+    assert found.plan == plan
+    assert not searches
+
+
+def test_keep_flag_freezes_groups(problem: PruningProblem) -> None:
+    """In every command the network is made here."""
+    options = ProblemOptions(**FEW)
+    kept = build_problem("digits_vgg", None, options, [Budget("macs", 0.9)], keep=["features.0"])
+
+    assert {group.name for group in problem.scorer.network.graph.groups} - {
+        group.name for group in kept.scorer.network.graph.groups
+    } == {"features.0"}
+    assert network_commands.build_problem is build_problem

@@ -1,0 +1,110 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from prunegym.agents.inspect import Inspection, inspect_network
+from prunegym.pruning.budget import Budget, apply_budget
+from prunegym.pruning.errors import InfeasibleBudgetError
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.zoo import build_network
+
+Toys = Callable[[str], PrunableNetwork]
+
+
+class TenthPerGroup:
+    """A latency model: a tenth of a second, and a tenth more per channel."""
+
+    full = 10.0
+
+    def latency(self, counts: np.ndarray) -> float:
+        return 0.1 + 0.1 * float(counts.sum())
+
+
+@pytest.fixture
+def residual(toys: Toys) -> Inspection:
+    """The network with three kinds of shortcuts."""
+    return inspect_network(toys("residual"))
+
+
+def test_groups_tell_which_layers_are_coupled(residual: Inspection) -> None:
+    """What a shortcut joins stands in one row."""
+    stem = next(row for row in residual.groups if row.name == "stem")
+
+    assert stem.channels == 8
+    assert set(stem.made_by) == {"stem", "outer"}
+    assert set(stem.read_by) == {"inner", "down", "project"}
+
+
+def test_shares_are_what_pruning_a_group_alone_saves(toys: Toys) -> None:
+    """Against the cost of a plan that keeps one channel of that group and all others."""
+    network = toys("sequential")
+    inspection = inspect_network(network)
+    for index, row in enumerate(inspection.groups):
+        counts = network.graph.sizes
+        counts[index] = 1
+
+        assert row.macs_share == pytest.approx(1 - network.costs.macs(counts) / inspection.macs)
+        assert row.parameters_share == pytest.approx(1 - network.costs.parameters(counts) / inspection.parameters)
+
+
+def test_frozen_groups_come_with_their_reason(toys: Toys) -> None:
+    """Why something is not pruned is half of the answer."""
+    inspection = inspect_network(toys("hard_coded"))
+
+    reasons = {row.name: row.reason for row in inspection.frozen}
+    assert "output" in reasons["head"]
+    assert "break" in reasons["fixed"]
+    assert reasons["fixed"] in inspection.to_text()
+
+
+def test_kept_layers_are_frozen_by_request() -> None:
+    """`--keep` shows up with the pattern."""
+    model = build_network("digits_vgg")
+    network = PrunableNetwork(model, torch.randn(2, 1, 8, 8), keep=["features.0"])
+
+    reasons = {row.name: row.reason for row in inspect_network(network).frozen}
+    assert reasons["features.0"] == "kept by request (features.0)"
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_reachable_budget_can_be_asked_for_and_less_cannot(toys: Toys, kind: str) -> None:
+    """The printed number is rounded, and to the safe side."""
+    network = toys("sequential")
+    least = inspect_network(network).reachable[kind]
+    ones = np.ones(len(network.graph.groups), dtype=np.int64)
+
+    assert apply_budget(Budget(kind, least), network.costs, ones).holds(ones)
+    with pytest.raises(InfeasibleBudgetError, match="Ask for"):
+        apply_budget(Budget(kind, least - 0.001), network.costs, ones)
+
+
+def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
+    """Measured before, and the least within reach."""
+    network = toys("sequential")
+    model = TenthPerGroup()
+
+    inspection = inspect_network(network, latency=model)
+
+    assert inspection.latency_seconds == 10.0
+    assert inspection.reachable["latency"] == pytest.approx(0.01 * (1 + len(network.graph.groups)), abs=1e-3)
+    assert "1e+04 ms" in inspection.to_text()
+
+
+def test_text_and_json_hold_every_group(residual: Inspection) -> None:
+    """Nothing is told to people only, or to programs only."""
+    text, content = residual.to_text(), residual.to_json()
+
+    assert [row["name"] for row in content["groups"]] == [row.name for row in residual.groups]
+    assert all(row.name in text for row in (*residual.groups, *residual.frozen))
+    assert f"{residual.macs:,} MACs" in text
+
+
+def test_unknown_operations_are_listed(toys: Toys) -> None:
+    """What has no rule is named, with the place where it was met."""
+    inspection = replace(inspect_network(toys("sequential")), unknown_operations={"aten.fft": "body.mixer"})
+
+    assert "aten.fft" in inspection.to_text()
+    assert "body.mixer" in inspection.to_text()

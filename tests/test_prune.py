@@ -1,0 +1,227 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prunegym.agents import prune
+from prunegym.agents.config import PruneConfig
+from prunegym.agents.options import LatencyOptions
+from prunegym.agents.prune import STAGES, PruneResult, carry_out, count_macs, describe, find_plan
+from prunegym.agents.reload import largest_difference, main, same_in_new_process, save_example
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import SearchResult
+from prunegym.agents.setup import assemble_problem, build_task
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.cost import Cost
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.export import load_network
+from prunegym.pruning.files import plain
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.scoring import ScorerSettings
+from prunegym.pruning.task import ClassificationTask
+from prunegym.pruning.zoo import build_network
+
+HALF = Budget("macs", 0.5)
+SOURCE = {"network": "digits_vgg", "num_classes": 10, "in_channels": 1, "image_size": 8}
+SETTINGS = ScorerSettings(statistics_examples=64, recalibration_examples=64, examples=64, precision="float32")
+
+
+def config(**changes: Any) -> PruneConfig:
+    """A configuration with little fine-tuning."""
+    return PruneConfig(**{"network": "digits_vgg", "device": "cpu", "epochs": 1, "batch_size": 256, **changes})
+
+
+@pytest.fixture(scope="module")
+def task() -> ClassificationTask:
+    """Digits."""
+    return build_task(config())
+
+
+@pytest.fixture(scope="module")
+def problem(task: ClassificationTask) -> PruningProblem:
+    """A network with random weights."""
+    inputs, _ = next(iter(task.batches("calibration", batch_size=2)))
+    network = PrunableNetwork(build_network("digits_vgg"), inputs, name="digits_vgg")
+    return assemble_problem(network, task, [HALF], settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def result(problem: PruningProblem) -> PruneResult:
+    """The network at half its MACs, fine-tuned for one epoch."""
+    found = find_plan(problem, HALF, config())
+    return carry_out(problem, found, config(), source=SOURCE, latency=False)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The splits that networks are measured on, in order."""
+    splits: list[str] = []
+    real = prune.evaluate_network
+
+    def note(model: Any, task: Any, split: str, **settings: Any) -> Any:
+        splits.append(split)
+        return real(model, task, split, **settings)
+
+    monkeypatch.setattr(prune, "evaluate_network", note)
+    yield splits
+
+
+def test_three_accuracies_and_the_unpruned_one_are_told(result: PruneResult) -> None:
+    """Right after pruning, after recovery, after fine-tuning."""
+    assert list(result.scores) == list(STAGES)
+    assert all(0 <= score <= 1 for score in result.scores.values())
+
+
+def test_first_accuracy_is_of_surgery_alone(problem: PruningProblem, result: PruneResult) -> None:
+    """No compensation, no recalibration: what cutting does by itself."""
+    bare = problem.scorer.network.pruned(result.plan)
+
+    assert prune.evaluate_network(bare, problem.scorer.task, "test").score == result.scores["after_pruning"]
+
+
+def test_pruned_network_is_smaller_and_of_the_same_class(result: PruneResult) -> None:
+    """A mask is not compression: the rebuilt network is counted."""
+    assert type(result.model) is type(result.network.model)
+    assert count_macs(result.network, result.model) == result.after.macs <= 0.5 * result.before.macs
+    assert sum(one.numel() for one in result.model.parameters()) == result.after.parameters
+
+
+def test_epochs_of_zero_leave_fine_tuning_out(problem: PruningProblem, counted: list[str]) -> None:
+    """What is given back is the recovered network; only the test split is read."""
+    found = find_plan(problem, HALF, config())
+    outcome = carry_out(problem, found, config(epochs=0), latency=False)
+
+    assert "after_finetuning" not in outcome.scores
+    assert outcome.epochs == ()
+    assert set(counted) == {"test"}
+
+
+def test_distillation_changes_what_is_learned(problem: PruningProblem, result: PruneResult) -> None:
+    """The unpruned network is imitated."""
+    found = SearchResult(plan=result.plan, evaluations=0, seconds=0.0)
+    taught = carry_out(problem, found, config(distill=True), latency=False)
+
+    assert taught.epochs[0].loss != result.epochs[0].loss
+
+
+def test_unpruned_network_is_left_as_it_was(problem: PruningProblem, result: PruneResult) -> None:
+    """Fine-tuning must not reach into it."""
+    fresh = build_network("digits_vgg").state_dict()
+
+    state = problem.scorer.network.model.state_dict()
+    assert all(torch.equal(state[name], fresh[name]) for name in fresh)
+    assert result.model is not problem.scorer.network.model
+
+
+@pytest.mark.parametrize("wrong", [Cost(1, 0), Cost(0, 1)])
+def test_network_that_does_not_cost_what_was_promised_is_refused(result: PruneResult, wrong: Cost) -> None:
+    """MACs and parameters are both counted anew."""
+    expected = Cost(result.after.macs + wrong.macs, result.after.parameters + wrong.parameters)
+
+    with pytest.raises(PruningError, match="`plan` should cost what it promises"):
+        prune.check_cost(result.network, result.model, expected)
+
+
+def test_costs_of_every_network_are_counted_alike(
+    zoo_member: PrunableNetwork, random_plan: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    """PyTorch's counter and ours, before and after pruning."""
+    plan = random_plan(zoo_member, rng)
+    smaller = zoo_member.pruned(plan)
+
+    assert count_macs(zoo_member, zoo_member.model) == zoo_member.full_cost.macs
+    assert count_macs(zoo_member, smaller) == zoo_member.cost(plan).macs
+
+
+def test_plan_of_another_network_is_refused(
+    problem: PruningProblem, toys: Callable[[str], PrunableNetwork], tmp_path: Path
+) -> None:
+    """Before anything is cut."""
+    from prunegym.pruning.plan import PruningPlan
+
+    PruningPlan.unpruned(toys("residual").graph).save(tmp_path / "plan.json")
+
+    with pytest.raises(PruningError, match="`plan` should name exactly the network's"):
+        find_plan(problem, HALF, config(plan=tmp_path / "plan.json"))
+
+
+def test_interrupted_fine_tuning_goes_on_to_the_same_network(
+    problem: PruningProblem, result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint in the run folder."""
+    found = SearchResult(plan=result.plan, evaluations=0, seconds=0.0)
+    longer = config(epochs=2)
+    whole = carry_out(problem, found, longer, latency=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(problem, found, longer, run=RunFolder(tmp_path), latency=False)
+
+    again = carry_out(problem, found, longer, run=RunFolder(tmp_path), latency=False)
+
+    state = again.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    assert again.scores == whole.scores
+
+
+def test_saved_network_comes_back_the_same_here_and_in_a_new_process(
+    result: PruneResult, task: ClassificationTask, tmp_path: Path
+) -> None:
+    """Bit for bit."""
+    inputs, _ = next(iter(task.batches("test", batch_size=8)))
+    prune.save(result, tmp_path)
+    save_example(tmp_path / "example.safetensors", result.model, inputs)
+
+    assert torch.equal(load_network(tmp_path)(inputs), result.model(inputs))
+    assert largest_difference(tmp_path) == 0.0
+    assert same_in_new_process(tmp_path)
+
+
+def test_other_outputs_are_noticed(result: PruneResult, task: ClassificationTask, tmp_path: Path) -> None:
+    """The check of a reloaded network is worth what it catches."""
+    inputs, _ = next(iter(task.batches("test", batch_size=8)))
+    prune.save(result, tmp_path)
+    other = result.network.pruned(result.plan)
+    save_example(tmp_path / "example.safetensors", other, inputs)
+
+    assert largest_difference(tmp_path) > 0
+    assert main([str(tmp_path), str(torch.get_num_threads())]) == 1
+    (tmp_path / "recipe.json").unlink()
+    assert main([str(tmp_path), "1"]) == 3
+
+
+def test_latency_is_measured_before_and_after_in_every_runtime(result: PruneResult) -> None:
+    """Side by side, with a sentence that says what can be said."""
+    rows = prune.measure_speed(result.network, result.model, LatencyOptions(), torch.device("cpu"))
+
+    assert [row["backend"] for row in rows] == ["torch", "onnxruntime"]
+    assert all({"before", "after", "speed_up", "sentence"} <= row.keys() for row in rows)
+
+
+def test_missing_runtime_is_told_and_no_failure(result: PruneResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime is an optional extra."""
+
+    def absent() -> None:
+        raise PruningError("`backend` ONNX needs the package onnx. Run: pip install 'prunegym[onnx]'")
+
+    monkeypatch.setattr(prune, "require_onnx", absent)
+    rows = prune.measure_speed(result.network, result.model, LatencyOptions(), torch.device("cpu"))
+
+    assert "pip install" in rows[1]["sentence"]
+
+
+def test_text_names_every_stage(result: PruneResult) -> None:
+    """With scores as percentages and costs beside them."""
+    content = plain(result.to_json())
+    content["latency"] = [{"backend": "torch", "sentence": "No measurable speed-up."}]
+
+    text = describe(content)
+
+    for words in ("unpruned", "after pruning", "after recovery", "after fine-tuning", "No measurable speed-up"):
+        assert words in text
+    assert f"{result.after.macs:,}" in text
+    assert content["channels"]["features.0"]["before"] == 16
