@@ -14,12 +14,13 @@ from prunegym.agents.config import PruneConfig
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import ProblemOptions, parse_budgets
 from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
-from prunegym.agents.setup import assemble_problem, build_prunable, latency_cache
+from prunegym.agents.setup import assemble_problem, build_prunable, latency_cache, network_source
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.data import DataSplits, load_data
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import load_network
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask, Task
@@ -64,7 +65,7 @@ def prune(
     learning_rate: float = 0.01,
     keep: Sequence[str] = (),
     name: str | None = None,
-    source: Mapping[str, Any] | None = None,
+    source: str | Mapping[str, Any] | None = None,
     latency: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -86,9 +87,9 @@ def prune(
         learning_rate: Of fine-tuning.
         keep: Regular expressions of module paths whose channels are not to be pruned.
         name: What the network is called; by default its class.
-        source: How to build the unpruned network, if it comes from :func:`prunegym.build_network`: its
-            arguments ``network``, ``num_classes``, ``in_channels``, ``image_size``. Without it, :func:`load`
-            needs the model.
+        source: How to build the unpruned network, if it comes from :func:`prunegym.build_network`: its name
+            there, if the data are given, or ``network``, ``num_classes``, ``in_channels`` and ``image_size``.
+            Without it, :func:`load` needs the model.
         latency: Measure latency before and after.
         device: Where to compute; ``auto`` takes a graphics card if there is one.
         seed: Of everything random.
@@ -119,7 +120,8 @@ def prune(
     wanted = Budget("macs", 1.0) if config.plan is not None else Budget.parse(budget)
     problem = _problem(model, task, [wanted], config, name=config.network, keep=keep, progress=progress)
     found = find_plan(problem, wanted, config, progress=progress)
-    return carry_out(problem, found, config, source=source, latency=latency, progress=progress)
+    known = _source(source, problem.scorer.task)
+    return carry_out(problem, found, config, source=known, latency=latency, progress=progress)
 
 
 def make_env(
@@ -194,6 +196,18 @@ def as_task(task: Task | DataSplits | str) -> Task:
     if isinstance(task, str):
         task = load_data(task)
     return ClassificationTask(task) if isinstance(task, DataSplits) else task
+
+
+def _source(source: str | Mapping[str, Any] | None, task: Task) -> Mapping[str, Any] | None:
+    """How to build the unpruned network, completed from the data."""
+    if not isinstance(source, str):
+        return source
+    if not isinstance(task, ClassificationTask):
+        raise PruningError(
+            f"`source` should be a mapping for a task of one's own. Received '{source}'. "
+            "Give network, num_classes, in_channels and image_size, or leave it out."
+        )
+    return network_source(source, task.data)
 
 
 def _problem(

@@ -19,7 +19,9 @@ def save_checkpoint(path: Path, model: PruningPPO, state: dict[str, Any]) -> Non
     """Write the agent's weights, optimiser and memory with ``state``, atomically."""
     episodes = [
         {
-            "observations": [{key: torch.from_numpy(value.copy()) for key, value in step.items()} for step in one.observations],
+            "observations": [
+                {key: torch.from_numpy(value.copy()) for key, value in step.items()} for step in one.observations
+            ],
             "actions": torch.from_numpy(one.actions.copy()),
             "value": one.value,
         }

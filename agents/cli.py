@@ -137,7 +137,7 @@ def _how_to_continue(arguments: Sequence[str], reporter: Reporter) -> str:
     if reporter.folder is None:
         return "Nothing had been computed yet."
     command = ["prunegym", *arguments]
-    if "--out" not in arguments:
+    if not any(one == "--out" or one.startswith("--out=") for one in arguments):
         command += ["--out", str(reporter.folder)]
     return f"Continue with: {shlex.join(command)}"
 

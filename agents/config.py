@@ -161,7 +161,7 @@ class TrainConfig(ProblemOptions, AgentOptions, SeveralNetworks):
     policy: Path | None = None
     """Policy file to start from; by default a new policy, whose plan is the knapsack allocation."""
     evaluations: int = DEFAULT_EVALUATIONS
-    """Plans scored in all: the price of the training."""
+    """Plans scored in all, at most: the price of the training."""
     rounds: int = 3
     """Rounds of pruning in an episode; the budget falls to the target over them."""
     features: Literal["data", "structure", "random"] = "data"
@@ -192,7 +192,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.searcher:
-            _check_searcher(name, self.policy)
+            _check_searcher(name, self.policy, self.evaluations)
         at_least(self, 0, "evaluations")
 
     @property
@@ -252,7 +252,7 @@ class SearchOptions(Options):
         super().__post_init__()
         parse_budgets((self.budget,))
         if self.searcher is not None:
-            _check_searcher(self.searcher, self.policy)
+            _check_searcher(self.searcher, self.policy, self.evaluations)
             alone = self.policy is None or self.searcher == "policy"
             rule = f"left out with --searcher {self.searcher}"
             require(alone, "policy", rule, self.policy, "Leave out one of the two.")
@@ -316,8 +316,8 @@ class DemoConfig(Options):
         at_least(self, 0, "seed")
 
 
-def _check_searcher(name: str, policy: Path | None) -> None:
-    """Refuse an unknown searcher, and the policy without its file."""
+def _check_searcher(name: str, policy: Path | None, evaluations: int) -> None:
+    """Refuse an unknown searcher, and one that lacks what it needs."""
     from prunegym.agents.searchers import SEARCHERS
 
     if name not in SEARCHERS:
@@ -327,3 +327,6 @@ def _check_searcher(name: str, policy: Path | None) -> None:
             "`--policy` should name a policy file where the searcher is policy. Received none. "
             "Train one with `prunegym train`."
         )
+    if name == "random":
+        remedy = "Give it a number of plans to try."
+        require(evaluations > 0, "evaluations", "at least 1 with searcher random", evaluations, remedy)

@@ -95,7 +95,11 @@ def recovered_scores(problem: PruningProblem, plan: PruningPlan, splits: Sequenc
 
 
 def measure_unpruned(
-    network: PrunableNetwork, task: Task, *, splits: Sequence[str] = ("reward", "selection", "test"), device: str = "cpu"
+    network: PrunableNetwork,
+    task: Task,
+    *,
+    splits: Sequence[str] = ("reward", "selection", "test"),
+    device: str = "cpu",
 ) -> Row:
     """Cost and scores of the unpruned network: what `evaluate` prints without a policy and a budget."""
     scores = {f"{split}_score": evaluate_network(network.model, task, split, device=device).score for split in splits}

@@ -92,6 +92,8 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         problem = build_problem(
             config.network, config.weights, config, (budget,), keep=keep, task=task, progress=progress
         )
+        if config.plan is not None:
+            find_plan(problem, budget, config)
         run = launch.open()
         save_splits([problem], run)
         found = _find_plan_once(problem, budget, config, run, progress)

@@ -111,12 +111,13 @@ class PruningPPO(PPO):
             self.memory.add(episode)
         super().train()
         if self.imitation_steps:
-            self._imitate()
+            self.imitate()
         with torch.no_grad():
             self.policy.log_std.clamp_(min=float(np.log(self.min_std)))
         self.policy_seconds += time.perf_counter() - started
 
-    def _imitate(self) -> None:
+    def imitate(self) -> None:
+        """Take ``imitation_steps`` steps towards the best episodes."""
         episodes, weights = self.memory.elites(max(1, round(self.elites * (1 - self.progress))))
         if not episodes:
             return

@@ -25,10 +25,10 @@ from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import save_network
 from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.trace import evaluating
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
 
 CHECKPOINT = "checkpoint.pt"

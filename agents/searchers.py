@@ -129,4 +129,5 @@ def searcher_named(name: str) -> Searcher:
 
 
 def _progress(items: Iterable[int], settings: SearchSettings, label: str) -> Iterable[int]:
-    return tqdm(items, desc=label, unit="plan", disable=not settings.progress)
+    bar: Iterable[int] = tqdm(items, desc=label, unit="plan", disable=not settings.progress)
+    return bar

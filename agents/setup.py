@@ -17,10 +17,10 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.data import DataSplits, default_data_root, load_data
 from prunegym.pruning.latency import LatencySettings
 from prunegym.pruning.latency_table import LatencyTable
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
-from prunegym.pruning.trace import evaluating
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 #: Examples that a network is traced on: two, so that a batch of one is not taken for a broadcast dimension.

@@ -35,6 +35,9 @@ from prunegym.pruning.plan import PruningPlan
 
 AgentConfig: TypeAlias = TrainConfig | TransferConfig
 
+SETTLING = 5
+"""Evaluations kept for the end, for each network and budget: the policy is drawn to its best plan until it makes it."""
+
 POLICY_FILE = "policy.safetensors"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
@@ -88,6 +91,9 @@ class Trainer:
         # rounded up: every worker plays the same number of whole episodes
         self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
         self.model = self._model()
+        pairs = sum(len(problem.budgets) for problem in self.problems)
+        # an update scores its episodes and the policy's own plan for every network and budget
+        self.updates = max(1, (config.evaluations - SETTLING * pairs) // (self.episodes + pairs))
         self.update = 0
         self.evaluations = 0
         self.seconds = 0.0
@@ -140,11 +146,14 @@ class Trainer:
             disable=not progress,
         )
         with bar:
-            while self.evaluations < self.config.evaluations:
+            while self.update < self.updates:
                 before = self.evaluations
                 row = self.run_update()
                 bar.update(self.evaluations - before)
                 bar.set_postfix(best=f"{row['best']:.3f}", own=f"{row['own']:.3f}")
+            before = self.evaluations
+            self._settle()
+            bar.update(self.evaluations - before)
         return self._finish()
 
     def run_update(self) -> dict[str, Any]:
@@ -152,7 +161,7 @@ class Trainer:
         started = time.perf_counter()
         self._seed_update()
         self.model._last_obs = None  # begin with a reset, from the seeds just set
-        self.model.progress = min(1.0, (self.evaluations + self.episodes) / self.config.evaluations)
+        self.model.progress = (self.update + 1) / self.updates
         collector = _Collector(self.model)
         self.model.learn(
             self.episodes * self.config.rounds, callback=collector, reset_num_timesteps=False, log_interval=1
@@ -170,7 +179,7 @@ class Trainer:
             "score_mean": float(np.mean([info["score"] for info in collector.infos])),
             "best": float(np.mean([score for score, _ in self.best.values()])),
             "own": own,
-            "std": float(self.model.policy.log_std.exp()),
+            "std": float(self.model.policy.log_std.detach().exp()),
         }
         if not np.isfinite(row["std"]):
             raise PruningError(
@@ -188,6 +197,18 @@ class Trainer:
         )
         self.checkpoint()
         return row
+
+    def _settle(self) -> None:
+        """Draw the policy to the best plan it has seen until its own plan is as good."""
+        if not self.model.imitation_steps:
+            return  # plain PPO was asked for
+        self.model.progress = 1.0
+        best = float(np.mean([score for score, _ in self.best.values()]))
+        for _ in range(SETTLING):
+            if self._score_own() >= best:
+                break
+            self.model.imitate()
+        save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
 
     def _seed_update(self) -> None:
         """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
@@ -218,7 +239,8 @@ class Trainer:
         env = make_env(problem, self.config, self.padding)
         observation, _ = env.reset(options={"budget": budget})
         observations, actions, done = [], [], False
-        value, info = 0.0, {}
+        value = 0.0
+        info: dict[str, Any] = {}
         while not done:
             observations.append(observation)
             actions.append(self.model.policy.act(observation))

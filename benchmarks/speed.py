@@ -181,7 +181,8 @@ def share(table: Table, name: str, weights: str, arguments: Arguments, rounds: i
         )
         problem = build_problem(name, weights, config, config.budgets, task=build_task(config))
         clock = Clock(problem)
-        run = RunFolder.create(Path(folder) / "run", network=name, searcher="ppo", budget=BUDGET, seed=0, config=config)
+        out = Path(folder) / "run"
+        run = RunFolder.create(out, network=name, searcher="ppo", budget=BUDGET, seed=0, config=config)
         result = train([problem], config, run, progress=False)
         updates = float(run.read_rows(TIMING)[-1]["update_seconds"] or 0)
     add(
@@ -262,11 +263,12 @@ class RandomImages(ClassificationTask):
         """Always the same images."""
         return "random"
 
-    def batches(self, split: str, *, batch_size: int, limit: int | None = None, **_options: object):  # noqa: ANN201
+    def batches(self, split: str, *, batch_size: int, limit: int | None = None, **_options: object):
         """Two images a batch, whatever is asked."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(2):
-            yield torch.randn(2, 3, 224, 224, generator=generator), torch.randint(0, 1000, (2,), generator=generator)
+            classes = torch.randint(0, 1000, (2,), generator=generator)
+            yield torch.randn(2, 3, 224, 224, generator=generator), classes
 
     def _check_shape(self, outputs: torch.Tensor) -> None:
         """Any head will do."""

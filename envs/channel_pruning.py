@@ -17,7 +17,6 @@ from prunegym.pruning.budget import KINDS, Budget, Limit
 from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.statistics import collect_statistics
 
 MODES = ("budgeted", "free")
 
@@ -104,9 +103,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.rounds = rounds
         self.mode = mode
         self.round_examples = round_examples
-        self.profile: RewardProfile = profile_named(
-            profile or ("improvement" if mode == "budgeted" else "tradeoff")
-        )
+        self.profile: RewardProfile = profile_named(profile or ("improvement" if mode == "budgeted" else "tradeoff"))
         self._scorer = problem.scorer
         self._network = problem.scorer.network
         self._observer = Observer(self._network, self._scorer.statistics)
@@ -140,14 +137,10 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
             self._budget = asked if isinstance(asked, Budget) else Budget.parse(asked)
             if self._budget not in self.problem.limits:
                 known = ", ".join(map(str, self.problem.budgets))
-                raise PruningError(
-                    f"`budget` should be one of this environment's: {known}. Received {asked}."
-                )
+                raise PruningError(f"`budget` should be one of this environment's: {known}. Received {asked}.")
         self._limit = self.problem.limits[self._budget]
         target = self._limit.most / self._limit.full
-        self._round_limits = [
-            self._limit.tightened(target ** ((i + 1) / self.rounds)) for i in range(self.rounds - 1)
-        ]
+        self._round_limits = [self._limit.tightened(target ** ((i + 1) / self.rounds)) for i in range(self.rounds - 1)]
         self._round_limits.append(self._limit)
         self._round = 0
         self._counts = self.problem.sizes.copy()
@@ -157,9 +150,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         self._scores = self._scorer.unit_scores
         if self._budget not in self._first:
             self._first[self._budget] = self._observe()
-        return {key: value.copy() for key, value in self._first[self._budget].items()}, {
-            "budget": str(self._budget)
-        }
+        return {key: value.copy() for key, value in self._first[self._budget].items()}, {"budget": str(self._budget)}
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Prune for one round; after the last, score the plan."""
@@ -174,12 +165,15 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         Returns:
             The observation after the round, and whether it was the last.
         """
-        keep = keep_ratios(np.asarray(action)[: len(self._counts)])
-        if not np.isfinite(keep).all():
+        action = np.asarray(action)
+        if action.shape != self.action_space.shape:
             raise PruningError(
-                "`action` should be finite. Received NaN or infinity. Check the policy's weights."
+                f"`action` should have shape {self.action_space.shape}: one number per group. Received {action.shape}."
             )
-        self._counts = self._decode(keep)
+        action = action[: len(self._counts)]
+        if not np.isfinite(action).all():
+            raise PruningError("`action` should be finite. Received NaN or infinity. Check the policy's weights.")
+        self._counts = self._decode(keep_ratios(action))
         self.plan = self.problem.plan(self._counts, np.where(self._mask, self._scores, -np.inf))
         self._mask = self.plan.mask(self._network.graph)
         self._round += 1

@@ -90,7 +90,8 @@ STATE_FEATURES = (
     "finetuned",  # 1 in the fine-tuned regime
 )
 
-_FLOOR = 1e-8
+_FLOOR = 1e-6  # of the mean: what is smaller counts as nothing
+_TINY = 1e-30  # keeps divisions by a sum of zeros defined
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,7 @@ class Padding:
 
     def covering(self, other: Padding) -> Padding:
         """The smallest padding that holds both."""
-        return Padding(
-            max(self.groups, other.groups), max(self.edges, other.edges), max(self.bins, other.bins)
-        )
+        return Padding(max(self.groups, other.groups), max(self.edges, other.edges), max(self.bins, other.bins))
 
 
 def observation_space(padding: Padding) -> spaces.Dict:
@@ -161,9 +160,7 @@ class Observer:
         context = Context(network.model, graph, statistics)
         self._norms = _relative_log(unit_scores("l2", context), graph.group_of)
         self._scales = _relative_log(unit_scores("bn_scale", context), graph.group_of)
-        self._similarity = np.concatenate(
-            [_nearest(filters(group, context), group.size) for group in graph.groups]
-        )
+        self._similarity = np.concatenate([_nearest(filters(group, context), group.size) for group in graph.groups])
         self.bins = min(bins, int(graph.sizes.max()))
         self.bin_of = self._bin_units(statistics.taylor_squared)
         self._count = self._per_bin(np.ones(graph.units))
@@ -175,8 +172,7 @@ class Observer:
         """The padded observation of an episode's state."""
         groups, bins, edges = len(self.network.graph.groups), self.bins, self.edges.shape[1]
         result: Observation = {
-            key: np.zeros(space.shape or (), dtype=space.dtype)
-            for key, space in observation_space(padding).items()
+            key: np.zeros(space.shape or (), dtype=space.dtype) for key, space in observation_space(padding).items()
         }
         result["nodes"][:groups, :bins] = self._nodes(episode)
         result["node_mask"][:groups, :bins] = self._count > 0
@@ -210,7 +206,7 @@ class Observer:
     def _nodes(self, episode: EpisodeState) -> NDArray[np.float32]:
         graph, statistics = self.network.graph, episode.statistics
         taylor = statistics.taylor_squared
-        share = taylor / max(float(taylor.sum()), _FLOOR) * graph.units
+        share = taylor / max(float(taylor.sum()), _TINY) * graph.units
         sizes = graph.sizes.astype(np.float64)
         columns = [
             self._norms,
@@ -232,7 +228,7 @@ class Observer:
         graph = self.network.graph
         taylor = episode.statistics.taylor_squared
         relative = _relative_log(taylor, graph.group_of) / 2
-        total = max(float(taylor.sum()), _FLOOR)
+        total = max(float(taylor.sum()), _TINY)
         rows = []
         for index, group in enumerate(graph.groups):
             left = episode.mask[group.units]
@@ -259,11 +255,7 @@ class Observer:
         rows = []
         for index, group in enumerate(graph.groups):
             made = [one for one in graph.operations if one.module in group.producers]
-            around = [
-                k
-                for k, one in enumerate(graph.operations)
-                if one.module in {*group.producers, *group.consumers}
-            ]
+            around = [k for k, one in enumerate(graph.operations) if one.module in {*group.producers, *group.consumers}]
             side = max((one.output_shape[-1] for one in made if len(one.output_shape) == 4), default=1)
             fewer = graph.sizes.copy()
             fewer[index] -= 1
@@ -317,9 +309,7 @@ class Observer:
         self, one: Operation, weight: torch.Tensor
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
         """The strongest inputs of each output bin of a layer, by the energy of the kernels that tie them."""
-        energy = (
-            weight.movedim(one.reads, 1).flatten(2).square().sum(2) if weight.ndim > 2 else weight.square()
-        )
+        energy = weight.movedim(one.reads, 1).flatten(2).square().sum(2) if weight.ndim > 2 else weight.square()
         if weight.ndim == 2 and one.reads == 0:
             energy = energy.T
         reads, makes = one.inputs >= 0, one.outputs >= 0
@@ -328,7 +318,7 @@ class Observer:
         outputs, rows = np.unique(self.bin_of[one.outputs[makes]], return_inverse=True)
         table = np.zeros((len(outputs), len(inputs)))
         np.add.at(table, (rows[:, None], columns[None, :]), values)
-        table /= max(table.sum(), _FLOOR)
+        table /= max(table.sum(), _TINY)
         strongest = np.argsort(-table, axis=1, kind="stable")[:, :NEIGHBOURS]
         target = np.repeat(outputs, strongest.shape[1])
         share = np.take_along_axis(table, strongest, axis=1).ravel() * len(outputs)
@@ -340,7 +330,8 @@ def _relative_log(values: Floats, group_of: NDArray[np.int64]) -> Floats:
     if len(values) == 0:
         return values
     mean = np.bincount(group_of, weights=values) / np.maximum(np.bincount(group_of), 1)
-    result: Floats = np.clip(np.log((values + _FLOOR) / (mean[group_of] + _FLOOR)), -4, 4)
+    floor = _FLOOR * mean[group_of] + _TINY
+    result: Floats = np.clip(np.log((values + floor) / (mean[group_of] + floor)), -4, 4)
     return result
 
 

@@ -36,15 +36,11 @@ class PruningProblem:
 
     def __post_init__(self) -> None:
         if not self.budgets:
-            raise PruningError(
-                "`budget` should be given at least once. Received none. Write for example `macs:0.5`."
-            )
+            raise PruningError("`budget` should be given at least once. Received none. Write for example `macs:0.5`.")
         if self.smallest is None:
             self.smallest = np.ones(len(self.scorer.network.graph.groups), dtype=np.int64)
         costs = self.scorer.network.costs
-        self.limits = {
-            budget: apply_budget(budget, costs, self.least, self.latency) for budget in self.budgets
-        }
+        self.limits = {budget: apply_budget(budget, costs, self.least, self.latency) for budget in self.budgets}
 
     def only(self, budget: Budget) -> PruningProblem:
         """The same problem with one of its budgets; the scorer and its memory are shared."""

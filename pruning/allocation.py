@@ -18,9 +18,7 @@ STEPS_PER_GROUP = 64
 """Wide groups lose channels in steps of 1/64 of their width in the knapsack: finer steps change nothing."""
 
 
-def project(
-    keep: NDArray[np.float64], sizes: Counts, limit: Limit, smallest: Counts, largest: Counts
-) -> Counts:
+def project(keep: NDArray[np.float64], sizes: Counts, limit: Limit, smallest: Counts, largest: Counts) -> Counts:
     """Kept counts nearest in spirit to the asked ratios that keep the budget.
 
     All logits of the keep ratios are shifted by one number, found by bisection on the exact cost of the
@@ -98,9 +96,7 @@ def knapsack(
     """
     counts = (sizes if largest is None else largest).copy()
     most = counts.copy()
-    cumulative = [
-        np.concatenate([[0.0], np.cumsum(np.sort(scores[group_of == g])[::-1])]) for g in range(len(sizes))
-    ]
+    cumulative = [np.concatenate([[0.0], np.cumsum(np.sort(scores[group_of == g])[::-1])]) for g in range(len(sizes))]
     steps = np.maximum(1, sizes // STEPS_PER_GROUP)
     current = limit.value(counts)
     while current > limit.most:

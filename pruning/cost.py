@@ -90,9 +90,7 @@ class CostModel:
         return Cost(self.macs(counts), self.parameters(counts))
 
 
-def _affine(
-    graph: ChannelGraph, sides: list[Units], groups: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _affine(graph: ChannelGraph, sides: list[Units], groups: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Widths as ``matrix @ counts + fixed``: channels per kept unit of a group, and channels always kept."""
     matrix = np.zeros((len(sides), groups))
     fixed = np.zeros(len(sides))

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.trace import Trace, TracedOperation
+from prunegym.pruning.trace import Trace
+from prunegym.pruning.tracer import TracedOperation
 
 Units = NDArray[np.int64]
 
@@ -120,9 +121,7 @@ class ChannelGraph:
         return next(group for group in self.groups if group.name == name)
 
 
-def build_graph(
-    trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str, str] | None = None
-) -> ChannelGraph:
+def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str, str] | None = None) -> ChannelGraph:
     """Collect the labels of a trace into channel groups.
 
     Args:
@@ -184,9 +183,7 @@ class _Classes:
         signature = np.zeros(len(trace.roots) or 1, dtype=np.uint64)
         for roots, _place in slots:
             np.add.at(signature, roots, rng.integers(1, 2**63, dtype=np.uint64))
-        hashes = {
-            reason: rng.integers(1, 2**63, dtype=np.uint64) for reason in sorted(set(trace.reasons.values()))
-        }
+        hashes = {reason: rng.integers(1, 2**63, dtype=np.uint64) for reason in sorted(set(trace.reasons.values()))}
         for root, reason in trace.reasons.items():
             signature[root : root + 1] += hashes[reason]  # as an array, so that it wraps around
         first = np.full(len(signature), len(signature), dtype=np.int64)

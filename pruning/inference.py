@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import Inputs, forward
-from prunegym.pruning.trace import evaluating
 
 BFLOAT16_TOLERANCE = 0.05
 """bfloat16 is used if it changes the unpruned network's outputs by no more than this share of their size."""

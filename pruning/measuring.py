@@ -1,13 +1,12 @@
 """How well a network does on a split."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import Inputs, Task, forward
 
 
@@ -74,16 +73,3 @@ def channels_last(inputs: Inputs) -> Inputs:
     if isinstance(inputs, tuple):
         return inputs
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
-
-
-@contextmanager
-def evaluating(model: nn.Module | None) -> Iterator[None]:
-    """Put a network in evaluation mode, and afterwards each of its modules back in its own."""
-    modes = [] if model is None else [(module, module.training) for module in model.modules()]
-    try:
-        if model is not None:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError
 from prunegym.pruning.graph import ChannelGraph, build_graph
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import masked_network, prune_network
-from prunegym.pruning.trace import evaluating, trace
+from prunegym.pruning.trace import trace
 
 CHECK_TOLERANCE = 1e-3
 """Largest difference between a pruned network and its masked twin, as a share of the largest output."""
@@ -56,9 +57,7 @@ class PrunableNetwork:
         except PruningError:
             raise
         except Exception as fault:
-            shapes = [
-                tuple(leaf.shape) for leaf in tree_leaves(self.example_inputs) if isinstance(leaf, Tensor)
-            ]
+            shapes = [tuple(leaf.shape) for leaf in tree_leaves(self.example_inputs) if isinstance(leaf, Tensor)]
             raise PruningError(
                 f"`network` should run on its example input. Received {name} on inputs of shape {shapes}, "
                 f"which raised {type(fault).__name__}: {fault}. Give the shape that the network takes."
@@ -142,8 +141,7 @@ class PrunableNetwork:
                     found[group.name] = f"the network breaks when it is pruned: {failure}"
             if not found:  # only the combination fails: nothing can be trusted
                 found = {
-                    group.name: "pruning several groups together breaks the network"
-                    for group in self.graph.groups
+                    group.name: "pruning several groups together breaks the network" for group in self.graph.groups
                 }
             broken.update(found)
             self.graph = build_graph(self._trace, self.keep, broken)
@@ -152,11 +150,7 @@ class PrunableNetwork:
         try:
             difference = self._difference(mask)
         except Exception as fault:
-            return (
-                f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}"
-                if str(fault)
-                else type(fault).__name__
-            )
+            return f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}" if str(fault) else type(fault).__name__
         if not difference <= CHECK_TOLERANCE:
             return f"outputs differ from the masked network by {difference:.2g} of their size"
         return None

@@ -32,9 +32,7 @@ class PruningPlan:
     @classmethod
     def from_mask(cls, graph: ChannelGraph, mask: NDArray[np.bool_]) -> PruningPlan:
         """The plan that keeps the units where ``mask (units,)`` is true."""
-        return cls(
-            tuple((group.name, tuple(np.flatnonzero(mask[group.units]).tolist())) for group in graph.groups)
-        )
+        return cls(tuple((group.name, tuple(np.flatnonzero(mask[group.units]).tolist())) for group in graph.groups))
 
     @classmethod
     def unpruned(cls, graph: ChannelGraph) -> PruningPlan:
@@ -42,9 +40,7 @@ class PruningPlan:
         return cls.from_mask(graph, np.ones(graph.units, dtype=np.bool_))
 
     @classmethod
-    def from_scores(
-        cls, graph: ChannelGraph, counts: NDArray[np.int64], scores: NDArray[np.float64]
-    ) -> PruningPlan:
+    def from_scores(cls, graph: ChannelGraph, counts: NDArray[np.int64], scores: NDArray[np.float64]) -> PruningPlan:
         """Keep the best-scored channels of each group.
 
         Args:
@@ -133,11 +129,7 @@ class PruningPlan:
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as fault:
-            raise PruningError(
-                f"`plan` should be a readable JSON file. Received {path} ({fault})."
-            ) from fault
+            raise PruningError(f"`plan` should be a readable JSON file. Received {path} ({fault}).") from fault
         if not isinstance(content, dict):
-            raise PruningError(
-                f"`plan` should be a JSON object. Received a {type(content).__name__} in {path}."
-            )
+            raise PruningError(f"`plan` should be a JSON object. Received a {type(content).__name__} in {path}.")
         return cls.from_json(content)

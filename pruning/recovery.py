@@ -100,9 +100,7 @@ def recalibrating(model: nn.Module) -> Iterator[bool]:
         True if the network has such layers. Their momentum is restored at the end: left as it is here, the
         running statistics of a later fine-tuning would be an average over the whole run.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     states = [(layer, layer.momentum) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     handles = []
@@ -220,9 +218,7 @@ def _training_batches(
     generator = torch.Generator().manual_seed(seed)
     while True:
         empty = True
-        for batch in task.batches(
-            "train", batch_size=batch_size, train=True, generator=generator, device=device
-        ):
+        for batch in task.batches("train", batch_size=batch_size, train=True, generator=generator, device=device):
             empty = False
             yield batch
         if empty:

@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_map
 from prunegym.pruning.criteria import Context, Scores, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import compensated_tensors, recalibrating, train_steps
 from prunegym.pruning.statistics import Statistics, collect_statistics
 from prunegym.pruning.surgery import rebuilt, sliced_tensors
 from prunegym.pruning.task import Task, forward
-from prunegym.pruning.trace import evaluating
 
 CACHE_LIMIT = 1 << 30
 """Most bytes of prepared batches kept in memory; beyond that batches are prepared anew for each plan."""
@@ -75,9 +75,7 @@ class ScorerSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in {"auto", "float32", "bfloat16"}:
-            raise PruningError(
-                f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}."
-            )
+            raise PruningError(f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}.")
         for name in ("examples", "batch_size", "statistics_examples"):
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
@@ -144,9 +142,7 @@ class Scorer:
         """The smaller network right after surgery and compensation, in float32."""
         graph, model = self.network.graph, self.network.model
         mask = plan.mask(graph)
-        replaced = (
-            compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
-        )
+        replaced = compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
         return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced))
 
     def recovered(self, plan: PruningPlan, *, quick: bool = False) -> nn.Module:
@@ -228,9 +224,7 @@ class Scorer:
         key = (split, examples)
         if key in self._prepared:
             return self._prepared[key]
-        source = self.task.batches(
-            split, batch_size=self.settings.batch_size, limit=examples, device=self.device
-        )
+        source = self.task.batches(split, batch_size=self.settings.batch_size, limit=examples, device=self.device)
         ready: list[tuple[Any, Any]] = []
         size = 0
         for inputs, targets in source:

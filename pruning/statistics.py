@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.graph import ChannelGraph, Operation
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import Task, forward
-from prunegym.pruning.trace import evaluating
 
 Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
 

@@ -16,9 +16,7 @@ from prunegym.pruning.graph import ChannelGraph
 def kept_indices(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[tuple[str, int], NDArray[np.int64]]:
     """Indices that stay, for each tensor dimension that shrinks under ``mask (units,)``."""
     padded = np.append(mask, True)  # unit -1 is always kept
-    return {
-        axis: np.flatnonzero(padded[units]) for axis, units in graph.axes.items() if not padded[units].all()
-    }
+    return {axis: np.flatnonzero(padded[units]) for axis, units in graph.axes.items() if not padded[units].all()}
 
 
 def sliced_tensors(
@@ -45,9 +43,7 @@ def sliced_tensors(
     return result
 
 
-def rebuilt(
-    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tensors: Mapping[str, Tensor]
-) -> nn.Module:
+def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the network with ``tensors`` in place of its own and every size attribute put right.
 
     Args:

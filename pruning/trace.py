@@ -8,8 +8,7 @@ operation without a rule freezes the labels that enter it; it never stops the tr
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,60 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunegym.pruning.labels import Field, LabelBook, along
-
-
-@dataclass
-class TensorRecord:
-    """What is known of a tensor: its label fields, or why it has none."""
-
-    fields: list[Field]
-    origin: str
-    """What made the tensor, for the reason given when a channel meets it and cannot pass."""
-    parameter: bool = False
-    """True for parameters, buffers, and what is computed from them alone."""
-
-
-@dataclass
-class TracedOperation:
-    """A convolution, linear layer or matrix product seen in the forward pass.
-
-    Its cost for one example is ``repeats * outputs * fan_in`` multiply-accumulates, where ``fan_in`` is the
-    number of input labels (times the kernel, inside ``repeats``), or a constant for grouped convolutions.
-    """
-
-    module: str
-    kind: str
-    weight: str | None
-    bias: str | None
-    inputs: NDArray[np.int64] | None
-    """Labels of the input channels ``(C_in,)``; None where they cannot be pruned."""
-    outputs: NDArray[np.int64] | None
-    input_count: int
-    """Input channels that each output reads (``C_in / groups``)."""
-    output_count: int
-    repeats: float
-    """Multiply-accumulates per pair of input and output channel, for one example."""
-    reads: int = 1
-    """Dimension of the weight that holds the input channels."""
-    groups: int = 1
-    output_shape: tuple[int, ...] = ()
-    input_shape: tuple[int, ...] = ()
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-
-
-@dataclass
-class ChannelPadding:
-    """Zero channels that a module adds; its public attribute ``channel_padding`` is ``(before, after)``."""
-
-    module: str
-    before: NDArray[np.int64]
-    after: NDArray[np.int64]
+from prunegym.pruning.labels import Field
+from prunegym.pruning.modes import evaluating
+from prunegym.pruning.rules import rule_for
+from prunegym.pruning.tracer import ChannelPadding, TensorRecord, TracedOperation, Tracer
 
 
 @dataclass
@@ -92,151 +43,6 @@ class Trace:
     """Pairs (convolution, batch normalisation) of modules where the second is all that reads the first."""
 
 
-class Tracer(TorchDispatchMode):
-    """Carries labels through every operation of one forward pass."""
-
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        from prunegym.pruning.rules import rule_for  # the rules need the classes above
-
-        self._rule_for: Callable[[Any], Callable[[Tracer, Call], None] | None] = rule_for
-        self.book = LabelBook()
-        self.batch_size = batch_size
-        self.operations: list[TracedOperation] = []
-        self.paddings: list[ChannelPadding] = []
-        self.unknown: dict[str, str] = {}
-        self.modules: list[tuple[str, nn.Module]] = [("", model)]
-        self.tensors: dict[str, list[Field | None]] = {}
-        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._reads: dict[int, int] = defaultdict(int)
-        self._normalised: list[tuple[int, str]] = []
-        self._norm_runs: Counter[str] = Counter()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._names[tensor] = name
-
-    @property
-    def module(self) -> str:
-        """Path of the module that is running."""
-        return self.modules[-1][0]
-
-    def name_of(self, tensor: Tensor | None) -> str | None:
-        """Name of a parameter or buffer; None for anything else."""
-        return None if tensor is None else self._names.get(tensor)
-
-    def record(self, tensor: Tensor) -> TensorRecord:
-        """The labels of a tensor; parameters get theirs when first met."""
-        known: TensorRecord | None = self._records.get(tensor)
-        if known is not None:
-            return known
-        name = self.name_of(tensor)
-        if name is None:
-            return TensorRecord([], "a tensor made inside forward")
-        labels = [self.book.fresh(size) if size > 1 else None for size in tensor.shape]
-        self.tensors[name] = labels
-        fields = [along(part, dim, tensor.ndim) for dim, part in enumerate(labels) if part is not None]
-        return self.set(tensor, TensorRecord(fields, f"parameter {name}", parameter=True))
-
-    def set(self, tensor: Tensor, record: TensorRecord) -> TensorRecord:
-        """Note the labels of a tensor."""
-        self._records[tensor] = record
-        return record
-
-    def note_output(self, output: Tensor, operation: int) -> None:
-        """``output`` is what an operation (by number) made."""
-        self._outputs[output] = operation
-
-    def note_read(self, tensor: Tensor) -> None:
-        """Something reads ``tensor``."""
-        operation = self._outputs.get(tensor)
-        if operation is not None:
-            self._reads[operation] += 1
-
-    def note_normalisation(self, data: Tensor) -> None:
-        """The running module normalises ``data``."""
-        self._norm_runs[self.module] += 1
-        operation = self._outputs.get(data)
-        if operation is not None:
-            self._normalised.append((operation, self.module))
-
-    def folds(self) -> list[tuple[str, str]]:
-        """Convolutions read by one batch normalisation and nothing else, both used once."""
-        runs = Counter(one.module for one in self.operations)
-        pairs = []
-        for index, norm in self._normalised:
-            one = self.operations[index]
-            own = one.weight == f"{one.module}.weight"  # else computed in forward, such as a standardised one
-            if own and self._reads[index] == 1 and runs[one.module] == 1 and self._norm_runs[norm] == 1:
-                pairs.append((one.module, norm))
-        return pairs
-
-    def freeze(self, fields: list[Field], reason: str) -> None:
-        """Freeze every label of some fields."""
-        for one in fields:
-            self.book.freeze(one, reason)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation, then let its rule carry the labels over."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        call = Call(func, args, kwargs, result)
-        for tensor in call.tensors:
-            self.note_read(tensor)
-        rule = self._rule_for(func)
-        if rule is None:
-            self.unknown.setdefault(call.name, self.module)
-            give_up(self, call, f"no rule for {call.name} in {self.module or 'the network'}")
-        else:
-            rule(self, call)
-        return result
-
-
-@dataclass
-class Call:
-    """One operation with its arguments and result."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-    @property
-    def name(self) -> str:
-        """Operation name without namespace or overload, such as ``convolution``."""
-        return str(self.func._schema.name).removeprefix("aten::")
-
-    @property
-    def output(self) -> Tensor:
-        """The first tensor of the result."""
-        first = self.result[0] if isinstance(self.result, tuple | list) else self.result
-        assert isinstance(first, Tensor)
-        return first
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        """An argument by position or keyword."""
-        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
-
-
-def give_up(tracer: Tracer, call: Call, reason: str) -> None:
-    """Freeze what enters an operation that cannot be followed; what leaves it carries no labels."""
-    parameter_only = True
-    for tensor in call.tensors:
-        record = tracer.record(tensor)
-        parameter_only &= record.parameter
-        tracer.freeze(record.fields, reason)
-    for leaf in tree_leaves(call.result):
-        if isinstance(leaf, Tensor) and tracer.name_of(leaf) is None:
-            tracer.set(leaf, TensorRecord([], reason, parameter=parameter_only and bool(call.tensors)))
-
-
 def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     """Run ``model(*inputs)`` once and return everything seen.
 
@@ -245,7 +51,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
         inputs: example inputs; the first dimension of the first tensor is the batch.
     """
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    tracer = Tracer(model, leaves[0].shape[0] if leaves and leaves[0].ndim else 1)
+    tracer = Tracer(model, leaves[0].shape[0] if leaves and leaves[0].ndim else 1, rule_for)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # the fused encoder kernel of nn.TransformerEncoderLayer would hide every projection inside one operation
     torch.backends.mha.set_fastpath_enabled(False)
@@ -272,18 +78,6 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
         tracer.unknown,
         tracer.folds(),
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
-from prunegym.pruning.measuring import Measurement, channels_last, evaluate_network, evaluating
+from prunegym.pruning.measuring import Measurement, channels_last, evaluate_network
+from prunegym.pruning.modes import evaluating
 from prunegym.pruning.schedule import TrainingSettings, learning_rate_at
 from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward
 from prunegym.pruning.weights import read_weights

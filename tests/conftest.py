@@ -12,15 +12,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
 from prunegym.pruning.cifar import ZeroPadShortcut
 from prunegym.pruning.data import load_data
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import train_network
 from prunegym.pruning.zoo import build_network, input_shape_of
+
+# no deadlines: a busy machine is not an error. `--hypothesis-profile=thorough` looks longer.
+settings.register_profile("prunegym", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=1500)
+settings.load_profile("prunegym")
 
 CLASSES = 5
 
@@ -372,6 +382,39 @@ def trained(digits: ClassificationTask) -> PrunableNetwork:
     model = build_network("digits_resnet")
     train_network(model, digits, epochs=4, seed=0, progress=False)
     return PrunableNetwork(model.eval(), torch.zeros(2, 1, 8, 8), name="digits_resnet")
+
+
+class Stopwatch:
+    """A latency that falls with the channels, faster for later groups.
+
+    Args:
+        sizes: channels of each group of the unpruned network.
+    """
+
+    full = 0.010
+
+    def __init__(self, sizes: NDArray[np.int64]) -> None:
+        self.weights = np.arange(1, len(sizes) + 1) / (np.arange(1, len(sizes) + 1) @ sizes)
+
+    def latency(self, counts: NDArray[np.int64]) -> float:
+        """Seconds."""
+        return 0.002 + 0.008 * float(self.weights @ counts)
+
+
+@pytest.fixture(scope="session")
+def scorer(trained: PrunableNetwork, digits: ClassificationTask) -> Scorer:
+    """Scores plans of the trained network on few examples, in single precision."""
+    settings = ScorerSettings(
+        precision="float32", statistics_examples=64, recalibration_examples=64, examples=150, batch_size=75
+    )
+    return Scorer(trained, digits, settings)
+
+
+@pytest.fixture(scope="session")
+def problem(scorer: Scorer) -> PruningProblem:
+    """The trained network with a budget of each kind."""
+    budgets = tuple(map(Budget.parse, ("macs:0.5", "params:0.3", "latency:0.6", "latency:5ms")))
+    return PruningProblem(scorer, budgets, Stopwatch(scorer.network.graph.sizes))
 
 
 @pytest.fixture

@@ -57,10 +57,9 @@ def test_prune_takes_a_task_of_ones_own(toy: PrunableNetwork, task_for: Tasks) -
 
 def test_prune_takes_data_by_name(tmp_path: Path) -> None:
     """Classification is built in; what is saved can be loaded without the model if its source is told."""
-    source = {"network": "digits_vgg", "num_classes": 10, "in_channels": 1, "image_size": 8}
-    model = prunegym.build_network(**source)
+    model = prunegym.build_network("digits_vgg", num_classes=10, in_channels=1)
 
-    result = prunegym.prune(model, "digits", "params:0.5", searcher="uniform", source=source, **FEW)
+    result = prunegym.prune(model, "digits", "params:0.5", searcher="uniform", source="digits_vgg", **FEW)
     prunegym.save(result, tmp_path)
 
     images = torch.randn(3, 1, 8, 8)
@@ -82,6 +81,14 @@ def test_network_without_source_is_loaded_into_the_model(
     assert torch.equal(loaded(inputs), result.model(inputs))
     with pytest.raises(PruningError, match="`model` should be given for a network that was saved without"):
         prunegym.load(tmp_path)
+
+
+def test_name_as_source_needs_data(toys: Toys, task_for: Tasks) -> None:
+    """A task of one's own does not say how many classes there are."""
+    network = toys("residual")
+
+    with pytest.raises(PruningError, match="`source` should be a mapping for a task of one's own"):
+        prunegym.prune(network.model, task_for(network), source="digits_vgg", **FEW)
 
 
 def test_searcher_with_evaluations_uses_them(toys: Toys, task_for: Tasks) -> None:
@@ -123,6 +130,7 @@ def test_head_of_other_classes_is_refused() -> None:
         prunegym.prune(model, "digits", **FEW)
 
 
+@pytest.mark.filterwarnings("ignore:.*WARN.*infinity:UserWarning")
 def test_environment_is_one_of_gymnasium(toys: Toys, task_for: Tasks) -> None:
     """It passes Gymnasium's own check, and its budget holds."""
     network = toys("residual")

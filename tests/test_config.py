@@ -84,6 +84,11 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"keep": ("layer[",)}, r"`--keep` should be a regular expression. Received 'layer\['"),
         (EvaluateConfig, {"searcher": ("knapsac",)}, "Did you mean 'knapsack'"),
         (EvaluateConfig, {"searcher": ("policy",)}, "`--policy` should name a policy file .*Train one"),
+        (
+            EvaluateConfig,
+            {"searcher": ("random",), "evaluations": 0},
+            "`--evaluations` should be at least 1 with searcher random",
+        ),
         (EvaluateConfig, {"evaluations": -1}, "`--evaluations` should be at least 0"),
         (TransferConfig, {"evaluations": -1}, "`--evaluations` should be at least 0"),
         (PretrainConfig, {"epochs": 0}, "`--epochs` should be at least 1"),

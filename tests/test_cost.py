@@ -28,9 +28,7 @@ def counted_parameters(model: nn.Module) -> int:
     return sum(one.numel() for one in model.parameters())
 
 
-def test_cost_of_a_toy_plan_is_what_the_rebuilt_network_costs(
-    toy: PrunableNetwork, random_plan: MakePlan
-) -> None:
+def test_cost_of_a_toy_plan_is_what_the_rebuilt_network_costs(toy: PrunableNetwork, random_plan: MakePlan) -> None:
     """Exactly, for several plans of every way to couple channels."""
     for seed in range(4):
         plan = random_plan(toy, np.random.default_rng(seed))
@@ -120,9 +118,7 @@ def test_cost_grows_with_every_group(toys: Toys, data: st.DataObject) -> None:
 
 def test_attention_is_counted_and_its_channels_are_frozen() -> None:
     """Products of activations cost too, though they cannot be pruned."""
-    network = PrunableNetwork(
-        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8)
-    )
+    network = PrunableNetwork(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8))
 
     # by hand, because PyTorch's counter passes over fused attention on the CPU
     layers = 5 * (8 * 24 + 8 * 8 + 2 * 8 * 16)

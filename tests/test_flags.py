@@ -1,6 +1,5 @@
 """A flag has a test that it changes something: here it is followed to where it is used."""
 
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -257,7 +256,7 @@ def test_policy_flag_is_what_training_starts_from(problem: PruningProblem, tmp_p
 
 
 @pytest.fixture
-def searches(monkeypatch: pytest.MonkeyPatch, problem: PruningProblem) -> Iterator[list[Any]]:
+def searches(monkeypatch: pytest.MonkeyPatch, problem: PruningProblem) -> list[Any]:
     """Who was asked for a plan, and with what settings."""
     asked: list[Any] = []
     plan = PruningPlan.unpruned(problem.scorer.network.graph)

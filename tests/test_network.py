@@ -56,9 +56,7 @@ def test_silent_dependence_on_the_width_is_found() -> None:
     assert "outputs differ from the masked network" in reasons["first"]
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Linear(4, 3), nn.Identity(), nn.Sequential(nn.Flatten(), nn.Linear(4, 3))]
-)
+@pytest.mark.parametrize("model", [nn.Linear(4, 3), nn.Identity(), nn.Sequential(nn.Flatten(), nn.Linear(4, 3))])
 def test_network_with_nothing_to_prune_is_rejected(model: nn.Module) -> None:
     """A single layer has only inputs and outputs."""
     with pytest.raises(UnsupportedLayerError, match="`network` should have at least one channel group"):

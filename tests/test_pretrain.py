@@ -72,7 +72,7 @@ def test_table_is_completed_whatever_is_missing(tmp_path: Path, present: list[Ep
 
 
 def test_weights_of_tied_tensors_are_written(tmp_path: Path) -> None:
-    """safetensors refuses tensors that share memory."""
+    """The format refuses tensors that share memory."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import load_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.zoo import build_network
@@ -57,7 +58,7 @@ def result(problem: PruningProblem) -> PruneResult:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The splits that networks are measured on, in order."""
     splits: list[str] = []
     real = prune.evaluate_network
@@ -67,7 +68,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return real(model, task, split, **settings)
 
     monkeypatch.setattr(prune, "evaluate_network", note)
-    yield splits
+    return splits
 
 
 def test_three_accuracies_and_the_unpruned_one_are_told(result: PruneResult) -> None:
@@ -141,8 +142,6 @@ def test_plan_of_another_network_is_refused(
     problem: PruningProblem, toys: Callable[[str], PrunableNetwork], tmp_path: Path
 ) -> None:
     """Before anything is cut."""
-    from prunegym.pruning.plan import PruningPlan
-
     PruningPlan.unpruned(toys("residual").graph).save(tmp_path / "plan.json")
 
     with pytest.raises(PruningError, match="`plan` should name exactly the network's"):

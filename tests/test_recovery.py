@@ -66,9 +66,7 @@ def test_compensated_convolution_is_the_least_squares_fit(toys: Toys, task_for: 
     with torch.no_grad():
         rows = network.model[:4](all_inputs(task)).movedim(1, -1).flatten(0, -2)
 
-    tensors = compensated_tensors(
-        network.model, network.graph, without(network.graph, gone), measured(network, task)
-    )
+    tensors = compensated_tensors(network.model, network.graph, without(network.graph, gone), measured(network, task))
 
     mixing, _ = fitted(rows, kept, gone)
     weight = network.model[4].weight.detach().double()
@@ -84,9 +82,7 @@ def test_compensated_bias_takes_the_shift_of_the_mean(toys: Toys, task_for: Task
     with torch.no_grad():
         rows = network.model[:2](all_inputs(task)).movedim(1, -1).flatten(0, -2)
 
-    tensors = compensated_tensors(
-        network.model, network.graph, without(network.graph, gone), measured(network, task)
-    )
+    tensors = compensated_tensors(network.model, network.graph, without(network.graph, gone), measured(network, task))
 
     _, intercept = fitted(rows, kept, gone)
     layer = network.model[2]
@@ -110,9 +106,7 @@ def test_compensated_linear_layer_keeps_the_mean_of_its_output(toys: Toys, task_
     torch.testing.assert_close(after, before.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_compensated_transposed_convolution_keeps_the_mean_of_its_output(
-    toys: Toys, task_for: TaskFor
-) -> None:
+def test_compensated_transposed_convolution_keeps_the_mean_of_its_output(toys: Toys, task_for: TaskFor) -> None:
     """Each output sees one tap of a 2x2 kernel at stride 2, not all four."""
     network = toys("transposed")
     task = task_for(network)
@@ -123,9 +117,7 @@ def test_compensated_transposed_convolution_keeps_the_mean_of_its_output(
     tensors = compensated_tensors(network.model, network.graph, mask, measured(network, task))
 
     up = network.model.up
-    after = torch.nn.functional.conv_transpose2d(
-        rows[:, mask[:8]], tensors["up.weight"], tensors["up.bias"], up.stride
-    )
+    after = torch.nn.functional.conv_transpose2d(rows[:, mask[:8]], tensors["up.weight"], tensors["up.bias"], up.stride)
     torch.testing.assert_close(after.mean((0, 2, 3)), up(rows).mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -295,9 +287,7 @@ def test_diverging_steps_are_reported(toys: Toys, task_for: TaskFor) -> None:
     network = toys("unnormalised")
 
     with pytest.raises(PruningError, match="`learning_rate` should keep the loss finite. Received 1e\\+20"):
-        train_steps(
-            copy.deepcopy(network.model), task_for(network), steps=5, batch_size=16, learning_rate=1e20
-        )
+        train_steps(copy.deepcopy(network.model), task_for(network), steps=5, batch_size=16, learning_rate=1e20)
 
 
 def test_training_split_without_batches_is_reported(toys: Toys, task_for: TaskFor) -> None:

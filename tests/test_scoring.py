@@ -132,8 +132,7 @@ def test_without_recovery_the_kept_filters_are_the_original_ones(
     expected = trained.pruned(half_plan)
 
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(plain.state_dict().values(), expected.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), expected.state_dict().values(), strict=True)
     )
 
 
@@ -152,9 +151,7 @@ def test_compensation_lowers_the_loss(
     assert scorer.score(half_plan).loss < without.loss
 
 
-def test_recovered_network_is_recalibrated(
-    scorer: Scorer, digits: ClassificationTask, half_plan: PruningPlan
-) -> None:
+def test_recovered_network_is_recalibrated(scorer: Scorer, digits: ClassificationTask, half_plan: PruningPlan) -> None:
     """Its running statistics are those of calibration examples run through it."""
     model = scorer.recovered(half_plan)
 
@@ -186,9 +183,7 @@ def test_numbers_of_examples_are_cached_apart(scorer: Scorer, half_plan: Pruning
     assert [scorer.score(half_plan, examples=count).examples for count in (200, 50)] == [200, 50]
 
 
-def test_scoring_leaves_the_network_alone(
-    scorer: Scorer, trained: PrunableNetwork, half_plan: PruningPlan
-) -> None:
+def test_scoring_leaves_the_network_alone(scorer: Scorer, trained: PrunableNetwork, half_plan: PruningPlan) -> None:
     """Thousands of plans are made from the same tensors."""
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
 
@@ -222,9 +217,7 @@ def test_recovery_steps_lower_the_loss(
     assert loss(8) < loss(0)
 
 
-@pytest.mark.parametrize(
-    "name", ["registered", "dict_output", "residual", "mobile", "transposed", "flattened"]
-)
+@pytest.mark.parametrize("name", ["registered", "dict_output", "residual", "mobile", "transposed", "flattened"])
 def test_folding_changes_no_toy(toys: Toys, task_for: TaskFor, name: str) -> None:
     """Aliases, norms that also activate, outputs read before the norm: none is folded that should not be."""
     network = toys(name)

@@ -32,9 +32,7 @@ def weight_changes(network: PrunableNetwork, task: Task) -> np.ndarray:
         task.loss(model(*inputs), targets).backward()
         row = np.zeros(network.graph.units)
         for name, reads, units in {
-            (one.weight, one.reads, tuple(one.inputs.tolist()))
-            for one in network.graph.operations
-            if one.mixes
+            (one.weight, one.reads, tuple(one.inputs.tolist())) for one in network.graph.operations if one.mixes
         }:
             weight = parameters[str(name)]
             assert weight.grad is not None
@@ -89,17 +87,13 @@ def read_by_second(network: PrunableNetwork, task: Task) -> Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [4, 10])
-def test_activation_statistics_are_those_of_what_is_read(
-    toys: Toys, task_for: TaskFor, batch_size: int
-) -> None:
+def test_activation_statistics_are_those_of_what_is_read(toys: Toys, task_for: TaskFor, batch_size: int) -> None:
     """Mean, variance and zeros of the first group's channels, also where the last batch is small."""
     network = toys("sequential")
     task = task_for(network)
     rows = read_by_second(network, task).numpy()
 
-    statistics = collect_statistics(
-        network.model, network.graph, task, examples=EXAMPLES, batch_size=batch_size
-    )
+    statistics = collect_statistics(network.model, network.graph, task, examples=EXAMPLES, batch_size=batch_size)
 
     units = network.graph.groups[0].units
     np.testing.assert_allclose(statistics.activation_mean[units], np.abs(rows).mean(1), rtol=1e-4)
@@ -114,9 +108,7 @@ def test_covariance_is_that_of_what_is_read(toys: Toys, task_for: TaskFor, batch
     task = task_for(network)
     rows = read_by_second(network, task).numpy()
 
-    statistics = collect_statistics(
-        network.model, network.graph, task, examples=EXAMPLES, batch_size=batch_size
-    )
+    statistics = collect_statistics(network.model, network.graph, task, examples=EXAMPLES, batch_size=batch_size)
 
     moments = statistics.inputs["4.weight"]
     np.testing.assert_allclose(moments.mean, rows.mean(1), rtol=1e-4)
@@ -254,9 +246,7 @@ def test_network_is_left_as_it_was_found(toys: Toys, task_for: TaskFor) -> None:
     collect_statistics(model, network.graph, task_for(network), examples=4)
 
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
-    assert [one.requires_grad for one in model.parameters()] == [False] + [True] * (
-        len(list(model.parameters())) - 1
-    )
+    assert [one.requires_grad for one in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
     assert all(one.grad is None for one in model.parameters())
 
 
@@ -264,8 +254,6 @@ def test_covariances_can_be_left_out(toys: Toys, task_for: TaskFor) -> None:
     """Between rounds nobody needs them."""
     network = toys("sequential")
 
-    statistics = collect_statistics(
-        network.model, network.graph, task_for(network), examples=4, covariances=False
-    )
+    statistics = collect_statistics(network.model, network.graph, task_for(network), examples=4, covariances=False)
 
     assert all(moments.covariance is None for moments in statistics.inputs.values())

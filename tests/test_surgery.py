@@ -44,9 +44,7 @@ def difference(network: PrunableNetwork, plan: PruningPlan, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", TOYS)
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_pruned_network_equals_its_masked_twin(
-    toys: Toys, random_plan: MakePlan, name: str, seed: int
-) -> None:
+def test_pruned_network_equals_its_masked_twin(toys: Toys, random_plan: MakePlan, name: str, seed: int) -> None:
     """Any plan, to the precision of the numbers."""
     network = toys(name)
     plan = random_plan(network, np.random.default_rng(seed))
@@ -183,9 +181,7 @@ def test_groups_attribute_follows_the_kept_groups(toys: Toys) -> None:
 
 def test_tied_parameters_stay_tied() -> None:
     """Two names for one tensor are still one tensor afterwards."""
-    model = nn.Sequential(
-        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3)
-    )
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
     model[4].weight = model[2].weight
     network = PrunableNetwork(model, torch.randn(2, 4))
     mask = np.ones(network.graph.units, dtype=np.bool_)
@@ -207,6 +203,4 @@ def test_training_modes_and_gradient_switches_are_kept(toys: Toys) -> None:
     small = network.pruned(PruningPlan.from_scores(network.graph, network.graph.sizes // 2, -np.arange(30.0)))
 
     assert [small.training, small[0].training, small[1].training] == [True, True, False]
-    assert [one.requires_grad for one in small.parameters()] == [
-        one.requires_grad for one in model.parameters()
-    ]
+    assert [one.requires_grad for one in small.parameters()] == [one.requires_grad for one in model.parameters()]

@@ -1,5 +1,6 @@
 """One observed forward pass: what is labelled, what is frozen, and that nothing is left behind."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ PASSED_ON: dict[str, Callable[[Tensor], Tensor]] = {
     "gate": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
     "sum with itself": lambda x: x + 2 * x,
     "dropout": lambda x: F.dropout(x, training=False),
+    "transposition in place": lambda x: x.mul(2).transpose_(1, 2).transpose_(2, 1),
     "cast": lambda x: x.double().float(),
     "condition": lambda x: torch.where(x > 0, x, 0.1 * x),
 }
@@ -84,6 +86,8 @@ STOPPED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2),
         "view .* splits the channel dimension",
     ),
+    "restriding": (lambda x: x.as_strided(x.shape, (1, 2, 3, 4)), "no rule for as_strided"),
+    "reshaping in place": (lambda x: x.mul(2).unsqueeze_(0).squeeze_(0), "the rule for unsqueeze_ .* failed"),
     "fixed tensor": (lambda x: x + torch.arange(8.0).view(1, 8, 1, 1), "size is fixed"),
     "cropped padding": (lambda x: F.pad(F.pad(x, (0,) * 5 + (1,)), (0,) * 5 + (-1,)), "crops"),
     "group norm": (lambda x: F.group_norm(x, 2), "native_group_norm .* normalises across channels"),
@@ -114,6 +118,20 @@ def test_the_rest_of_the_network_stays_prunable(name: str) -> None:
     graph = graph_of(Chain(STOPPED[name][0]))
 
     assert "second" in [group.name for group in graph.groups]
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_mobilenet"])
+def test_memory_format_does_not_matter(zoo: Callable[[str], PrunableNetwork], name: str) -> None:
+    """Training leaves networks in channels-last layout, where PyTorch takes other ways through pooling."""
+    network = zoo(name)
+    model = copy.deepcopy(network.model).to(memory_format=torch.channels_last)
+    inputs = tuple(one.to(memory_format=torch.channels_last) for one in network.example_inputs)
+
+    graph = build_graph(trace(model, inputs))
+
+    assert not graph.unknown_operations
+    assert graph.groups == network.graph.groups
+    assert graph.folds == network.graph.folds
 
 
 def test_unknown_operations_are_listed_with_their_place() -> None:
@@ -182,9 +200,7 @@ class Folding(nn.Module):
         return (logits, out) if self.twist == "returned" else logits
 
 
-@pytest.mark.parametrize(
-    "twist", ["standardised", "read twice", "normalised twice", "run twice", "returned", "none"]
-)
+@pytest.mark.parametrize("twist", ["standardised", "read twice", "normalised twice", "run twice", "returned", "none"])
 def test_fold_is_offered_only_where_it_changes_nothing(twist: str) -> None:
     """Batch normalisation must be all that reads the convolution, and both must run once."""
     folds = graph_of(Folding(twist)).folds

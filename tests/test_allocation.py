@@ -1,0 +1,278 @@
+"""Projection and knapsack on problems small enough to try everything."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from prunegym.pruning.allocation import knapsack, project, uniform
+from prunegym.pruning.budget import Budget, Limit, apply_budget
+from prunegym.pruning.network import PrunableNetwork
+
+Counts = NDArray[np.int64]
+Toys = Callable[[str], PrunableNetwork]
+
+
+@dataclass(frozen=True)
+class Small:
+    """A chain of layers with few channels, and what is asked of it."""
+
+    sizes: Counts
+    smallest: Counts
+    largest: Counts
+    keep: NDArray[np.float64]
+    limit: Limit
+
+    def allocations(self) -> list[Counts]:
+        """Every allocation there is."""
+        spans = [range(a, b + 1) for a, b in zip(self.smallest, self.largest, strict=True)]
+        return [np.array(counts) for counts in product(*spans)]
+
+    def maximal(self, counts: Counts) -> bool:
+        """No group can take one more channel."""
+        grown = [
+            counts + np.eye(len(counts), dtype=np.int64)[group]
+            for group in range(len(counts))
+            if counts[group] < self.largest[group]
+        ]
+        return not any(self.limit.holds(one) for one in grown)
+
+
+def chain_cost(weights: list[int]) -> Callable[[Counts], float]:
+    """Cost of a chain: each layer is an input width times an output width times a constant."""
+
+    def cost(counts: Counts) -> float:
+        widths = [2, *counts.tolist(), 3]
+        return float(sum(w * a * b for w, a, b in zip(weights, widths[:-1], widths[1:], strict=True)))
+
+    return cost
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Small:
+    """Up to four groups of up to six channels, some pruned before."""
+    groups = draw(st.integers(1, 4))
+    sizes = np.array(draw(st.lists(st.integers(1, 6), min_size=groups, max_size=groups)))
+    largest = np.array([draw(st.integers(1, int(size))) for size in sizes])
+    smallest = np.array([draw(st.integers(1, int(size))) for size in largest])
+    keep = np.array(draw(st.lists(st.floats(0, 1), min_size=groups, max_size=groups)))
+    cost = chain_cost(draw(st.lists(st.integers(1, 5), min_size=groups + 1, max_size=groups + 1)))
+    least, full = cost(smallest), cost(sizes)
+    most = least + draw(st.floats(0, 1)) * (full - least)
+    return Small(sizes, smallest, largest, keep, Limit(Budget("macs", 0.5), cost, full, most))
+
+
+def projected(problem: Small, keep: NDArray[np.float64] | None = None, limit: Limit | None = None) -> Counts:
+    """The projection of the library."""
+    keep = problem.keep if keep is None else keep
+    return project(keep, problem.sizes, limit or problem.limit, problem.smallest, problem.largest)
+
+
+@given(problems())
+def test_projection_never_exceeds_the_budget(problem: Small) -> None:
+    """Whatever the policy asks for."""
+    counts = projected(problem)
+
+    assert problem.limit.holds(counts)
+    assert ((problem.smallest <= counts) & (counts <= problem.largest)).all()
+
+
+@given(problems())
+def test_projection_is_maximal(problem: Small) -> None:
+    """What the budget allows is spent, to within one channel."""
+    assert problem.maximal(projected(problem))
+
+
+@given(problems())
+def test_projection_is_idempotent(problem: Small) -> None:
+    """Asking for what came out gives it again."""
+    counts = projected(problem)
+
+    assert (projected(problem, counts / problem.sizes) == counts).all()
+
+
+@given(problems())
+def test_maximal_plan_within_the_budget_is_returned_unchanged(problem: Small) -> None:
+    """Each of them: so every sensible plan can be asked for, and the agent can reach all."""
+    for counts in problem.allocations():
+        if problem.limit.holds(counts) and problem.maximal(counts):
+            assert (projected(problem, counts / problem.sizes) == counts).all()
+
+
+@given(problems())
+def test_projection_shifts_all_logits_alike(problem: Small) -> None:
+    """Against a walk: channels are added one by one in the order in which a growing shift reaches them."""
+    logits = np.clip(problem.keep, 1e-4, 1 - 1e-4)
+    logits = np.log(logits / (1 - logits))
+    reached = sorted(
+        (np.log((count + 0.5) / (size - count - 0.5)) - logits[group], group)
+        for group, size in enumerate(problem.sizes.tolist())
+        for count in range(problem.smallest[group], problem.largest[group])
+    )
+    shifts = [shift for shift, _ in reached]
+    assume(not shifts or np.diff(sorted(shifts)).min(initial=1) > 1e-9)  # no ties, which may go either way
+    counts, closed = problem.smallest.copy(), set()
+    for _, group in reached:
+        if group not in closed:
+            counts[group] += 1
+            if not problem.limit.holds(counts):
+                counts[group] -= 1
+                closed.add(group)
+
+    assert (projected(problem) == counts).all()
+
+
+@given(problems(), st.floats(0, 1))
+def test_larger_budget_is_spent(problem: Small, share: float) -> None:
+    """The cost of the projection grows with the budget."""
+    limit = problem.limit
+    larger = Limit(limit.budget, limit.value, limit.full, limit.most + share * (limit.full - limit.most))
+
+    assert limit.value(projected(problem, limit=larger)) >= limit.value(projected(problem))
+
+
+@given(problems(), st.data())
+def test_asking_more_for_a_group_never_gives_it_less(problem: Small, data: st.DataObject) -> None:
+    """The gradient of an action component points the right way."""
+    group = data.draw(st.integers(0, len(problem.sizes) - 1))
+    more = problem.keep.copy()
+    more[group] = data.draw(st.floats(float(more[group]), 1))
+
+    assert projected(problem, more)[group] >= projected(problem)[group]
+
+
+@given(problems())
+def test_uniform_allocation_asks_the_same_of_every_group(problem: Small) -> None:
+    """It does not matter which ratio is asked: one shift serves all."""
+    counts = uniform(problem.sizes, problem.limit, problem.smallest, problem.largest)
+
+    assert problem.limit.holds(counts)
+    assert problem.maximal(counts)
+    equal = np.full(len(counts), 0.3)
+    shifts_tie = len(set(problem.sizes.tolist())) < len(counts)
+    assert shifts_tie or (projected(problem, equal) == counts).all()
+
+
+def test_uniform_keep_ratios_are_equal_on_a_real_network(zoo: Toys) -> None:
+    """To within the rounding of the narrowest group."""
+    network = zoo("cifar_vgg16")
+    smallest = np.ones(len(network.graph.groups), dtype=np.int64)
+    limit = apply_budget(Budget("macs", 0.5), network.costs, smallest)
+
+    keep = uniform(network.graph.sizes, limit, smallest) / network.graph.sizes
+
+    assert keep.max() - keep.min() <= 1 / network.graph.sizes.min()
+
+
+@st.composite
+def linear_problems(draw: st.DrawFn) -> tuple[Small, NDArray[np.float64], NDArray[np.int64]]:
+    """Costs that do not depend on the other groups, with importances: the textbook knapsack."""
+    groups = draw(st.integers(1, 3))
+    sizes = np.array(draw(st.lists(st.integers(1, 5), min_size=groups, max_size=groups)))
+    prices = np.array(draw(st.lists(st.integers(1, 5), min_size=groups, max_size=groups)))
+    units = int(sizes.sum())
+    scores = np.array(draw(st.lists(st.integers(0, 100), min_size=units, max_size=units)), dtype=np.float64)
+    ones = np.ones(groups, dtype=np.int64)
+
+    def cost(counts: Counts) -> float:
+        return float(prices @ counts)
+
+    most = cost(ones) + draw(st.floats(0, 1)) * (cost(sizes) - cost(ones))
+    limit = Limit(Budget("macs", 0.5), cost, cost(sizes), most)
+    return Small(sizes, ones, sizes, np.ones(groups), limit), scores, np.repeat(np.arange(groups), sizes)
+
+
+def worth(counts: Counts, scores: NDArray[np.float64], group_of: NDArray[np.int64]) -> float:
+    """Importance kept when each group keeps its best channels."""
+    return float(sum(np.sort(scores[group_of == g])[::-1][:count].sum() for g, count in enumerate(counts)))
+
+
+@given(linear_problems())
+def test_knapsack_is_within_one_channel_of_the_best_allocation(
+    case: tuple[Small, NDArray[np.float64], NDArray[np.int64]],
+) -> None:
+    """Against all allocations; the bound is the textbook's for the greedy solution."""
+    problem, scores, group_of = case
+    best = max(worth(one, scores, group_of) for one in problem.allocations() if problem.limit.holds(one))
+
+    counts = knapsack(scores, group_of, problem.sizes, problem.limit, problem.smallest)
+
+    assert problem.limit.holds(counts)
+    assert worth(counts, scores, group_of) >= best - scores.max()
+
+
+@given(linear_problems())
+def test_knapsack_is_the_best_allocation_where_all_channels_cost_the_same(
+    case: tuple[Small, NDArray[np.float64], NDArray[np.int64]],
+) -> None:
+    """Then taking the best channels first is exact."""
+    problem, scores, group_of = case
+    limit = Limit(problem.limit.budget, lambda counts: float(counts.sum()), 1.0, 0.6 * len(scores))
+    assume(limit.holds(problem.smallest))
+
+    counts = knapsack(scores, group_of, problem.sizes, limit, problem.smallest)
+
+    best = max(worth(one, scores, group_of) for one in problem.allocations() if limit.holds(one))
+    assert worth(counts, scores, group_of) == pytest.approx(best)
+
+
+@given(problems(), st.integers(0, 1000))
+def test_knapsack_on_a_chain_is_maximal_and_within_the_budget(problem: Small, seed: int) -> None:
+    """Also where costs are products, and where earlier rounds have pruned."""
+    rng = np.random.default_rng(seed)
+    group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
+    scores = rng.random(len(group_of))
+
+    counts = knapsack(scores, group_of, problem.sizes, problem.limit, problem.smallest, problem.largest)
+
+    assert problem.limit.holds(counts)
+    assert problem.maximal(counts)
+    assert ((problem.smallest <= counts) & (counts <= problem.largest)).all()
+
+
+def test_knapsack_keeps_the_important_and_the_cheap() -> None:
+    """Two groups of equal worth: the dear one loses; of equal price: the unimportant one."""
+    sizes, ones = np.array([8, 8]), np.ones(2, dtype=np.int64)
+    group_of = np.repeat([0, 1], 8)
+
+    def allocated(prices: list[float], scores: list[float]) -> list[int]:
+        limit = Limit(Budget("macs", 0.5), lambda counts: float(np.array(prices) @ counts), 1.0, 4 * sum(prices))
+        return knapsack(np.repeat(scores, 8), group_of, sizes, limit, ones).tolist()
+
+    dear, cheap = allocated([3.0, 1.0], [1.0, 1.0])
+    important, unimportant = allocated([1.0, 1.0], [5.0, 1.0])
+    assert dear < cheap
+    assert important > unimportant
+
+
+def test_knapsack_with_everything_allowed_prunes_nothing(zoo: Toys, rng: np.random.Generator) -> None:
+    """A budget of 1."""
+    network = zoo("digits_resnet")
+    graph, ones = network.graph, np.ones(len(network.graph.groups), dtype=np.int64)
+    limit = apply_budget(Budget("macs", 1.0), network.costs, ones)
+
+    counts = knapsack(rng.random(graph.units), graph.group_of, graph.sizes, limit, ones)
+
+    assert (counts == graph.sizes).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.floats(0.1, 0.9), kind=st.sampled_from(["macs", "params"]))
+def test_projection_on_a_real_network_holds_and_is_maximal(zoo: Toys, seed: int, share: float, kind: str) -> None:
+    """Residual, projected and pruned before."""
+    network = zoo("cifar_resnet20")
+    sizes = network.graph.sizes
+    smallest = np.ones(len(sizes), dtype=np.int64)
+    limit = apply_budget(Budget(kind, share), network.costs, smallest)
+    rng = np.random.default_rng(seed)
+    keep, largest = rng.random(len(sizes)), rng.integers(sizes // 2, sizes + 1)
+
+    counts = project(keep, sizes, limit, smallest, largest)
+
+    assert limit.holds(counts)
+    assert Small(sizes, smallest, largest, keep, limit).maximal(counts)

@@ -1,0 +1,345 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import prunegym
+from prunegym.agents import cli, network_commands
+from prunegym.agents.cli import main, parse
+from prunegym.agents.config import TrainConfig
+
+#: Few images of everything: the numbers do not matter.
+FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
+NETWORK = ["--network", "digits_vgg"]
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command with ``--json`` and read what it prints."""
+
+    def command(*arguments: object) -> Any:
+        code = main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return json.loads(out)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a network trained for a moment."""
+    folder = tmp_path_factory.mktemp("runs") / "base"
+    assert main(["pretrain", *NETWORK, "--epochs", "1", "--device", "cpu", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(base: Path) -> list[str]:
+    """The network and its weights, as flags."""
+    return [*NETWORK, "--weights", str(base / "model.safetensors")]
+
+
+@pytest.fixture(scope="module")
+def agent(weights: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of an agent trained for a moment."""
+    folder = tmp_path_factory.mktemp("runs") / "agent"
+    size = ["--evaluations", "2", "--update-evaluations", "2", "--imitation-steps", "1"]
+    assert main(["train", *weights, *FEW, *size, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def policy(agent: Path) -> list[str]:
+    """The agent's policy, as a flag."""
+    return ["--policy", str(agent / "policy.safetensors")]
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"prunegym {prunegym.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo"])
+def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """For the program and for each command, on standard output."""
+    with pytest.raises(SystemExit) as end:
+        main([*([command] if command else []), "--help"])
+
+    assert end.value.code == 0
+    assert f"usage: prunegym {command}" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_pytorch() -> None:
+    """It is asked for often."""
+    code = "import sys, prunegym.agents.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.strip() == "False"
+
+
+def test_unknown_flag_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    """The flag that was meant is named."""
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--netwrk", "digits_vgg"])
+
+    assert end.value.code == 2
+    assert "--network" in capsys.readouterr().err
+
+
+def test_repeated_flags_add_up() -> None:
+    """Networks, weights and budgets."""
+    config = parse(
+        ["train", *NETWORK, "--network", "digits_resnet", "--budget", "macs:0.5", "--budget", "macs:0.3"]
+    )
+
+    assert isinstance(config, TrainConfig)
+    assert config.network == ("digits_vgg", "digits_resnet")
+    assert config.budget == ("macs:0.5", "macs:0.3")
+
+
+def test_inspect_lists_groups(run: Run, tmp_path: Path) -> None:
+    """Without data; a folder only if asked for."""
+    content = run("inspect", *NETWORK, "--out", tmp_path / "run")
+
+    assert content["macs"] > 0
+    assert {"name", "channels", "made_by", "read_by"} <= content["groups"][0].keys()
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == content
+
+
+def test_inspect_measures_latency_when_asked(run: Run, tmp_path: Path) -> None:
+    """The table is kept below the data root."""
+    flags = ["--latency", "--latency-threads", "1", "--data-root", tmp_path, "--device", "cpu"]
+    content = run("inspect", *NETWORK, *flags)
+
+    assert 0 < content["reachable"]["latency"] <= 1
+    assert content["latency_seconds"] > 0
+    assert list((tmp_path / "latency").glob("*.json"))
+    assert run("inspect", *NETWORK)["latency_seconds"] is None
+
+
+def test_inspect_fits_the_network_to_data_when_given(run: Run, tmp_path: Path) -> None:
+    """Classes and image size are those of the data."""
+    images = np.zeros((120, 12, 12), dtype=np.uint8)
+    labels = np.arange(120) % 3
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images[:30], y_test=labels[:30])
+
+    content = run("inspect", *NETWORK, "--data", tmp_path / "d.npz")
+
+    assert content["frozen"][0]["channels"] == 3
+    assert content["macs"] > run("inspect", *NETWORK)["macs"]
+
+
+def test_pretrain_leaves_weights_and_test_accuracy(base: Path) -> None:
+    """And which images were in which split."""
+    result = json.loads((base / "result.json").read_text())
+
+    assert 0 < result["test_score"] < 1
+    assert Path(result["weights"]).is_file()
+    assert set(np.load(base / "splits.npz")) == {"train", "calibration", "reward", "selection", "test"}
+
+
+def test_finished_run_is_not_computed_again(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command with the same folder prints the same result."""
+    monkeypatch.setattr(network_commands, "pretrain", pytest.fail)
+
+    code = main(["pretrain", *NETWORK, "--epochs", "1", "--device", "cpu", "--out", str(base), "--json"])
+
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert json.loads(out) == json.loads((base / "result.json").read_text())
+    assert "finished already" in err
+
+
+def test_folder_of_another_run_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The differing field is named."""
+    assert main(["pretrain", *NETWORK, "--epochs", "2", "--device", "cpu", "--out", str(base)]) == 2
+    assert "config.epochs was 1 and is 2" in capsys.readouterr().err
+
+
+def test_train_leaves_policy_curve_and_plans(agent: Path) -> None:
+    """The policy's own plan and the best that was sampled are different results."""
+    result = json.loads((agent / "result.json").read_text())
+
+    assert [row["searcher"] for row in result["rows"]] == ["uniform", "knapsack", "policy", "best sampled"]
+    assert all(row["cost"] <= 0.5 for row in result["rows"])
+    assert result["evaluations"] >= 2
+    assert (agent / "policy.safetensors").is_file()
+    assert (agent / "metrics.csv").is_file()
+    assert any((agent / "tensorboard").iterdir())
+    assert len(list(agent.glob("plan_*.json"))) == 2
+
+
+def test_evaluate_measures_the_unpruned_network(run: Run, weights: list[str], base: Path, tmp_path: Path) -> None:
+    """Neither policy nor budget: the accuracy that training told; without weights another."""
+    content = run("evaluate", *weights, "--device", "cpu", "--out", tmp_path / "a")
+    untrained = run("evaluate", *NETWORK, "--device", "cpu", "--out", tmp_path / "b")
+
+    told = json.loads((base / "result.json").read_text())["test_score"]
+    assert content["rows"][0]["test_score"] == told != untrained["rows"][0]["test_score"]
+
+
+def test_evaluate_puts_a_policy_beside_the_baselines(
+    run: Run, weights: list[str], policy: list[str], tmp_path: Path
+) -> None:
+    """On every budget; the test images only if asked."""
+    budgets = ["--budget", "macs:0.5", "--budget", "params:0.6"]
+    rows = run("evaluate", *weights, *FEW, *policy, *budgets, "--out", tmp_path / "a")["rows"]
+    tested = run("evaluate", *weights, *FEW, "--searcher", "uniform", "--test", "--out", tmp_path / "b")["rows"]
+
+    assert [row["searcher"] for row in rows] == ["uniform", "knapsack", "policy"] * 2
+    assert [row["budget"] for row in rows] == ["macs:0.5"] * 3 + ["params:0.6"] * 3
+    assert "test_score" not in rows[0]
+    assert [row["searcher"] for row in tested] == ["uniform"]
+    assert "test_score" in tested[0]
+
+
+def test_transfer_is_zero_shot_and_few_shot(run: Run, policy: list[str], tmp_path: Path) -> None:
+    """On a network the policy has not seen."""
+    other = ["transfer", "--network", "digits_resnet", *policy, *FEW]
+    zero = run(*other, "--out", tmp_path / "a")["rows"]
+    size = ["--evaluations", "2", "--update-evaluations", "2", "--imitation-steps", "1"]
+    few = run(*other, *size, "--test", "--out", tmp_path / "b")["rows"]
+
+    assert [row["searcher"] for row in zero] == ["uniform", "knapsack", "zero-shot"]
+    assert [row["searcher"] for row in few][3:] == ["few-shot", "few-shot best"]
+    assert "test_score" in few[0]
+    assert "test_score" not in zero[0]
+
+
+def test_prune_saves_a_smaller_network(
+    run: Run, weights: list[str], policy: list[str], tmp_path: Path
+) -> None:
+    """By the policy; it can be loaded, and in ONNX Runtime it gives the same."""
+    flags = ["--epochs", "1", "--onnx", "--out", tmp_path]
+    content = run("prune", *weights, *FEW, *policy, *flags)
+
+    model = prunegym.load(tmp_path)
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert content["macs"]["after"] <= 0.5 * content["macs"]["before"]
+    assert None not in content["test_scores"].values()
+    assert [row["backend"] for row in content["latency"]] == ["torch", "onnxruntime"]
+    assert content["onnx_difference"] < 1e-3
+    for name in ("plan.json", "result.json", "model.onnx", "metrics.csv", "splits.npz"):
+        assert (tmp_path / name).is_file()
+
+
+@pytest.fixture
+def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring takes seconds."""
+    monkeypatch.setattr("prunegym.agents.prune.measure_speed", lambda *_: [])
+
+
+@pytest.mark.usefixtures("no_latency")
+def test_prune_carries_out_a_plan_of_another_run(run: Run, weights: list[str], agent: Path, tmp_path: Path) -> None:
+    """The best plan that a training sampled, for instance."""
+    plan = next(agent.glob("plan_best*.json"))
+
+    content = run("prune", *weights, *FEW, "--plan", plan, "--epochs", "0", "--out", tmp_path)
+
+    kept = {name: len(indices) for name, indices in json.loads(plan.read_text())["kept"].items()}
+    assert {name: one["after"] for name, one in content["channels"].items()} == kept
+    assert content["searcher"] == "plan"
+    assert content["test_scores"]["after_finetuning"] is None
+
+
+@pytest.mark.usefixtures("no_latency")
+def test_interrupted_pruning_keeps_its_plan(
+    run: Run, weights: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search is not paid for twice."""
+    arguments = ["prune", *weights, *FEW, "--searcher", "random", "--evaluations", "2", "--epochs", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(network_commands, "carry_out", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*arguments, "--out", str(tmp_path)]) == cli.INTERRUPTED
+    plan = (tmp_path / "plan.json").read_bytes()
+    monkeypatch.setattr(network_commands, "find_plan", pytest.fail)
+
+    content = run(*arguments, "--out", tmp_path)
+
+    assert content["search"]["evaluations"] == 2
+    assert (tmp_path / "plan.json").read_bytes() == plan
+
+
+def test_user_network_goes_the_whole_way(run: Run, tmp_path: Path, no_latency: None) -> None:
+    """A function in a file, with weights of its own."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    )
+
+    content = run("prune", "--network", f"{file}:net", *FEW, "--epochs", "0", "--out", tmp_path / "run")
+
+    assert content["macs"]["after"] < content["macs"]["before"]
+    assert prunegym.load(tmp_path / "run", allow_code=True)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_interruption_tells_how_to_continue(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 130, and the command with its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(network_commands, "pretrain", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    assert main(["pretrain", *NETWORK, "--device", "cpu"]) == 130
+
+    folder = next((tmp_path / "runs").iterdir())
+    said = capsys.readouterr().err
+    assert f"Continue with: prunegym pretrain --network digits_vgg --device cpu --out runs/{folder.name}" in said
+
+
+def test_interruption_before_anything_was_computed_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no folder to continue from."""
+    monkeypatch.setattr(network_commands, "build_task", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    assert main(["pretrain", *NETWORK]) == 130
+    assert "Nothing had been computed yet" in capsys.readouterr().err
+
+
+def test_seed_changes_a_network_that_is_trained(tmp_path: Path) -> None:
+    """And the same seed gives the same weights."""
+    files = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        folder = tmp_path / name
+        flags = ["--epochs", "1", "--seed", seed, "--device", "cpu", "--out", str(folder)]
+        assert main(["pretrain", *NETWORK, *flags]) == 0
+        files.append((folder / "model.safetensors").read_bytes())
+
+    assert files[0] == files[1] != files[2]
+
+
+def test_bad_input_ends_the_process_with_code_2(tmp_path: Path) -> None:
+    """As the shell sees it."""
+    command = [sys.executable, "-m", "prunegym", "inspect", "--network", "digits_vg"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("Or give your own as path/file.py:function.")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_earlier_results_survive_a_later_refusal(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing already written is lost."""
+    before = {path.name: path.read_bytes() for path in base.iterdir() if path.name != "env.json"}
+
+    assert main(["pretrain", *NETWORK, "--seed", "5", "--device", "cpu", "--out", str(base)]) == 2
+    assert "`--out` should be" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in base.iterdir() if path.name != "env.json"} == before
