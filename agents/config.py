@@ -165,7 +165,8 @@ class TrainConfig(ProblemOptions, AgentOptions, SeveralNetworks):
     rounds: int = 3
     """Rounds of pruning in an episode; the budget falls to the target over them."""
     features: Literal["data", "structure", "random"] = "data"
-    """What the policy sees of channels: data-aware features, or for ablations structure only, or noise."""
+    """What a new policy sees of channels: data-aware features, or for ablations structure only, or noise. One that is
+    continued (--policy) keeps its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

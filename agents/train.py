@@ -108,6 +108,7 @@ class Trainer:
     def _model(self) -> PruningPPO:
         config = self.config
         start = None if config.policy is None else load_policy(config.policy, device=config.torch_device)[0]
+        # a policy that is continued keeps what it was made to see
         features = start.features if start is not None else getattr(config, "features", "data")
         steps = self.episodes // self.envs.num_envs * config.rounds
         model = PruningPPO(

@@ -1,6 +1,8 @@
 """A frozen policy on a network it never saw, beside uniform and knapsack (zero-shot, post-training regime).
 
     python benchmarks/transfer.py --data cifar10.npz --weights cifar10_resnet56.th --policies A/policy.safetensors
+
+Finished rows are skipped.
 """
 
 from __future__ import annotations

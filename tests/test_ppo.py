@@ -1,0 +1,59 @@
+"""The memory of episodes and the imitation of the best."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunegym.agents.ppo import Episode, EpisodeMemory, finished_episodes
+
+
+def episode(value: float, state: float = 0.0) -> Episode:
+    """An episode of one round from a starting state."""
+    first = {name: np.full(2, state, dtype=np.float32) for name in ("state", "prior", "group_mask")}
+    return Episode([first], np.zeros((1, 2), dtype=np.float32), value)
+
+
+def test_memory_keeps_the_best_of_each_start() -> None:
+    """What is worse than `capacity` others from the same start is forgotten."""
+    memory = EpisodeMemory(capacity=2)
+    for value in (1.0, 3.0, 2.0):
+        memory.add(episode(value))
+    memory.add(episode(0.5, state=1.0))
+
+    values = [[one.value for one in kept] for kept in memory.episodes.values()]
+
+    assert values == [[3.0, 2.0], [0.5]]
+
+
+def test_elites_weigh_each_start_alike() -> None:
+    """However many were seen from it, and better episodes weigh more."""
+    memory = EpisodeMemory()
+    for value in (1.0, 3.0, 2.0):
+        memory.add(episode(value))
+    memory.add(episode(0.5, state=1.0))
+
+    chosen, weights = memory.elites(2)
+
+    assert [one.value for one in chosen] == [3.0, 2.0, 0.5]
+    assert weights[:2].sum() == pytest.approx(1)
+    assert weights[2] == pytest.approx(1)
+    assert weights[0] > weights[1]
+
+
+def test_episodes_are_cut_where_new_ones_start() -> None:
+    """Two workers, two episodes of two rounds each; rewards add up within an episode."""
+    steps, workers = 4, 2
+    rewards = np.arange(8, dtype=np.float32).reshape(steps, workers)
+    buffer: Any = SimpleNamespace(
+        rewards=rewards,
+        episode_starts=np.array([[1, 1], [0, 0], [1, 1], [0, 0]]),
+        observations={"state": np.arange(8).reshape(steps, workers, 1)},
+        actions=np.zeros((steps, workers, 3)),
+    )
+
+    episodes = finished_episodes(buffer)
+
+    assert [one.value for one in episodes] == [0 + 2, 4 + 6, 1 + 3, 5 + 7]
+    assert [int(one.observations[0]["state"][0]) for one in episodes] == [0, 4, 1, 5]

@@ -1,0 +1,210 @@
+"""Training: what an untrained agent is, what a trained one learns, and that interruptions change nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from prunegym.agents.config import TrainConfig, TransferConfig
+from prunegym.agents.evaluate import plan_row
+from prunegym.agents.policy_file import load_policy
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
+from prunegym.agents.train import METRICS, SETTLING, Trainer, TrainResult, train
+from prunegym.agents.transfer import transfer
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.scoring import Score, Scorer
+
+HALF = Budget.parse("macs:0.5")
+CONFIG = TrainConfig(
+    network=("digits_resnet",),
+    data="digits",
+    budget=("macs:0.5",),
+    evaluations=23,
+    rounds=1,
+    update_evaluations=5,
+    ppo_epochs=1,
+    imitation_steps=2,
+    tensorboard=False,
+)
+
+
+def go(problems: list[PruningProblem], folder: Path, config: TrainConfig = CONFIG) -> TrainResult:
+    """Train quietly in a folder."""
+    run = RunFolder.create(folder, network="n", searcher="ppo", budget="b", seed=0, config={"for": "a test"})
+    return train(problems, config, run, progress=False)
+
+
+@pytest.fixture
+def half(problem: PruningProblem) -> PruningProblem:
+    """The trained digits network at half its MACs."""
+    return problem.only(HALF)
+
+
+@pytest.mark.parametrize("budget", ["macs:0.5", "params:0.3"])
+def test_untrained_policy_makes_exactly_the_knapsack_plan(problem: PruningProblem, budget: str, tmp_path: Path) -> None:
+    """A correction of zero changes nothing: learning is judged by what it adds."""
+    one = problem.only(Budget.parse(budget))
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([one], CONFIG, run)
+
+    plan = own_plan(trainer.model.policy, one, one.budgets[0], rounds=1)
+
+    assert plan == SEARCHERS["knapsack"](one, one.budgets[0], SearchSettings()).plan
+
+
+def test_untrained_policy_in_rounds_applies_the_knapsack_in_rounds(half: PruningProblem, tmp_path: Path) -> None:
+    """The same holds for progressive pruning."""
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([half], replace(CONFIG, rounds=3), run)
+
+    assert own_plan(trainer.model.policy, half, HALF, rounds=3) == own_plan(None, half, HALF, rounds=3)
+
+
+def test_training_spends_no_more_evaluations_than_allowed(half: PruningProblem, tmp_path: Path) -> None:
+    """What was asked for is an upper bound, the settling at the end included."""
+    result = go([half], tmp_path / "run")
+
+    assert CONFIG.evaluations - 5 - SETTLING <= result.evaluations <= CONFIG.evaluations
+
+
+def test_training_resumes_from_its_checkpoint(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed between two updates goes on to the same rows and plans."""
+    go([half], tmp_path / "whole")
+    update = Trainer.run_update
+
+    def killed(self: Trainer) -> dict[str, Any]:
+        if self.update == 1:
+            raise KeyboardInterrupt
+        return update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go([half], tmp_path / "run")
+    go([half], tmp_path / "run")
+
+    for name in (METRICS, "plan.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_row_without_checkpoint_is_written_again(half: PruningProblem, tmp_path: Path) -> None:
+    """Killed after the row and before the checkpoint: the row does not come twice."""
+    go([half], tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    rows = run.read_rows(METRICS)
+    run.append_row(METRICS, rows[-1])
+
+    go([half], tmp_path / "run")
+
+    assert run.read_rows(METRICS) == rows
+
+
+def test_two_workers_learn_what_one_process_learns(half: PruningProblem, tmp_path: Path) -> None:
+    """Worker processes change the speed; both spend their evaluations and leave a policy."""
+    result = go([half], tmp_path / "two", replace(CONFIG, workers=2, evaluations=12))
+
+    assert result.policy.is_file()
+    assert half.scorer.network.cost(result.own["digits_resnet macs:0.5"]).macs <= half.limits[HALF].most
+
+
+def test_one_policy_learns_on_two_networks_at_once(
+    half: PruningProblem, digits: Any, zoo: Any, tmp_path: Path
+) -> None:
+    """Networks of different sizes share padded observations."""
+    other = PruningProblem(Scorer(zoo("digits_vgg"), digits, half.scorer.settings), (HALF,))
+
+    result = go([half, other], tmp_path / "run", replace(CONFIG, evaluations=20))
+
+    names = {problem.scorer.network.name for problem in (half, other)}
+    assert {key.split()[0] for key in result.own} == names
+
+
+class Rigged:
+    """A scorer whose best plan is known: the score falls with the distance of the counts from a secret."""
+
+    def __init__(self, scorer: Scorer, secret: NDArray[np.int64]) -> None:
+        self.__dict__.update(scorer.__dict__)
+        self.secret = secret
+
+    def score(self, plan: PruningPlan, **_options: Any) -> Score:
+        counts = self.network.counts(plan)  # type: ignore[attr-defined]
+        distance = np.abs(np.log(counts / self.secret)).mean()
+        return Score(float(1 - distance), float(distance), 1)
+
+    def unpruned(self, **_options: Any) -> Score:
+        return Score(1.0, 0.0, 1)
+
+
+def test_agent_learns_where_a_better_plan_is_known(trained: PrunableNetwork, scorer: Scorer, tmp_path: Path) -> None:
+    """On a made-up score the agent's own plan comes closer to the best than its start, by most of the way."""
+    base = PruningProblem(scorer, (HALF,))
+    start = base.knapsack_counts(base.limits[HALF])
+    rng = np.random.default_rng(0)
+    secret = base.project(np.clip(start / base.sizes + rng.uniform(-0.3, 0.3, len(start)), 0.1, 1), base.limits[HALF])
+    rigged = PruningProblem(Rigged(scorer, secret), (HALF,))  # type: ignore[arg-type]
+    before = rigged.scorer.score(base.plan(start)).score
+    config = replace(CONFIG, evaluations=300, update_evaluations=10, ppo_epochs=5, imitation_steps=30)
+
+    result = go([rigged], tmp_path / "run", config)
+    after = rigged.scorer.score(result.own[f"{trained.name} macs:0.5"]).score
+
+    assert 1 - after < 0.7 * (1 - before)
+
+
+def test_policy_of_one_network_prunes_another(half: PruningProblem, digits: Any, zoo: Any, tmp_path: Path) -> None:
+    """Zero-shot and few-shot rows stand beside uniform and knapsack, all within the budget."""
+    policy = go([half], tmp_path / "source").policy
+    other = PruningProblem(Scorer(zoo("digits_vgg"), digits, half.scorer.settings), (HALF,))
+    config = TransferConfig(
+        network=("digits_vgg",),
+        data="digits",
+        budget=("macs:0.5",),
+        policy=policy,
+        evaluations=12,
+        update_evaluations=5,
+        imitation_steps=2,
+        tensorboard=False,
+    )
+    run = RunFolder.create(tmp_path / "target", network="n", searcher="ppo", budget="b", seed=0, config={})
+
+    rows = transfer([other], config, run, progress=False)
+
+    assert [row["searcher"] for row in rows] == ["uniform", "knapsack", "zero-shot", "few-shot", "few-shot best"]
+    assert all(row["cost"] <= 0.5 for row in rows)
+
+
+def test_saved_policy_makes_the_plan_of_the_training(half: PruningProblem, tmp_path: Path) -> None:
+    """The file is the policy."""
+    result = go([half], tmp_path / "run")
+
+    agent, metadata = load_policy(result.policy)
+
+    assert own_plan(agent, half, HALF, int(metadata["rounds"])) == result.own["digits_resnet macs:0.5"]
+
+
+def test_row_counts_the_cost_of_the_plan(half: PruningProblem) -> None:
+    """Realised cost, not what was asked."""
+    found = SEARCHERS["uniform"](half, HALF, SearchSettings())
+
+    row = plan_row(half, HALF, "uniform", found)
+
+    rebuilt = half.scorer.network.pruned(found.plan)
+    assert row["parameters"] == sum(one.numel() for one in rebuilt.parameters())
+
+
+def test_random_search_keeps_its_best_plan(half: PruningProblem) -> None:
+    """The best score never falls with more evaluations."""
+    found = SEARCHERS["random"](half, HALF, SearchSettings(evaluations=4, seed=1))
+
+    best = [score for _, score in found.history]
+    assert best == sorted(best)
+    assert half.scorer.score(found.plan).score == best[-1]
