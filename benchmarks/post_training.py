@@ -46,6 +46,8 @@ class Arguments:
     """Worker processes."""
     reward_examples: int = 2000
     criterion: str = "taylor"
+    reward: str = "improvement"
+    """Reward profile; another than the default goes into another table (`name`)."""
     name: str = "post_training"
     """Name of the table in benchmarks/results."""
     runs: Path = Path("runs/benchmarks")
@@ -75,6 +77,7 @@ def one_agent(arguments: Arguments, table: Table, budget: str, seed: int) -> Non
         rounds=arguments.rounds,
         reward_examples=arguments.reward_examples,
         criterion=arguments.criterion,
+        reward=arguments.reward,
         tensorboard=False,
     )
     folder = f"{arguments.name}__{arguments.network}__{budget.replace(':', '')}__s{seed}"

@@ -53,7 +53,7 @@ class RewardProfile:
 PROFILES: dict[str, RewardProfile] = {
     "improvement": RewardProfile(improvement=1.0),
     "loss": RewardProfile(loss=0.1),
-    "smooth": RewardProfile(improvement=1.0, loss=0.05),
+    "smooth": RewardProfile(improvement=1.0, loss=0.1),
     "latency": RewardProfile(improvement=1.0, latency=0.5),
     "tradeoff": RewardProfile(accuracy=1.0, macs=0.25, latency=0.25, excess=4.0),
 }
