@@ -63,8 +63,6 @@ class Operation:
     reads: int
     """Dimension of the weight that holds the input channels."""
     groups: int
-    normalised: bool
-    """True where a batch normalisation follows, which takes up a shift of the mean."""
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -154,7 +152,7 @@ def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str,
     return ChannelGraph(
         tuple(prunable),
         tuple(frozen),
-        tuple(_operation(trace, classes, unit_of_root, one) for one in trace.operations),
+        tuple(_operation(trace, unit_of_root, one) for one in trace.operations),
         axes,
         tuple(
             Padding(one.module, unit_of_root[trace.roots[one.before]], unit_of_root[trace.roots[one.after]])
@@ -188,16 +186,11 @@ class _Classes:
             signature[root : root + 1] += hashes[reason]  # as an array, so that it wraps around
         first = np.full(len(signature), len(signature), dtype=np.int64)
         np.minimum.at(first, trace.roots, np.arange(len(trace.roots)))
-        self.first = first
         roots = np.flatnonzero(trace.produced)
         members: dict[int, list[int]] = defaultdict(list)
         for root in roots[np.argsort(first[roots], kind="stable")].tolist():
             members[int(signature[root])].append(root)
         self.groups = [np.array(one, dtype=np.int64) for one in members.values()]
-        self.normalised = np.zeros(len(signature), dtype=np.bool_)
-        for labels, (name, _dim) in slots:
-            if name.endswith("running_mean"):
-                self.normalised[labels] = True
 
 
 def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, NDArray[np.int64]]]:
@@ -239,11 +232,10 @@ def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:
     return None
 
 
-def _operation(trace: Trace, classes: _Classes, unit_of_root: Units, one: TracedOperation) -> Operation:
+def _operation(trace: Trace, unit_of_root: Units, one: TracedOperation) -> Operation:
     def units(labels: NDArray[np.int64] | None, count: int) -> Units:
         return np.full(count, -1, dtype=np.int64) if labels is None else unit_of_root[trace.roots[labels]]
 
-    normalised = one.outputs is not None and bool(classes.normalised[trace.roots[one.outputs]].all())
     return Operation(
         one.module,
         one.kind,
@@ -255,7 +247,6 @@ def _operation(trace: Trace, classes: _Classes, unit_of_root: Units, one: Traced
         one.repeats,
         one.reads,
         one.groups,
-        normalised,
         one.input_shape,
         one.output_shape,
         one.kernel,
