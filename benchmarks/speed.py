@@ -71,13 +71,13 @@ def main(arguments: Arguments) -> None:
     for network, weights in (("cifar_resnet20", arguments.weights), ("cifar_resnet20_conv", None)):
         if not table.has(what="evaluation", network=network):
             evaluation(table, network, weights, task, arguments.repeats)
+    for network in ("resnet50", "vgg19"):
+        if not table.has(what="policy", network=network):
+            policy_pass(table, network)
     for network, weights in (("cifar_resnet20", arguments.weights), ("cifar_resnet56", arguments.large_weights)):
         for rounds in (1, 3):
             if not table.has(what=f"share, {rounds} rounds", network=network):
                 share(table, network, weights, arguments, rounds)
-    for network in ("resnet50", "vgg19"):
-        if not table.has(what="policy", network=network):
-            policy_pass(table, network)
     for row in table.rows:
         print({key: value for key, value in row.items() if value and key not in ("torch", "sb3", "cpu", "commit")})
 
