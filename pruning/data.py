@@ -141,7 +141,7 @@ def load_data(
             :func:`default_data_root`.
         seed: Chooses the splits. The test set does not depend on it.
         sizes: Images in ``calibration``, ``reward``, ``selection`` and, to train on fewer, ``train``. By
-            default at most 1024, 2000 and 5000, each at most 15 % of the training set, and the rest for
+            default at most 1024, 5000 and 5000, each at most 15 % of the training set, and the rest for
             ``train``.
         image_size: Side of the square images, pixels. None keeps arrays as they are, and files at most 64
             pixels large; larger files become 224.

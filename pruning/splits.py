@@ -11,7 +11,9 @@ SPLITS = ("train", "calibration", "reward", "selection", "test")
 """Train; statistics and BatchNorm; the searcher's reward; choice between plans; the final figure."""
 
 #: Images per split that are enough, as (at most, share of the training set).
-_DEFAULT_SIZES = {"calibration": (1024, 0.15), "reward": (2000, 0.15), "selection": (5000, 0.15)}
+_DEFAULT_SIZES = {"calibration": (1024, 0.15), "reward": (5000, 0.15), "selection": (5000, 0.15)}
+#: Reward images beyond so many are cut after the selection split, which therefore does not depend on their number.
+_FIRST_REWARD = 2000
 
 
 def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -69,9 +71,8 @@ def split_indices(
             "or add images."
         )
     order = stratified_order(labels, np.random.default_rng(seed))
-    indices: dict[str, NDArray[np.int64]] = {}
-    start = 0
-    for split, size in taken.items():
-        indices[split] = order[start : start + size]
-        start += size
-    return indices
+    first = min(taken["reward"], _FIRST_REWARD)
+    ends = np.cumsum([taken["calibration"], first, taken["selection"], taken["reward"] - first, taken["train"]])
+    calibration, reward, selection, more_reward, train, _ = np.split(order, ends)
+    reward = np.concatenate([reward, more_reward])
+    return {"calibration": calibration, "reward": reward, "selection": selection, "train": train}

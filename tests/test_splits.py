@@ -8,7 +8,18 @@ def test_default_sizes_when_the_set_is_large() -> None:
     """The caps hold, and train gets the rest."""
     sizes = {split: len(indices) for split, indices in split_indices(np.arange(50_000) % 10, seed=0).items()}
 
-    assert sizes == {"calibration": 1024, "reward": 2000, "selection": 5000, "train": 41_976}
+    assert sizes == {"calibration": 1024, "reward": 5000, "selection": 5000, "train": 38_976}
+
+
+def test_selection_split_does_not_depend_on_the_number_of_reward_images() -> None:
+    """Searches with more reward images are still compared on the same selection images."""
+    labels = np.arange(50_000) % 10
+
+    few, many = (split_indices(labels, seed=0, sizes={"reward": size}) for size in (2000, 6000))
+
+    assert np.array_equal(few["selection"], many["selection"])
+    assert np.array_equal(few["reward"], many["reward"][:2000])
+    assert len(np.intersect1d(many["reward"], np.concatenate([many["selection"], many["train"]]))) == 0
 
 
 @pytest.mark.parametrize("stretch", [slice(0, 100), slice(137, 237)])
