@@ -1,8 +1,8 @@
 """Exact cost of any plan without running the network.
 
 The cost of a network depends on how many channels each group keeps, not on which: with ``k`` the vector of
-kept counts, a layer's input and output widths are affine in ``k`` and its multiply-accumulates (MACs) are
-their product times a constant. MACs are counted for one example; convolutions, linear layers and matrix
+kept counts, a layer's input and output widths are affine in ``k``, and so are the heads it runs on; its
+multiply-accumulates (MACs) are their product times a constant. MACs are counted for one example; convolutions, linear layers and matrix
 products count, nothing else does. Parameters are all learnable parameters of the rebuilt network.
 """
 
@@ -41,6 +41,10 @@ class CostModel:
         inputs = [one.inputs if one.groups == 1 else np.full(one.fan_in, -1) for one in graph.operations]
         self._in, self._in_fixed = _affine(graph, inputs, groups)
         self._repeats = np.array([one.repeats for one in graph.operations], dtype=np.float64)
+        batches = [(row, one) for row, operation in enumerate(graph.operations) for one in operation.batch]
+        self._batch_row = np.array([row for row, _ in batches], dtype=np.int64)
+        self._batch, self._batch_fixed = _affine(graph, [one for _, one in batches], groups)
+        self._batch_full = np.array([len(one) for _, one in batches], dtype=np.float64)
         self._parameters, self._fixed_parameters = self._parameter_terms(graph, model)
         self.full = self.cost(graph.sizes)
 
@@ -69,7 +73,9 @@ class CostModel:
     def operation_macs(self, counts: Counts) -> NDArray[np.float64]:
         """MACs of each operation ``(operations,)``."""
         fan_in, outputs = self.widths(counts)
-        return self._repeats * fan_in * outputs
+        macs = self._repeats * fan_in * outputs
+        np.multiply.at(macs, self._batch_row, (self._batch @ counts + self._batch_fixed) / self._batch_full)
+        return macs
 
     def macs(self, counts: Counts) -> int:
         """MACs for one example."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunegym.pruning.attention import can_be_headwise, make_headwise
 from prunegym.pruning.graph import ChannelGraph
 
 
@@ -69,9 +70,28 @@ def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tens
     for padding in graph.paddings:
         amounts = (int(padded[padding.before].sum()), int(padded[padding.after].sum()))
         setattr(modules[padding.module], "channel_padding", amounts)  # noqa: B010
+    set_sizes(smaller, graph, mask)
     for module in modules.values():
         refresh_sizes(module)
     return smaller
+
+
+def set_sizes(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> None:
+    """Make attributes that hold numbers of channels or heads follow the units kept."""
+    modules = dict(model.named_modules())
+    padded = np.append(mask, True)
+    for rule in graph.size_rules:
+        module, count = modules[rule.module], int(padded[rule.units].sum())
+        if count == len(rule.units):
+            continue
+        if can_be_headwise(module):
+            make_headwise(module)
+        if rule.index is None:
+            setattr(module, rule.name, count)
+        else:
+            content = list(getattr(module, rule.name))
+            content[rule.index] = count
+            setattr(module, rule.name, type(getattr(module, rule.name))(content))
 
 
 def refresh_sizes(module: nn.Module) -> None:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunegym.pruning.attention import headwise
 from prunegym.pruning.labels import Field
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.rules import rule_for
-from prunegym.pruning.tracer import ChannelPadding, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Trace:
     """Label of every index of every dimension of each parameter and buffer; None for dimensions of size 1."""
     operations: list[TracedOperation]
     paddings: list[ChannelPadding]
+    sizes: list[SizeAttribute]
     batch_size: int
     unknown_operations: dict[str, str] = field(default_factory=dict)
     """Operations without a rule, with the module path where each was first met."""
@@ -56,7 +58,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     # the fused encoder kernel of nn.TransformerEncoderLayer would hide every projection inside one operation
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.no_grad(), _module_paths(model, tracer.modules), tracer:
+        with evaluating(model), headwise(model), torch.no_grad(), _module_paths(model, tracer.modules), tracer:
             for leaf in leaves:
                 tracer.set(leaf, TensorRecord([], "the network input"))
             result = model(*inputs)
@@ -74,6 +76,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
         tracer.tensors,
         tracer.operations,
         tracer.paddings,
+        tracer.sizes,
         tracer.batch_size,
         tracer.unknown,
         tracer.folds(),

@@ -17,7 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunegym.pruning.labels import Field, LabelBook, along
+from prunegym.pruning.labels import Field, LabelBook, along, support
+
+#: Layers whose own sizes surgery puts right by itself.
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+#: Parts of names of attributes that hold no number of channels, whatever number they hold.
+NOT_CHANNELS = ("kernel", "stride", "pad", "dilat", "window", "patch", "shift", "depth", "classes", "grid", "resolution")
 
 
 @dataclass
@@ -51,6 +56,8 @@ class TracedOperation:
     output_count: int
     repeats: float
     """Multiply-accumulates per pair of input and output channel, for one example."""
+    batch: tuple[NDArray[np.int64], ...] = ()
+    """Labels of the rows or batches that the operation runs on (heads of attention); its cost shrinks with each."""
     reads: int = 1
     """Dimension of the weight that holds the input channels."""
     groups: int = 1
@@ -67,6 +74,19 @@ class ChannelPadding:
     module: str
     before: NDArray[np.int64]
     after: NDArray[np.int64]
+
+
+@dataclass
+class SizeAttribute:
+    """An attribute that holds a number of channels which ``forward`` uses: it must follow when channels go."""
+
+    module: str
+    name: str
+    index: int | None
+    """Position in the attribute where that is a list or tuple."""
+    labels: Field
+    """Labels of the dimension whose size it is; a product where the dimension is one of several."""
+    axis: int
 
 
 class Tracer(TorchDispatchMode):
@@ -87,6 +107,7 @@ class Tracer(TorchDispatchMode):
         self.batch_size = batch_size
         self.operations: list[TracedOperation] = []
         self.paddings: list[ChannelPadding] = []
+        self.sizes: list[SizeAttribute] = []
         self.unknown: dict[str, str] = {}
         self.modules: list[tuple[str, nn.Module]] = [("", model)]
         self.tensors: dict[str, list[Field | None]] = {}
@@ -153,6 +174,54 @@ class Tracer(TorchDispatchMode):
             if own and self._reads[index] == 1 and runs[one.module] == 1 and self._norm_runs[norm] == 1:
                 pairs.append((one.module, norm))
         return pairs
+
+    def whole(self, field: Field, dim: int, reason: str) -> Field:
+        """An operation needs a dimension whole: the field may not shrink along it.
+
+        Returns:
+            The field without that dimension: its labels there are united, or frozen where it has no other.
+        """
+        if field.shape[dim] == 1:
+            return field
+        first = field.take([0], axis=dim)
+        if first.size == 1:
+            self.book.freeze(field, reason)
+        else:
+            self.book.unite(field, first)
+        return first
+
+    def merged(self, one: Field, other: Field) -> Field:
+        """Unite two fields of the same tensor element by element; what varies in one only is needed whole."""
+        self.book.unite(one, other)
+        for dim in range(one.ndim):
+            if other.shape[dim] == 1:
+                one = one.take([0], axis=dim)
+        return one
+
+    def note_sizes(self, field: Field, shape: tuple[int, ...]) -> None:
+        """Attributes of the running module that equal the size of a dimension along which a field varies.
+
+        A view or cut that takes its sizes from the attributes of its module fits the pruned network only if these
+        follow. That it was indeed this attribute is checked after surgery.
+        """
+        for dim in support(field):
+            for name, index in self.attributes_equal_to(shape[dim]):
+                self.sizes.append(SizeAttribute(self.module, name, index, field, dim))
+
+    def attributes_equal_to(self, value: int) -> list[tuple[str, int | None]]:
+        """Names of numbers of the running module that equal ``value`` and may be numbers of channels."""
+        module = self.modules[-1][1]
+        if isinstance(module, LAYERS) or value < 2:
+            return []
+        found: list[tuple[str, int | None]] = []
+        for name, content in vars(module).items():
+            if name.startswith("_") or any(word in name for word in NOT_CHANNELS):
+                continue
+            if type(content) is int and content == value:
+                found.append((name, None))
+            elif isinstance(content, list | tuple) and len(content) <= 16:
+                found += [(name, index) for index, one in enumerate(content) if type(one) is int and one == value]
+        return found
 
     def freeze(self, fields: list[Field], reason: str) -> None:
         """Freeze every label of some fields."""
