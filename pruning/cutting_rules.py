@@ -7,6 +7,8 @@ which can follow; or the dimension is one of several of a product and stays whol
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from torch import Tensor
 from torch import bool as torch_bool
@@ -68,7 +70,7 @@ def _tie_parts(tracer: Tracer, call: Call, labels: Field, ends: list[int], step:
 
 def _follow_attributes(tracer: Tracer, labels: Field, bounds: list[int]) -> bool:
     """Whether every part, or every bound between parts, is an attribute of the running module."""
-    spans = [labels[begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    spans = [labels[begin:end] for begin, end in pairwise(bounds)]
     for candidates in (spans, [labels[:bound] for bound in bounds[1:-1]]):
         names = [tracer.attributes_equal_to(len(span)) for span in candidates]
         if all(names):

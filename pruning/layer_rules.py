@@ -100,6 +100,7 @@ def _tie_groups(
 
 
 def unite_bias(tracer: Tracer, bias: Tensor | None, outputs: NDArray[np.int64]) -> None:
+    """Tie a layer's bias to its output channels."""
     if bias is None:
         return
     labels = labels_along(tracer.record(bias), bias.ndim - 1)

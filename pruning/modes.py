@@ -14,6 +14,7 @@ def evaluating(model: nn.Module | None) -> Iterator[None]:
     modes = [] if model is None else [(module, module.training) for module in model.modules()]
     try:
         if model is not None:
+            model.train()  # which is where networks drop what they computed once and kept for inference
             model.eval()
         yield
     finally:

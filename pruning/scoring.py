@@ -143,7 +143,7 @@ class Scorer:
         graph, model = self.network.graph, self.network.model
         mask = plan.mask(graph)
         replaced = compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
-        return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced))
+        return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced), plan.removed)
 
     def recovered(self, plan: PruningPlan, *, quick: bool = False) -> nn.Module:
         """The smaller network after recovery, in float32.

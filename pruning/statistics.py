@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import Task, forward
@@ -84,7 +85,13 @@ def collect_statistics(
     """
     observer = _Observer(graph, np.ones(graph.units, dtype=np.bool_) if mask is None else mask, covariances)
     losses = 0.0
-    with evaluating(model), observer.attached(model), _without_weight_gradients(model), torch.enable_grad():
+    with (
+        evaluating(model),
+        headwise(model),
+        observer.attached(model),
+        _without_weight_gradients(model),
+        torch.enable_grad(),
+    ):
         for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
             count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
             loss = task.loss(forward(model, inputs), targets)

@@ -22,7 +22,10 @@ from prunegym.pruning.labels import Field, LabelBook, along, support
 #: Layers whose own sizes surgery puts right by itself.
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 #: Parts of names of attributes that hold no number of channels, whatever number they hold.
-NOT_CHANNELS = ("kernel", "stride", "pad", "dilat", "window", "patch", "shift", "depth", "classes", "grid", "resolution")
+NOT_CHANNELS = (
+    *("kernel", "stride", "pad", "dilat", "window", "patch", "shift"),
+    *("depth", "classes", "grid", "resolution"),
+)
 
 
 @dataclass
