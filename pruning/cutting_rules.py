@@ -73,7 +73,9 @@ def _follow_attributes(tracer: Tracer, labels: Field, bounds: list[int]) -> bool
     spans = [labels[begin:end] for begin, end in pairwise(bounds)]
     for candidates in (spans, [labels[:bound] for bound in bounds[1:-1]]):
         names = [tracer.attributes_equal_to(len(span)) for span in candidates]
-        if all(names):
+        if all(found or len(span) == 1 for span, found in zip(candidates, names, strict=True)):
+            for span in spans:
+                tracer.book.freeze(span[:1], "kept so that no part of the channels is empty")
             for span, found in zip(candidates, names, strict=True):
                 tracer.sizes += [SizeAttribute(tracer.module, name, index, span, 0) for name, index in found]
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
@@ -165,29 +166,40 @@ class PrunableNetwork:
         broken: dict[str, str] = {}
         while self.graph.groups:
             half = _random_half(self.graph, rng)
-            found = self._culprits(model, half, self.graph.groups)
+            found = self._culprits(model, half, _families(self.graph.groups))
             if not found:
                 return
             broken.update(found)
             self.graph = build_graph(self._trace, self.keep, broken)
 
     def _culprits(
-        self, model: nn.Module, half: NDArray[np.bool_], groups: Sequence[ChannelGroup]
+        self, model: nn.Module, half: NDArray[np.bool_], families: Sequence[Sequence[ChannelGroup]]
     ) -> dict[str, str]:
         """Groups that the network does not survive losing half of, by bisection, with what happens."""
+        groups = [group for family in families for group in family]
+        failure = self._failure(model, self._only(half, groups))
+        if failure is None:
+            return {}
+        broken = dict.fromkeys((one.name for one in groups), f"the network breaks when it is pruned: {failure}")
+        if len(groups) == 1:
+            return broken
+        if len(families) == 1:
+            # the same layer of each block: what breaks the first and the last is in the code they share
+            ends = (groups[0], groups[-1])
+            if all(self._failure(model, self._only(half, [one])) is not None for one in ends):
+                return broken
+            families = [[group] for group in groups]
+        middle = len(families) // 2
+        found = self._culprits(model, half, families[:middle]) | self._culprits(model, half, families[middle:])
+        # where only the combination fails, none of them can be trusted
+        return found or dict.fromkeys(broken, "pruning several groups together breaks the network")
+
+    def _only(self, half: NDArray[np.bool_], groups: Sequence[ChannelGroup]) -> NDArray[np.bool_]:
+        """The mask that prunes these groups only."""
         mask = np.ones(self.graph.units, dtype=np.bool_)
         for group in groups:
             mask[group.units] = half[group.units]
-        failure = self._failure(model, mask)
-        if failure is None:
-            return {}
-        if len(groups) == 1:
-            return {groups[0].name: f"the network breaks when it is pruned: {failure}"}
-        middle = len(groups) // 2
-        found = {part: why for side in (groups[:middle], groups[middle:]) for part, why in
-                 self._culprits(model, half, side).items()}
-        # where only the combination fails, none of them can be trusted
-        return found or {group.name: "pruning several groups together breaks the network" for group in groups}
+        return mask
 
     def _failure(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> str | None:
         try:
@@ -197,6 +209,14 @@ class PrunableNetwork:
         if not difference <= CHECK_TOLERANCE:
             return f"outputs differ from the masked network by {difference:.2g} of their size"
         return None
+
+
+def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups whose names differ in numbers only, in the order of their first members."""
+    families: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
+    return list(families.values())
 
 
 def without_constants(model: nn.Module) -> nn.Module:

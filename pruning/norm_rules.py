@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunegym.pruning.labels import Field, along, support
 from prunegym.pruning.rule_parts import freeze_others, labels_along, only_along, pass_on, where, whole
-from prunegym.pruning.tracer import Call, SizeAttribute, Tracer
+from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, Tracer
 
 
 def batch_norm(tracer: Tracer, call: Call) -> None:
@@ -70,16 +70,19 @@ def reduction(tracer: Tracer, call: Call) -> None:
     dims = range(data.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {dim % data.ndim for dim in dims} if data.ndim else set()
     source = tracer.record(data)
+    at = f"{where(tracer, call)} reduces over channels"
     kept: list[Field] = []
-    for one in whole(tracer, source.fields, reduced, f"{where(tracer, call)} reduces over channels"):
+    # of no consequence if nobody looks at the result, such as the average weights of attention
+    lost = [one for one in source.fields if support(one) and support(one) <= reduced]
+    for one in whole(tracer, [one for one in source.fields if not support(one) <= reduced], reduced, at):
         if call.output.ndim == data.ndim:
             kept.append(one)
-        else:
+        elif support(one):
             kept.append(one.reshape([size for dim, size in enumerate(one.shape) if dim not in reduced]))
-    pass_on(tracer, call, kept, source)
-    if isinstance(call.result, tuple | list):  # values and indices, variance and mean
-        for other in call.result[1:]:
-            tracer.set(other, tracer.record(call.output))
+    outputs = call.result if isinstance(call.result, tuple | list) else [call.result]
+    for output in outputs:  # several: values and indices, variance and mean
+        unread = [(one, at) for one in lost]
+        tracer.set(output, TensorRecord(kept, source.origin, source.parameter, unread))
 
 
 def softmax(tracer: Tracer, call: Call) -> None:

@@ -15,7 +15,7 @@ from prunegym.pruning.tracer import Call, TensorRecord, TracedOperation, Tracer
 
 
 def matrix_product(tracer: Tracer, call: Call) -> None:
-    """``mm``, ``bmm``, ``addmm``: rows of the first factor, columns of the second; inner ones united."""
+    """``mm``, ``bmm``, ``addmm``: a linear layer, or a product of two activations."""
     bias = call.args[0] if call.name in {"addmm", "baddbmm"} else None
     left, right = call.args[1:3] if bias is not None else call.args[:2]
     if tracer.record(right).parameter and right.ndim == 2 and not tracer.record(left).parameter:
@@ -83,8 +83,10 @@ def _weight_of(tracer: Tracer, weight: Tensor, out_first: bool) -> tuple[str | N
 def _product(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
     """A product of two activations ``(..., M, K) @ (..., K, P)``, or of two weights."""
     a, b = tracer.record(left), tracer.record(right)
-    inner = _inner(tracer, call, left, right)
     last, rows, at = left.ndim - 1, left.ndim - 2, where(tracer, call)
+    # a channel that is summed over reaches all results, and no weight of a reader can be set to zero instead
+    whole(tracer, a.fields, [last], f"{at} multiplies two activations")
+    whole(tracer, b.fields, [rows], f"{at} multiplies two activations")
     ours = [part for part in (one.take([0], axis=last) for one in a.fields) if support(part)]
     theirs = [part for part in (one.take([0], axis=rows) for one in b.fields) if support(part)]
     fields: list[Field] = []
@@ -102,24 +104,7 @@ def _product(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
     tracer.set(call.output, TensorRecord(fields, at, a.parameter and b.parameter))
     if a.parameter and b.parameter:
         return  # a product of weights is not paid for each example
-    _note_product(tracer, left, right, call.output, inner, fields)
-
-
-def _inner(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> NDArray[np.int64] | None:
-    """Labels of the dimension that is summed over, where both factors vary along it and nothing else."""
-    last, rows, at = left.ndim - 1, left.ndim - 2, where(tracer, call)
-    ours = [one for one in tracer.record(left).fields if last in support(one)]
-    theirs = [one for one in tracer.record(right).fields if rows in support(one)]
-    plain = [len(support(one)) == 1 for one in (*ours, *theirs)]
-    if ours and theirs and all(plain):
-        tracer.book.unite(ours[0].ravel(), theirs[0].ravel())
-        return ours[0].ravel()
-    reason = f"{at} multiplies two activations"
-    for one in ours:
-        tracer.whole(one, last, reason)
-    for one in theirs:
-        tracer.whole(one, rows, reason)
-    return None
+    _note_product(tracer, left, right, call.output, fields)
 
 
 def _note_product(
@@ -127,10 +112,9 @@ def _note_product(
     left: Tensor,
     right: Tensor,
     output: Tensor,
-    inner: NDArray[np.int64] | None,
     fields: list[Field],
 ) -> None:
-    """Note what the product costs: rows, inner and columns, and the batch in front of them."""
+    """Note what the product costs: rows and columns, and the batch in front of them."""
     columns = next((one for one in fields if support(one) == {output.ndim - 1}), None)
     tracer.operations.append(
         TracedOperation(
@@ -138,7 +122,7 @@ def _note_product(
             kind="product",
             weight=None,
             bias=None,
-            inputs=inner,
+            inputs=None,
             outputs=None if columns is None else columns.ravel(),
             input_count=left.shape[-1],
             output_count=right.shape[-1],

@@ -112,10 +112,12 @@ def refresh_sizes(module: nn.Module) -> None:
         module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
     elif isinstance(module, nn.Linear) and isinstance(weight, Tensor):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         tensor = weight if isinstance(weight, Tensor) else module.running_mean
         if isinstance(tensor, Tensor):
             module.num_features = tensor.shape[0]
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        module.num_channels = weight.shape[0]
 
 
 def prune_network(

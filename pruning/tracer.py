@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class TensorRecord:
     """What made the tensor, for the reason given when a channel meets it and cannot pass."""
     parameter: bool = False
     """True for parameters, buffers, and what is computed from them alone."""
+    unread: list[tuple[Field, str]] = field(default_factory=list)
+    """Labels that are frozen, and why, as soon as anything reads the tensor."""
 
 
 @dataclass
@@ -159,6 +161,9 @@ class Tracer(TorchDispatchMode):
         operation = self._outputs.get(tensor)
         if operation is not None:
             self._reads[operation] += 1
+        known: TensorRecord | None = self._records.get(tensor)
+        while known is not None and known.unread:
+            self.book.freeze(*known.unread.pop())
 
     def note_normalisation(self, data: Tensor) -> None:
         """The running module normalises ``data``."""
