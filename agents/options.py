@@ -139,6 +139,9 @@ class DataOptions(Options):
     split_seed: int = 0
     """Chooses the splits. Leave it alone between commands that build on each other: with other splits, plans
     would be judged on images that the network was trained on."""
+    reward_split: int | None = None
+    """Training images set aside for the reward of searches; by default 15 % of them, at most 5,000. The more there are,
+    the less a search that tries many plans overfits them."""
     data_workers: int = 0
     """Processes that read image files; 0 reads them in the main process."""
     download: bool = False
@@ -147,7 +150,7 @@ class DataOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "split_seed", "data_workers")
-        at_least(self, 1, "image_size")
+        at_least(self, 1, "image_size", "reward_split")
 
 
 @dataclass(frozen=True, kw_only=True)

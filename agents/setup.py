@@ -45,6 +45,7 @@ def build_task(options: DataOptions) -> ClassificationTask:
             options.data,
             data_root=options.data_root,
             seed=options.split_seed,
+            sizes=None if options.reward_split is None else {"reward": options.reward_split},
             image_size=options.image_size,
             num_workers=options.data_workers,
             download=options.download,

@@ -60,8 +60,9 @@ def _tie_parts(tracer: Tracer, call: Call, labels: Field, ends: list[int], step:
         if len(set(lengths.tolist())) == 1:
             parts = labels.reshape(len(lengths), -1)
             tracer.book.unite(parts, parts[:1])
-            for name, index in tracer.attributes_equal_to(int(lengths[0])):
-                tracer.sizes.append(SizeAttribute(tracer.module, name, index, parts[0], 0))
+            for span in (parts[0], labels):  # the size of a part may be told, or come from that of the whole
+                for name, index in tracer.attributes_equal_to(len(span)):
+                    tracer.sizes.append(SizeAttribute(tracer.module, name, index, span, 0))
             return
         if _follow_attributes(tracer, labels, bounds):
             return

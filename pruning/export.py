@@ -53,7 +53,7 @@ _FIELDS: Mapping[str, type] = {
 _SOURCE_KEYS = ("network", "num_classes", "in_channels", "image_size")
 #: Attributes of any network that surgery changes, and one that torchvision switches on with its published weights
 #: only. Besides these, a recipe may only lower whole numbers that are there: sizes that follow the channels.
-_ATTRIBUTES = ("groups", "channel_padding", "transform_input")
+_ATTRIBUTES = ("channel_padding", "transform_input")
 #: What a recipe may turn a module into.
 _HEADWISE, _REMOVED = "headwise", "removed"
 #: Largest difference between a network and its saved self, as a share of the largest output; on a CPU it is
@@ -251,8 +251,7 @@ def _check_shapes(network: PrunableNetwork, plan: PruningPlan, model: nn.Module)
 def _changed_attributes(network: PrunableNetwork, model: nn.Module) -> dict[str, dict[str, Any]]:
     """What surgery set besides tensors, by module path."""
     modules = dict(model.named_modules())
-    pairs = [(one.module, "groups") for one in network.graph.operations if one.groups > 1]
-    pairs += [(one.module, "channel_padding") for one in network.graph.paddings]
+    pairs = [(one.module, "channel_padding") for one in network.graph.paddings]
     pairs += [(one.module, one.name) for one in network.graph.size_rules]
     pairs += [(path, "transform_input") for path in modules]
     changed: dict[str, dict[str, Any]] = {}
@@ -315,8 +314,10 @@ def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[s
         raise _misfit(f"{WEIGHTS} with other tensors than {RECIPE} lists", "Save or copy both files again.")
     odd = sorted(known.keys() ^ {*tensors, *aliases, *unpruned})
     odd += [name for name, first in aliases.items() if not isinstance(first, str) or first not in tensors]
-    odd += [name for name in known if list(known[name].shape) != unpruned.get(name)]
-    odd += [name for name in tensors if not odd and not _fits(tensors[name], known[name])]
+    # buffers that a network makes anew for each size of input may have another shape before it has run
+    fixed = {name for name, tensor in known.items() if isinstance(tensor, nn.Parameter) or name in model.state_dict()}
+    odd += [name for name in known if name in fixed and list(known[name].shape) != unpruned.get(name)]
+    odd += [name for name in tensors if not odd and name in fixed and not _fits(tensors[name], known[name])]
     if odd:
         names = ", ".join(odd[:_SHOWN]) + (f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else "")
         raise _misfit(f"a network that differs in {names}", "Give the network that was pruned, unpruned.")

@@ -47,6 +47,11 @@ class LabelBook:
         self._left.append(a.ravel())
         self._right.append(b.ravel())
 
+    @property
+    def unions(self) -> int:
+        """How often labels were declared equal."""
+        return len(self._left)
+
     def freeze(self, labels: NDArray[np.int64], reason: str) -> None:
         """These channels may not be removed, and why. The first reason given is the one reported."""
         self._frozen.append((labels.ravel(), reason))

@@ -6,11 +6,11 @@ from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunegym.pruning.labels import along
 from prunegym.pruning.rule_parts import freeze_others, labels_along, only_along, where
-from prunegym.pruning.tracer import Call, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, TracedOperation, Tracer
 
 
 def convolution(tracer: Tracer, call: Call) -> None:
@@ -47,7 +47,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         TracedOperation(
             module=tracer.module,
             kind="depthwise" if 1 < groups == data.shape[1] else "convolution",
-            weight=tracer.name_of(weight),
+            weight=tracer.weight_name(weight),
             bias=tracer.name_of(bias),
             inputs=channels,
             outputs=filters,
@@ -97,6 +97,10 @@ def _tie_groups(
     first = known[0].reshape(groups, -1)[:, :1]
     for part in known:
         tracer.book.unite(part.reshape(groups, -1), first)
+    own = isinstance(tracer.modules[-1][1], nn.modules.conv._ConvNd)
+    # a convolution called in the forward of another module takes its number of groups from there
+    for name, index in [("groups", None)] if own else tracer.attributes_equal_to(groups):
+        tracer.sizes.append(SizeAttribute(tracer.module, name, index, first.ravel(), 0))
 
 
 def unite_bias(tracer: Tracer, bias: Tensor | None, outputs: NDArray[np.int64]) -> None:

@@ -72,12 +72,11 @@ def _linear(
 
 def _weight_of(tracer: Tracer, weight: Tensor, out_first: bool) -> tuple[str | None, bool]:
     """Name of the parameter behind a weight, and whether it holds the inputs in its second dimension."""
-    name = tracer.name_of(weight)
-    if name is not None or weight._base is None:
-        return name, out_first
+    if tracer.name_of(weight) is not None or weight._base is None:
+        return tracer.weight_name(weight), out_first
     base, inputs = weight._base, weight.shape[1 if out_first else 0]
     whole_input = base.ndim > 1 and base.shape[1] == inputs and prod(base.shape[2:]) == 1
-    return (tracer.name_of(base) if whole_input else None), True
+    return (tracer.weight_name(base) if whole_input else None), True
 
 
 def _product(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:

@@ -71,11 +71,6 @@ def rebuilt(
     remove_blocks(smaller, removed)
     modules = dict(smaller.named_modules())
     padded = np.append(mask, True)
-    for operation in graph.operations:
-        module = modules.get(operation.module)
-        if operation.groups > 1 and operation.weight is not None and hasattr(module, "groups"):
-            per_group = operation.outputs.reshape(operation.groups, -1)[:, 0]
-            setattr(module, "groups", int(padded[per_group].sum()))  # noqa: B010 (typed as a tensor)
     for padding in (one for one in graph.paddings if one.module in modules):
         amounts = (int(padded[padding.before].sum()), int(padded[padding.after].sum()))
         setattr(modules[padding.module], "channel_padding", amounts)  # noqa: B010

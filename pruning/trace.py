@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.attention import headwise
-from prunegym.pruning.labels import Field
+from prunegym.pruning.labels import Field, varying
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.rules import rule_for
 from prunegym.pruning.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
@@ -68,7 +68,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
                     tracer.note_read(leaf)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-    roots, reasons, produced = tracer.book.resolve()
+    roots, reasons, produced = _resolved(tracer)
     return Trace(
         roots,
         reasons,
@@ -81,6 +81,26 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
         tracer.unknown,
         tracer.folds(),
     )
+
+
+def _resolved(tracer: Tracer) -> tuple[NDArray[np.int64], dict[int, str], NDArray[np.bool_]]:
+    """Close the book; channels and heads that one attribute counts in several places go together."""
+    while True:
+        roots, reasons, produced = tracer.book.resolve()
+        counted: dict[tuple[str, str, int | None], Field] = {}
+        before = tracer.book.unions
+        for one in tracer.sizes:
+            if one.axis not in varying(roots[one.labels]):
+                continue
+            place = tuple(slice(None) if axis == one.axis else 0 for axis in range(one.labels.ndim))
+            labels = one.labels[place]
+            first = counted.setdefault((one.module, one.name, one.index), labels)
+            # the size of something frozen equals that of something else by chance, or else the check will find it
+            frozen = any(root in reasons for root in (*roots[first].tolist(), *roots[labels].tolist()))
+            if len(first) == len(labels) and not frozen and (roots[first] != roots[labels]).any():
+                tracer.book.unite(first, labels)
+        if tracer.book.unions == before:
+            return roots, reasons, produced
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from prunegym.pruning.attention import HeadwiseAttention
 from prunegym.pruning.labels import Field, LabelBook, along, support
 
 #: Layers whose own sizes surgery puts right by itself.
@@ -134,6 +135,10 @@ class Tracer(TorchDispatchMode):
         """Name of a parameter or buffer; None for anything else."""
         return None if tensor is None else self._names.get(tensor)
 
+    def weight_name(self, tensor: Tensor) -> str | None:
+        """Name of a parameter; None for anything else: only parameters are weights that a reader can lose."""
+        return self.name_of(tensor) if isinstance(tensor, nn.Parameter) else None
+
     def record(self, tensor: Tensor) -> TensorRecord:
         """The labels of a tensor; parameters get theirs when first met."""
         known: TensorRecord | None = self._records.get(tensor)
@@ -221,6 +226,8 @@ class Tracer(TorchDispatchMode):
         module = self.modules[-1][1]
         if isinstance(module, LAYERS) or value < 2:
             return []
+        if isinstance(module, HeadwiseAttention):
+            return [("num_heads", None)] if module.num_heads == value else []
         found: list[tuple[str, int | None]] = []
         for name, content in vars(module).items():
             if name.startswith("_") or any(word in name for word in NOT_CHANNELS):

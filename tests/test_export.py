@@ -319,7 +319,7 @@ def test_other_formats_are_refused(saved: Saved, content: str) -> None:
     (saved.folder / "recipe.json").write_text(content)
 
     with pytest.raises(
-        PruningError, match="should hold a network saved in format 1. Received .* with format"
+        PruningError, match="should hold a network saved in format 2. Received .* with format"
     ):
         load_network(saved.folder)
 
