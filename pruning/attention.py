@@ -111,6 +111,12 @@ def can_be_headwise(module: nn.Module) -> bool:
     )
 
 
+def lost_channels(module: nn.Module) -> bool:
+    """Whether an ``nn.MultiheadAttention`` has smaller tensors than its ``embed_dim`` says."""
+    assert isinstance(module, nn.MultiheadAttention)
+    return module.out_proj.weight.shape != (module.embed_dim, module.embed_dim)
+
+
 @contextmanager
 def headwise(model: nn.Module) -> Iterator[None]:
     """Every multi-head attention of a network in its headwise form, for the duration."""

@@ -61,8 +61,7 @@ def _tie_parts(tracer: Tracer, call: Call, labels: Field, ends: list[int], step:
             parts = labels.reshape(len(lengths), -1)
             tracer.book.unite(parts, parts[:1])
             for span in (parts[0], labels):  # the size of a part may be told, or come from that of the whole
-                for name, index in tracer.attributes_equal_to(len(span)):
-                    tracer.sizes.append(SizeAttribute(tracer.module, name, index, span, 0))
+                tracer.sizes += [SizeAttribute(place, span, 0) for place in tracer.places_of(len(span))]
             return
         if _follow_attributes(tracer, labels, bounds):
             return
@@ -73,12 +72,12 @@ def _follow_attributes(tracer: Tracer, labels: Field, bounds: list[int]) -> bool
     """Whether every part, or every bound between parts, is an attribute of the running module."""
     spans = [labels[begin:end] for begin, end in pairwise(bounds)]
     for candidates in (spans, [labels[:bound] for bound in bounds[1:-1]]):
-        names = [tracer.attributes_equal_to(len(span)) for span in candidates]
-        if all(found or len(span) == 1 for span, found in zip(candidates, names, strict=True)):
+        found = [tracer.places_of(len(span)) for span in candidates]
+        if all(places or len(span) == 1 for span, places in zip(candidates, found, strict=True)):
             for span in spans:
                 tracer.book.freeze(span[:1], "kept so that no part of the channels is empty")
-            for span, found in zip(candidates, names, strict=True):
-                tracer.sizes += [SizeAttribute(tracer.module, name, index, span, 0) for name, index in found]
+            for span, places in zip(candidates, found, strict=True):
+                tracer.sizes += [SizeAttribute(place, span, 0) for place in places]
             return True
     return False
 

@@ -252,7 +252,7 @@ def _changed_attributes(network: PrunableNetwork, model: nn.Module) -> dict[str,
     """What surgery set besides tensors, by module path."""
     modules = dict(model.named_modules())
     pairs = [(one.module, "channel_padding") for one in network.graph.paddings]
-    pairs += [(one.module, one.name) for one in network.graph.size_rules]
+    pairs += [(one.place.module, one.place.name) for one in network.graph.size_rules]
     pairs += [(path, "transform_input") for path in modules]
     changed: dict[str, dict[str, Any]] = {}
     for path, name in dict.fromkeys(pairs):

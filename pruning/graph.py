@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.labels import varying
+from prunegym.pruning.size_tags import Place
 from prunegym.pruning.trace import Trace
 from prunegym.pruning.tracer import TracedOperation
 
@@ -90,10 +91,7 @@ class Padding:
 class SizeRule:
     """An attribute of a module that holds a number of channels or heads, and follows the units it counts."""
 
-    module: str
-    name: str
-    index: int | None
-    """Position in the attribute where that is a list or tuple."""
+    place: Place
     units: Units
     """Unit of each channel or head that is counted."""
 
@@ -183,16 +181,16 @@ def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str,
 
 def _size_rules(trace: Trace, unit_of_root: Units) -> Iterator[SizeRule]:
     """Attributes whose dimension indeed shrinks, each once."""
-    seen: set[tuple[str, str, int | None]] = set()
+    seen: set[Place] = set()
     for one in trace.sizes:
         roots = trace.roots[one.labels]
         if one.axis not in varying(roots):
             continue  # the product shrinks along another of its dimensions
         place = tuple(slice(None) if axis == one.axis else 0 for axis in range(roots.ndim))
         units = unit_of_root[roots[place]]
-        if (units >= 0).any() and (one.module, one.name, one.index) not in seen:
-            seen.add((one.module, one.name, one.index))
-            yield SizeRule(one.module, one.name, one.index, units)
+        if (units >= 0).any() and one.place not in seen:
+            seen.add(one.place)
+            yield SizeRule(one.place, units)
 
 
 class _Classes:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.labels import along
 from prunegym.pruning.rule_parts import freeze_others, labels_along, only_along, where
+from prunegym.pruning.size_tags import Place
 from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, TracedOperation, Tracer
 
 
@@ -99,8 +100,8 @@ def _tie_groups(
         tracer.book.unite(part.reshape(groups, -1), first)
     own = isinstance(tracer.modules[-1][1], nn.modules.conv._ConvNd)
     # a convolution called in the forward of another module takes its number of groups from there
-    for name, index in [("groups", None)] if own else tracer.attributes_equal_to(groups):
-        tracer.sizes.append(SizeAttribute(tracer.module, name, index, first.ravel(), 0))
+    places = [Place(tracer.module, "groups")] if own else tracer.places_of(groups)
+    tracer.sizes += [SizeAttribute(place, first.ravel(), 0) for place in places]
 
 
 def unite_bias(tracer: Tracer, bias: Tensor | None, outputs: NDArray[np.int64]) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from prunegym.pruning.labels import Field, along, lifted, reshaped, support
 from prunegym.pruning.rule_parts import met, only_along, pass_on, where
+from prunegym.pruning.size_tags import Tagged
 from prunegym.pruning.tracer import Call, ChannelPadding, TensorRecord, Tracer, give_up
 
 
@@ -37,6 +38,7 @@ def view(tracer: Tracer, call: Call) -> None:
     for one in source.fields:
         moved = one if data.numel() == 0 else reshaped(one, data.shape, shape)
         if len(support(moved)) > 1:
+            moved = _without_constants(tracer, call, moved)
             tracer.book.product(moved)
         tracer.note_sizes(moved, shape)
         if any(support(moved) & support(other) for other in fields):
@@ -45,6 +47,17 @@ def view(tracer: Tracer, call: Call) -> None:
             continue
         fields.append(moved)
     pass_on(tracer, call, fields, source)
+
+
+def _without_constants(tracer: Tracer, call: Call, moved: Field) -> Field:
+    """Where one size of a view is left open (-1), those written as plain numbers are constants of the code."""
+    ndim = call.output.ndim
+    written = {dim: tracer.watch.at(dim, ndim) for dim in support(moved)}
+    if -1 in written.values():
+        for dim, size in written.items():
+            if size != -1 and not isinstance(size, Tagged):
+                moved = tracer.whole(moved, dim, f"{where(tracer, call)} splits channels by a fixed number")
+    return moved
 
 
 def permute(tracer: Tracer, call: Call) -> None:

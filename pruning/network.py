@@ -35,7 +35,7 @@ class PrunableNetwork:
         example_inputs: a tensor with a batch dimension, or a tuple of inputs for ``model(*inputs)``.
         name: how the network is called in tables and run folders.
         keep: regular expressions; groups made by a layer whose path matches one in full are not pruned.
-        check: prune a random half of every group once and compare with the masked twin; groups whose pruning
+        check: prune a random part of every group once and compare with the masked twin; groups whose pruning
             does not survive (a size hard-coded in ``forward``) are frozen with the reason.
 
     Raises:
@@ -165,19 +165,19 @@ class PrunableNetwork:
         model = without_constants(self.model)
         broken: dict[str, str] = {}
         while self.graph.groups:
-            half = _random_half(self.graph, rng)
-            found = self._culprits(model, half, _families(self.graph.groups))
+            part = _random_part(self.graph, rng)
+            found = self._culprits(model, part, _families(self.graph.groups))
             if not found:
                 return
             broken.update(found)
             self.graph = build_graph(self._trace, self.keep, broken)
 
     def _culprits(
-        self, model: nn.Module, half: NDArray[np.bool_], families: Sequence[Sequence[ChannelGroup]]
+        self, model: nn.Module, part: NDArray[np.bool_], families: Sequence[Sequence[ChannelGroup]]
     ) -> dict[str, str]:
-        """Groups that the network does not survive losing half of, by bisection, with what happens."""
+        """Groups that the network does not survive losing a part of, by bisection, with what happens."""
         groups = [group for family in families for group in family]
-        failure = self._failure(model, self._only(half, groups))
+        failure = self._failure(model, self._only(part, groups))
         if failure is None:
             return {}
         broken = dict.fromkeys((one.name for one in groups), f"the network breaks when it is pruned: {failure}")
@@ -186,19 +186,19 @@ class PrunableNetwork:
         if len(families) == 1:
             # the same layer of each block: what breaks the first and the last is in the code they share
             ends = (groups[0], groups[-1])
-            if all(self._failure(model, self._only(half, [one])) is not None for one in ends):
+            if all(self._failure(model, self._only(part, [one])) is not None for one in ends):
                 return broken
             families = [[group] for group in groups]
         middle = len(families) // 2
-        found = self._culprits(model, half, families[:middle]) | self._culprits(model, half, families[middle:])
+        found = self._culprits(model, part, families[:middle]) | self._culprits(model, part, families[middle:])
         # where only the combination fails, none of them can be trusted
         return found or dict.fromkeys(broken, "pruning several groups together breaks the network")
 
-    def _only(self, half: NDArray[np.bool_], groups: Sequence[ChannelGroup]) -> NDArray[np.bool_]:
+    def _only(self, part: NDArray[np.bool_], groups: Sequence[ChannelGroup]) -> NDArray[np.bool_]:
         """The mask that prunes these groups only."""
         mask = np.ones(self.graph.units, dtype=np.bool_)
         for group in groups:
-            mask[group.units] = half[group.units]
+            mask[group.units] = part[group.units]
         return mask
 
     def _failure(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> str | None:
@@ -232,9 +232,31 @@ def without_constants(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _random_half(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Keep half of every group (at least one channel), at random."""
+def _random_part(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Keep another random share of each group, so that no two sizes agree by chance."""
     mask = np.zeros(graph.units, dtype=np.bool_)
     for group in graph.groups:
-        mask[group.start + rng.permutation(group.size)[: max(1, group.size // 2)]] = True
+        kept = int(rng.integers(max(1, group.size // 4), max(2, group.size)))
+        mask[group.start + rng.permutation(group.size)[:kept]] = True
     return mask
+
+
+def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups whose names differ in numbers only, in the order of their first members."""
+    families: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
+    return list(families.values())
+
+
+def without_constants(model: nn.Module) -> nn.Module:
+    """A copy whose constant tensors (zero-initialised scales, fresh statistics) vary, so that they hide no fault."""
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
+                continue
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            tensor.copy_(0.5 * tensor + 0.2 + 0.6 * noise)
+    return twin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prunegym.pruning.labels import Field, along, support
 from prunegym.pruning.rule_parts import freeze_others, labels_along, only_along, pass_on, where, whole
+from prunegym.pruning.size_tags import Place
 from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, Tracer
 
 
@@ -44,7 +45,7 @@ def group_norm(tracer: Tracer, call: Call) -> None:
         for one in (channels, *labels):
             assert one is not None
             tracer.book.unite(one.reshape(groups, -1), first)
-        tracer.sizes.append(SizeAttribute(tracer.module, "num_groups", None, first.ravel(), 0))
+        tracer.sizes.append(SizeAttribute(Place(tracer.module, "num_groups"), first.ravel(), 0))
     others = [one for one in source.fields if 1 not in support(one)]
     pass_on(tracer, call, [*others, *([] if channels is None else [along(channels, 1, data.ndim)])], source)
 

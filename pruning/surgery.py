@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunegym.pruning.attention import can_be_headwise, make_headwise
+from prunegym.pruning.attention import can_be_headwise, lost_channels, make_headwise
 from prunegym.pruning.blocks import emptied, remove_blocks
 from prunegym.pruning.graph import ChannelGraph
 
@@ -84,18 +84,17 @@ def set_sizes(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) ->
     """Make attributes that hold numbers of channels or heads follow the units kept."""
     modules = dict(model.named_modules())
     padded = np.append(mask, True)
+    for module in modules.values():
+        if can_be_headwise(module) and lost_channels(module):
+            make_headwise(module)
     for rule in graph.size_rules:
-        module, count = modules.get(rule.module), int(padded[rule.units].sum())
+        module, count = modules.get(rule.place.module), int(padded[rule.units].sum())
         if module is None or count == len(rule.units):
             continue
-        if can_be_headwise(module):
-            make_headwise(module)
-        if rule.index is None:
-            setattr(module, rule.name, count)
-        else:
-            content = list(getattr(module, rule.name))
-            content[rule.index] = count
-            setattr(module, rule.name, type(getattr(module, rule.name))(content))
+        name, index = rule.place.name, rule.place.index
+        before = getattr(module, name)
+        parts = [count if at == index else one for at, one in enumerate(before)] if index is not None else []
+        setattr(module, name, count if index is None else type(before)(parts))
 
 
 def refresh_sizes(module: nn.Module) -> None:

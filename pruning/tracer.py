@@ -17,16 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunegym.pruning.attention import HeadwiseAttention
 from prunegym.pruning.labels import Field, LabelBook, along, support
-
-#: Layers whose own sizes surgery puts right by itself.
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-#: Parts of names of attributes that hold no number of channels, whatever number they hold.
-NOT_CHANNELS = (
-    *("kernel", "stride", "pad", "dilat", "window", "patch", "shift"),
-    *("depth", "classes", "grid", "resolution"),
-)
+from prunegym.pruning.size_tags import Place, SizeWatch, Tagged, attributes
 
 
 @dataclass
@@ -86,10 +78,7 @@ class ChannelPadding:
 class SizeAttribute:
     """An attribute that holds a number of channels which ``forward`` uses: it must follow when channels go."""
 
-    module: str
-    name: str
-    index: int | None
-    """Position in the attribute where that is a list or tuple."""
+    place: Place
     labels: Field
     """Labels of the dimension whose size it is; a product where the dimension is one of several."""
     axis: int
@@ -114,6 +103,7 @@ class Tracer(TorchDispatchMode):
         self.operations: list[TracedOperation] = []
         self.paddings: list[ChannelPadding] = []
         self.sizes: list[SizeAttribute] = []
+        self.watch = SizeWatch()
         self.unknown: dict[str, str] = {}
         self.modules: list[tuple[str, nn.Module]] = [("", model)]
         self.tensors: dict[str, list[Field | None]] = {}
@@ -212,31 +202,27 @@ class Tracer(TorchDispatchMode):
         return one
 
     def note_sizes(self, field: Field, shape: tuple[int, ...]) -> None:
-        """Attributes of the running module that equal the size of a dimension along which a field varies.
+        """Attributes that a view took its sizes from, for the dimensions along which a field varies.
 
-        A view or cut that takes its sizes from the attributes of its module fits the pruned network only if these
-        follow. That it was indeed this attribute is checked after surgery.
+        The view fits the pruned network only if these follow.
         """
         for dim in support(field):
-            for name, index in self.attributes_equal_to(shape[dim]):
-                self.sizes.append(SizeAttribute(self.module, name, index, field, dim))
-
-    def attributes_equal_to(self, value: int) -> list[tuple[str, int | None]]:
-        """Names of numbers of the running module that equal ``value`` and may be numbers of channels."""
-        module = self.modules[-1][1]
-        if isinstance(module, LAYERS) or value < 2:
-            return []
-        if isinstance(module, HeadwiseAttention):
-            return [("num_heads", None)] if module.num_heads == value else []
-        found: list[tuple[str, int | None]] = []
-        for name, content in vars(module).items():
-            if name.startswith("_") or any(word in name for word in NOT_CHANNELS):
+            written = self.watch.at(dim, len(shape))
+            if written == -1:
                 continue
-            if type(content) is int and content == value:
-                found.append((name, None))
-            elif isinstance(content, list | tuple) and len(content) <= 16:
-                found += [(name, index) for index, one in enumerate(content) if type(one) is int and one == value]
-        return found
+            places = [written.place] if isinstance(written, Tagged) else self.places_of(shape[dim])
+            self.sizes += [SizeAttribute(place, field, dim) for place in places]
+
+    def places_of(self, size: int) -> list[Place]:
+        """Attributes that a size may come from: as written in the running call, else those of equal value."""
+        if size < 2:
+            return []
+        written = self.watch.places(size)
+        if written:
+            return written
+        elsewhere = {one.place for one in self.watch.sizes if isinstance(one, Tagged)}
+        path, module = self.modules[-1]
+        return [place for place, value in attributes(path, module) if value == size and place not in elsewhere]
 
     def freeze(self, fields: list[Field], reason: str) -> None:
         """Freeze every label of some fields."""
