@@ -247,16 +247,3 @@ def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
     for group in groups:
         families.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
     return list(families.values())
-
-
-def without_constants(model: nn.Module) -> nn.Module:
-    """A copy whose constant tensors (zero-initialised scales, fresh statistics) vary, so that they hide no fault."""
-    twin = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in [*twin.parameters(), *twin.buffers()]:
-            if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
-                continue
-            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
-            tensor.copy_(0.5 * tensor + 0.2 + 0.6 * noise)
-    return twin
