@@ -14,7 +14,7 @@ from prunegym.agents.config import PruneConfig
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import ProblemOptions, parse_budgets
 from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
-from prunegym.agents.setup import assemble_problem, build_prunable, latency_cache, network_source
+from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
@@ -232,6 +232,7 @@ def _problem(
         settings=options.scorer_settings,
         latency=options.latency_settings(torch.device(device)) if wanted else None,
         cache=latency_cache(options.data_root),
+        given=given_criteria(options, network),
         device=device,
         progress=progress,
     )
