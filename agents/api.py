@@ -81,7 +81,7 @@ def prune(
         budget: What may remain, such as ``macs:0.5``, ``params:0.3``, ``latency:0.7`` or ``latency:12ms``.
         searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform`` or ``random``; by default the
             policy if there is one, else the knapsack allocator.
-        policy: Policy file.
+        policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.
         learning_rate: Of fine-tuning.

@@ -181,7 +181,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
     """
 
     policy: Path | None = None
-    """Policy file to evaluate."""
+    """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
     """Searcher to put beside the policy: uniform, knapsack or random. By default uniform and knapsack."""
     evaluations: int = 100

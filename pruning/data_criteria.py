@@ -33,17 +33,16 @@ def taylor_weight(group: ChannelGroup, context: Context) -> Scores:
 
     .. math:: E_b \Big| \sum_{s \in making} g_{bs} w_s \Big|
 
-    The sum, taken before the absolute value, goes over every weight that makes the channel: filters and
-    biases of all producers, depthwise filters, and batch normalisation, scale and shift. The latter is taken
-    as folded into the layer before it: filters keep their gradient times weight, and the shift is that of the
-    folded layer. For a convolution with batch normalisation this is the gradient times weight of scale and
-    shift and nothing else. Adding that of the filters on top, as they stand, would count the scale twice and
-    drown it in the constant that the running mean takes off again. (On ResNet-20 scores of that kind do no better
-    than random ones.)
+    The sum, taken before the absolute value, goes over the weights that make the channel, of all producers,
+    with batch normalisation folded into them: filters, biases, and shifts less what the running mean takes
+    off. For a convolution with batch normalisation this equals gradient times weight of scale plus that of
+    shift. Simply adding up all parameters that go with a channel counts its filters twice, as they are and in
+    the scale, and the constant that the running mean takes off drowns the rest: on ResNet-20 such scores were
+    no better than random ones. For the same reason depthwise filters on the way are not counted.
 
-    The weights that *read* the channel are not added either. Where everything between is homogeneous (ReLU,
-    pooling, sums), they say the same as those that make it, and this is :func:`taylor` but for the size of
-    the batches :math:`b`. Elsewhere (SiLU, squeeze and excitation, sigmoid) the two differ.
+    The weights that *read* the channel are not added either. Where all between is homogeneous (ReLU, pooling,
+    sums), they say the same as those that make it, and this is :func:`taylor` but for the size of the batches
+    :math:`b`. Elsewhere (SiLU, squeeze and excitation, sigmoid) the two differ.
 
     References:
         Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, who square.
@@ -57,10 +56,12 @@ def taylor_second(group: ChannelGroup, context: Context) -> Scores:
     .. math:: E_n \Big| \sum_{s \in reading} g_{ns} w_s \Big| + \frac 1 2 \sum_{s \in reading} h_s w_s^2,
         \quad h_s = E_n [ g_{ns}^2 ]
 
-    Setting these weights to 0 is what removal does to the loss. The first term is :func:`taylor`: with the
-    sign that a Taylor series has, what examples gain and lose would cancel. (On ResNet-56 that costs a third
-    of the accuracy.) The curvature :math:`h` is the diagonal of the empirical Fisher information, which is near
-    that of the Hessian where the network fits its data and takes no second derivatives.
+    To set these weights to 0 is what removal does. The first term is :func:`taylor`: with the sign that a
+    Taylor series has, what some examples gain and others lose would cancel, and channels that matter would
+    look free (networks pruned that way were far worse). The curvature :math:`h` is the diagonal of the
+    empirical Fisher information, which is near that of the Hessian where the network fits its data and takes
+    no second derivatives. It is estimated from gradients of small batches, see
+    :func:`~prunegym.pruning.weight_changes.mean_square`.
 
     References:
         LeCun et al., "Optimal Brain Damage", NeurIPS 1990; Theis et al., "Faster Gaze Prediction with Dense

@@ -45,8 +45,9 @@ class GateSettings:
     """Optimiser steps."""
     batch_size: int = 32
     learning_rate: float = 0.05
-    penalty: float = 3.0
-    """Factor on the mean gate in the loss."""
+    penalty: float = 1.0
+    """Factor on the mean gate in the loss. The unit is what all channels together are worth: by how much the loss
+    rises when every gate is shut. With 1, a channel is to be worth more than the average one to stay open."""
     start: float = 2.0
     """Logit of every gate before training: open, but where it can still move."""
 
@@ -84,13 +85,22 @@ def _train(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> No
     """Let the gates learn what the task needs."""
     settings = gates.settings
     optimiser = torch.optim.Adam(gates.parameters(), lr=settings.learning_rate)
+    penalty = settings.penalty * _worth(gates, model, calibration)
     for inputs, targets in islice(_again_and_again(calibration, settings.batch_size), settings.steps):
         outputs = gates.run(model, inputs)
         # gates are positive: their mean is their L1 norm over their number
-        loss = calibration.task.loss(outputs, targets) + settings.penalty * gates.open[:, gates.gated].mean()
+        loss = calibration.task.loss(outputs, targets) + penalty * gates.open[:, gates.gated].mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+
+
+def _worth(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> float:
+    """By how much the loss of the first batch rises when every gate is shut; 0 if it does not."""
+    inputs, targets = next(iter(calibration.batches(gates.settings.batch_size)))
+    with torch.no_grad():
+        shut, open_ = (float(calibration.task.loss(gates.run(model, inputs, gate), targets)) for gate in (0.0, 1.0))
+    return max(shut - open_, 0.0)
 
 
 def _again_and_again(calibration: Calibration, batch_size: int) -> Iterator[tuple[Inputs, Any]]:
@@ -174,11 +184,13 @@ class _GatedReads:
                 stack.callback(module.register_forward_pre_hook(self._hook(units)).remove)
             yield
 
-    def run(self, model: nn.Module, inputs: Inputs) -> Any:
-        """Outputs of the gated network for a batch."""
+    def run(self, model: nn.Module, inputs: Inputs, gate: float | None = None) -> Any:
+        """Outputs of the gated network for a batch, with all gates at ``gate`` if it is given."""
         count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         self.open = torch.ones(count, self.open.shape[1], device=self.open.device)
-        self._waiting = set(self._gates)
+        if gate is not None:
+            self.open[:, self.gated] = gate
+        self._waiting = set(self._gates) if gate is None else set()
         return forward(model, inputs)
 
     def _hook(self, units: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

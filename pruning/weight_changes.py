@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -52,7 +52,7 @@ def collect_weight_changes(context: Context, calibration: Calibration) -> Weight
     """
     making, reading = weight_slices(context)
     parameters = dict(context.model.named_parameters())
-    folded = _folded_weights(context, making)
+    folded = {**{name: parameters[name].detach() for name in making}, **_shifts(context.model)}
     weights = {name: parameters[name] for name in {**making, **reading}}
     examples = batches = 0
     first = torch.zeros(context.graph.units + 1, dtype=torch.float64)
@@ -79,37 +79,40 @@ def collect_weight_changes(context: Context, calibration: Calibration) -> Weight
 def weight_slices(context: Context) -> tuple[Slices, Slices]:
     """The parameters that make channels and those that read them.
 
-    What reads a channel are the slices of the next layers' weights. What makes it are all others that go with
-    it: filters and their biases, normalisation, depthwise filters and slopes of activations on the way.
+    What reads a channel are slices of the next layers' weights. What makes it are the filters of the layers that sum
+    other channels up to it, and whatever is added after them: biases, and shifts of batch normalisation. What
+    multiplies the channel on its way (scales, depthwise filters, slopes) is neither: the channel is nothing
+    already if all that makes it is 0, and to count that again would give weight to some parts of it over others.
     """
     graph = context.graph
-    reads = {(one.weight, one.reads) for one in graph.operations if one.mixes}
+    mixing = [one for one in graph.operations if one.mixes]
+    reads = {(one.weight, one.reads) for one in mixing}
+    makes = {one.weight for one in mixing} | {one.bias for one in graph.operations} | set(_shifts(context.model))
     parameters = dict(context.model.named_parameters())
     making: Slices = defaultdict(list)
     reading: Slices = defaultdict(list)
     for (name, dim), units in graph.axes.items():
-        if name in parameters and parameters[name].is_floating_point():
+        if name in parameters and ((name, dim) in reads or name in makes):
             left = context.remaining(units)
             index = torch.from_numpy(np.where(left < 0, graph.units, left))
             (reading if (name, dim) in reads else making)[name].append((dim, index))
     return dict(making), dict(reading)
 
 
-def _folded_weights(context: Context, names: Slices) -> dict[str, Tensor]:
-    r"""Weights as they are once batch normalisation is folded into the layers before it.
+def _shifts(model: nn.Module) -> dict[str, Tensor]:
+    r"""What each batch normalisation adds, by the name of its bias.
 
-    Gradient times weight of a filter is the same before and after folding, so only the batch normalisation
-    differs: its scale is in the filters, and its shift is :math:`\beta - \gamma \mu / \sigma`.
+    Folded into the layer before it, it adds :math:`\beta - \gamma \mu / \sigma`. (The filters become
+    :math:`\gamma w / \sigma`, and their gradient times weight stays what it was.)
     """
-    parameters = dict(context.model.named_parameters())
-    result = {name: parameters[name].detach() for name in names}
-    for path, module in context.model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and f"{path}.bias" in result:
-            assert module.running_var is not None
-            deviation = (module.running_var + module.eps).sqrt()
-            shift = module.bias.detach() - module.weight.detach() * module.running_mean / deviation
+    result = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.affine:
+            shift = module.bias.detach()
+            if module.running_mean is not None and module.running_var is not None:
+                deviation = (module.running_var + module.eps).sqrt()
+                shift = shift - module.weight.detach() * module.running_mean / deviation
             result[f"{path}.bias"] = shift
-            result[f"{path}.weight"] = torch.zeros_like(shift)
     return result
 
 

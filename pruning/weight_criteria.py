@@ -88,8 +88,10 @@ def fpgm(group: ChannelGroup, context: Context) -> Scores:
     parts, left = filters(group, context), context.left(group)
     if parts:
         weights = torch.cat(parts, dim=1)[torch.from_numpy(left)]
-        # the matrix-product form of cdist loses all digits for close filters
-        distances = torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist")
+        # by matrix product, many times faster in wide layers; less their mean, filters are no longer than the
+        # distances asked for, and no digits are lost where they are all close
+        weights = weights - weights.mean(0)
+        distances = torch.cdist(weights, weights, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(0.0)
         scores[left] = distances.sum(1).numpy()
     return scores
 
