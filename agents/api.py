@@ -14,7 +14,7 @@ from prunegym.agents.config import PruneConfig
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import ProblemOptions, parse_budgets
 from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
-from prunegym.agents.setup import assemble_problem, build_prunable, latency_cache, network_source
+from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
@@ -81,7 +81,7 @@ def prune(
         budget: What may remain, such as ``macs:0.5``, ``params:0.3``, ``latency:0.7`` or ``latency:12ms``.
         searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform`` or ``random``; by default the
             policy if there is one, else the knapsack allocator.
-        policy: Policy file.
+        policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.
         learning_rate: Of fine-tuning.
@@ -232,6 +232,7 @@ def _problem(
         settings=options.scorer_settings,
         latency=options.latency_settings(torch.device(device)) if wanted else None,
         cache=latency_cache(options.data_root),
+        given=given_criteria(options, network),
         device=device,
         progress=progress,
     )

@@ -181,7 +181,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
     """
 
     policy: Path | None = None
-    """Policy file to evaluate."""
+    """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
     """Searcher to put beside the policy: uniform, knapsack or random. By default uniform and knapsack."""
     evaluations: int = 100
@@ -241,7 +241,7 @@ class SearchOptions(Options):
     searcher: str | None = None
     """Who makes the plan: policy, knapsack, uniform or random; policy if --policy is given, else knapsack."""
     policy: Path | None = None
-    """Policy file that makes the plan."""
+    """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""
     plan: Path | None = None
     """Plan file (plan.json of another run) to carry out instead of searching."""
     evaluations: int = 100
@@ -254,7 +254,8 @@ class SearchOptions(Options):
         parse_budgets((self.budget,))
         if self.searcher is not None:
             _check_searcher(self.searcher, self.policy, self.evaluations)
-            alone = self.policy is None or self.searcher == "policy"
+            used = self.searcher == "policy" or getattr(self, "criterion", None) == "encoder_attention"
+            alone = self.policy is None or used
             rule = f"left out with --searcher {self.searcher}"
             require(alone, "policy", rule, self.policy, "Leave out one of the two.")
         alone = self.plan is None or (self.policy is None and self.searcher is None)

@@ -226,8 +226,9 @@ class ScoringOptions(Options):
     """How a plan becomes a score: the same for every searcher."""
 
     criterion: str = "taylor"
-    """Which channels of a group stay: l1, l2, bn_scale, fpgm, taylor, taylor_squared, activation or
-    random."""
+    """Which channels of a group stay. By weights: l1, l2, bn_scale, fpgm or cosine. By calibration images: taylor,
+    taylor_squared, taylor_weight, taylor_second, activation, activation_variance, apoz, group_attention, or, with
+    --policy, encoder_attention. The control: random."""
     regime: Literal["post-training", "finetuned"] = "post-training"
     """post-training: plans are scored after recovery, which is what you get without training. finetuned: a
     few training steps come before the score, to rank plans by what fine-tuning makes of them."""
@@ -250,10 +251,17 @@ class ScoringOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from prunegym.pruning.criteria import CRITERIA
+        from prunegym.pruning.criteria import CRITERIA, ENCODER_ATTENTION
 
         if self.criterion not in CRITERIA:
             raise unknown_name("--criterion", self.criterion, CRITERIA)
+        require(
+            self.criterion != ENCODER_ATTENTION or getattr(self, "policy", None) is not None,
+            "policy",
+            f"a policy file with --criterion {ENCODER_ATTENTION}",
+            "none",
+            "Train one with `prunegym train`, or choose another criterion.",
+        )
         at_least(self, 0, "recalibration_examples", "recovery_steps")
         at_least(self, 1, "reward_examples")
         at_least(self, 2, "statistics_examples")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from prunegym.agents.options import DataOptions, ProblemOptions
+from prunegym.agents.options import DataOptions, ProblemOptions, ScoringOptions
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.criteria import ENCODER_ATTENTION, Criterion
 from prunegym.pruning.data import DataSplits, default_data_root, load_data
 from prunegym.pruning.latency import LatencySettings
 from prunegym.pruning.latency_table import LatencyTable
@@ -109,6 +110,7 @@ def assemble_problem(
     settings: ScorerSettings | None = None,
     latency: LatencySettings | None = None,
     cache: Path | None = None,
+    given: Mapping[str, Criterion] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> PruningProblem:
@@ -121,6 +123,7 @@ def assemble_problem(
         settings: How plans are scored.
         latency: How latency is measured, where it is needed: a table is measured, or read if there is one.
         cache: Folder of latency tables.
+        given: Criteria that :func:`given_criteria` made.
         device: Where to score.
         progress: Show a bar while a latency table is measured.
 
@@ -131,7 +134,23 @@ def assemble_problem(
     table = None
     if latency is not None:
         table = LatencyTable.measure(network, latency, progress=progress, cache=cache)
-    return PruningProblem(Scorer(network, task, settings, device=device), tuple(budgets), table)
+    return PruningProblem(Scorer(network, task, settings, given=given, device=device), tuple(budgets), table)
+
+
+def given_criteria(options: ScoringOptions, network: PrunableNetwork) -> dict[str, Criterion]:
+    """The criterion asked for, if it is one that needs a trained policy.
+
+    Raises:
+        PruningError: The policy file is missing, damaged or of another version.
+    """
+    policy: Path | None = getattr(options, "policy", None)
+    if options.criterion != ENCODER_ATTENTION or policy is None:
+        return {}
+    from prunegym.agents.encoder_attention import EncoderAttention
+    from prunegym.agents.policy_file import load_policy
+
+    agent, _ = load_policy(policy)
+    return {ENCODER_ATTENTION: EncoderAttention(agent, network)}
 
 
 def build_problem(
@@ -175,6 +194,7 @@ def build_problem(
         settings=options.scorer_settings,
         latency=options.latency_settings(device) if wanted else None,
         cache=latency_cache(options.data_root),
+        given=given_criteria(options, network),
         device=device,
         progress=progress,
     )

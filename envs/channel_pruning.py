@@ -14,7 +14,6 @@ from prunegym.envs.observation import EpisodeState, Observation, Observer, Paddi
 from prunegym.envs.rewards import Outcome, RewardProfile, profile_named, reward
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import KINDS, Budget, Limit
-from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 
@@ -222,10 +221,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     def _look_again(self) -> None:
         """Recover the network of this round and measure it afresh."""
-        graph = self._network.graph
-        self._statistics = self._scorer.look(self.plan, self.round_examples)
-        context = Context(self._network.model, graph, self._statistics)
-        self._scores = unit_scores(self._scorer.settings.criterion, context)
+        self._statistics, self._scores = self._scorer.look(self.plan, self.round_examples)
 
     def _observe(self, done: bool = False) -> Observation:
         # the observation after the last round is never acted on: its allocations are those of that round

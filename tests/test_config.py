@@ -1,4 +1,5 @@
 import ast
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from prunegym.agents.config import (
 )
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.criteria import CRITERIA
 from prunegym.pruning.errors import PruningError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +67,7 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"std": float("inf")}, "`--std` should be above 0 and finite"),
         (TrainConfig, {"std": 0.1, "min_std": 0.2}, "`--min-std` should be at most --std, 0.1"),
         (TrainConfig, {"criterion": "taylor_sqared"}, "Did you mean 'taylor_squared'"),
+        (TrainConfig, {"criterion": "encoder_attention"}, "`--policy` should be a policy file with --criterion"),
         (TrainConfig, {"statistics_examples": 1}, "`--statistics-examples` should be at least 2"),
         (TrainConfig, {"recalibration_examples": -1}, "`--recalibration-examples` should be at least 0"),
         (TrainConfig, {"reward_examples": 0}, "`--reward-examples` should be at least 1"),
@@ -222,6 +225,26 @@ def test_shared_flag_is_on_every_command_it_makes_sense_for(flag: str, commands:
     having = [kind for kind in ALL if flag in {one.name for one in fields(kind)}]
 
     assert set(having) == set(commands)
+
+
+def test_help_names_every_criterion_and_no_other() -> None:
+    """Who reads the help knows the pool."""
+    lines = (ROOT / "agents" / "options.py").read_text(encoding="utf-8")
+    text = re.search(r'criterion: str = "taylor"\n    """(.*?)"""', lines, re.DOTALL)
+    assert text is not None
+    names = re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)*", text[1])
+
+    assert set(CRITERIA) <= set(names)
+    assert {name for name in names if "_" in name} <= set(CRITERIA)
+
+
+def test_policy_may_stand_beside_a_searcher_as_the_criterion() -> None:
+    """It chooses the channels, and the searcher how many."""
+    config = PruneConfig(
+        network="n", searcher="uniform", policy=Path("p"), criterion="encoder_attention"
+    )
+
+    assert config.searcher_name == "uniform"
 
 
 @pytest.mark.parametrize("flag", [one.name for one in fields(DataOptions)])
