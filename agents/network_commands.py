@@ -45,7 +45,7 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     if config.latency:
         settings, cache = config.latency_settings(config.torch_device), latency_cache(config.data_root)
         table = LatencyTable.measure(network, settings, progress=reporter.progress, cache=cache)
-    inspection = inspect_network(network, latency=table)
+    inspection = inspect_network(network, latency=table, rules=config.width_rules)
     content = inspection.to_json()
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
