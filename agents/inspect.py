@@ -12,6 +12,7 @@ from prunegym.agents.tables import format_table
 from prunegym.pruning.budget import LatencyModel
 from prunegym.pruning.files import plain
 from prunegym.pruning.graph import ChannelGroup
+from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.widths import WidthRules
 
@@ -58,6 +59,8 @@ class Inspection:
     macs: int
     """Of the unpruned network, for one example."""
     parameters: int
+    memory: PeakMemory
+    """Peak memory of its activations for one example, and where it is reached."""
     groups: tuple[GroupRow, ...]
     frozen: tuple[FrozenRow, ...]
     unknown_operations: dict[str, str]
@@ -90,8 +93,9 @@ class Inspection:
         ]
         least = ", ".join(f"{kind}:{value:g}" for kind, value in self.reachable.items())
         latency = "" if self.latency_seconds is None else f", {1e3 * self.latency_seconds:.3g} ms"
+        memory = f"{self.memory.mib:.3g} MiB of activations at most (in {self.memory.module or 'the network'})"
         parts = [
-            f"{self.network}: {self.macs:,} MACs, {self.parameters:,} parameters{latency}",
+            f"{self.network}: {self.macs:,} MACs, {self.parameters:,} parameters, {memory}{latency}",
             f"Channel groups that can be pruned: {len(self.groups)} (share: what one group alone can save)",
             format_table(rows),
         ]
@@ -150,6 +154,7 @@ def inspect_network(
         network=network.name,
         macs=costs.full.macs,
         parameters=costs.full.parameters,
+        memory=peak_memory(network.model, network.example_inputs),
         groups=tuple(rows),
         frozen=tuple(_frozen_row(group) for group in graph.frozen),
         unknown_operations=dict(graph.unknown_operations),

@@ -108,6 +108,14 @@ def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
     assert "1e+04 ms" in inspection.to_text()
 
 
+def test_peak_memory_of_the_unpruned_network_is_told(toys: Toys) -> None:
+    """With the place: here batch normalisation holds 8 channels twice, on 8 x 8 pixels."""
+    inspection = inspect_network(toys("sequential"))
+
+    assert inspection.to_json()["memory"]["bytes"] == 2 * 8 * 8 * 8 * 4
+    assert "0.00391 MiB of activations at most (in 1)" in inspection.to_text()
+
+
 def test_text_and_json_hold_every_group(residual: Inspection) -> None:
     """Nothing is told to people only, or to programs only."""
     text, content = residual.to_text(), residual.to_json()
