@@ -285,6 +285,8 @@ class PruneConfig(ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
     """Softens the outputs that are imitated."""
     onnx: bool = False
     """Save the pruned network as model.onnx too (needs `pip install 'prunegym[onnx]'`)."""
+    program: bool = False
+    """Save the pruned network as model.pt2 too: a torch.export program, which runs without the network's code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

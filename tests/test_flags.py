@@ -84,6 +84,7 @@ ELSEWHERE = {
     "keep": "",
     "device": "",
     "onnx": "test_cli.py",
+    "program": "test_cli.py",
     "out": "test_cli.py",
     "json": "test_cli.py",
     "latency": "test_cli.py",
