@@ -12,23 +12,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.options import (
     DEFAULT_BUDGET,
     DEFAULT_EVALUATIONS,
     BudgetsOptions,
     DataOptions,
     LatencyOptions,
-    Names,
     OneNetwork,
-    Options,
     ProblemOptions,
     RunOptions,
     SeveralNetworks,
-    at_least,
     parse_budgets,
-    positive,
-    require,
 )
+from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
 __all__ = [
@@ -121,7 +118,7 @@ class FittingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(RunOptions, LatencyOptions, DataOptions, OneNetwork):
+class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNetwork):
     """List the channel groups of a network, their couplings, what is frozen and why, and reachable budgets.
 
     No images are read unless --data is given.
@@ -289,12 +286,19 @@ class PruneConfig(ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
     """Softens the outputs that are imitated."""
     onnx: bool = False
     """Save the pruned network as model.onnx too (needs `pip install 'prunegym[onnx]'`)."""
+    program: bool = False
+    """Save the pruned network as model.pt2 too: a torch.export program, which runs without the network's code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         weight = self.distillation_weight
         require(0 <= weight <= 1, "distillation-weight", "in [0, 1]", weight)
         positive(self, "temperature")
+        rule, remedy = "left out with --plan", "A given plan is carried out as it is."
+        for name in ("align", "min_channels", "bound"):
+            value = getattr(self, name)
+            alone = self.plan is None or value in (1, ())
+            require(alone, name.replace("_", "-"), rule, value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,12 @@ help. Heavy libraries are imported where they are used, so that ``prunegym --hel
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
+from prunegym.agents.option_rules import Names, Options, at_least, positive, require
+from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -22,45 +21,10 @@ if TYPE_CHECKING:
     from prunegym.pruning.latency import LatencySettings
     from prunegym.pruning.scoring import ScorerSettings
 
-Names: TypeAlias = tyro.conf.UseAppendAction[tuple[str, ...]]
-"""Texts that are given by repeating the flag."""
-
 DEFAULT_BUDGET = "macs:0.5"
 DEFAULT_EVALUATIONS = 300
 #: Steps of recovery before scoring in the fine-tuned regime, unless asked for.
 FINETUNED_STEPS = 50
-
-
-def require(holds: bool, flag: str, rule: str, value: object, remedy: str = "") -> None:
-    """Refuse the value of a flag that breaks its rule.
-
-    Args:
-        holds: Whether the value keeps the rule.
-        flag: The flag as it is typed, without dashes.
-        rule: How the value should be, to follow "should be".
-        value: The value received.
-        remedy: What to do; by default to correct it or to leave it out.
-
-    Raises:
-        PruningError: It does not.
-    """
-    if not holds:
-        remedy = remedy or "Correct it, or leave it out for the default."
-        raise PruningError(f"`--{flag}` should be {rule}. Received {value}. {remedy}")
-
-
-def at_least(config: object, least: int, *names: str) -> None:
-    """Check that numbers, where they are given, are large enough."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value >= least, name.replace("_", "-"), f"at least {least}", value)
-
-
-def positive(config: object, *names: str) -> None:
-    """Check that numbers are above 0 and finite."""
-    for name in names:
-        value = getattr(config, name)
-        require(0 < value < math.inf, name.replace("_", "-"), "above 0 and finite", value)
 
 
 def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
@@ -72,14 +36,6 @@ def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
     from prunegym.pruning.budget import Budget
 
     return tuple(dict.fromkeys(Budget.parse(text) for text in texts))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every configuration is: checked when it is made."""
-
-    def __post_init__(self) -> None:
-        """Overridden by each group, which calls the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +282,7 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, DataOptions):
+class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, WidthOptions, DataOptions):
     """Everything that turns a network into a pruning problem."""
 
     @property

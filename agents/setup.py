@@ -22,6 +22,7 @@ from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
+from prunegym.pruning.widths import WidthRules
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 #: Examples that a network is traced on: two, so that a batch of one is not taken for a broadcast dimension.
@@ -109,6 +110,8 @@ def assemble_problem(
     *,
     settings: ScorerSettings | None = None,
     latency: LatencySettings | None = None,
+    rules: WidthRules | None = None,
+    strict: bool = True,
     cache: Path | None = None,
     given: Mapping[str, Criterion] | None = None,
     device: torch.device | str = "cpu",
@@ -122,6 +125,8 @@ def assemble_problem(
         budgets: What may remain.
         settings: How plans are scored.
         latency: How latency is measured, where it is needed: a table is measured, or read if there is one.
+        rules: How wide pruned layers may be; by default any width.
+        strict: Refuse bounds on widths that match no group of this network.
         cache: Folder of latency tables.
         given: Criteria that :func:`given_criteria` made.
         device: Where to score.
@@ -129,12 +134,15 @@ def assemble_problem(
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.
-        PruningError: Network and task do not belong together, or a criterion has no finite scores.
+        PruningError: Network and task do not belong together, a criterion has no finite scores, or the rules leave
+            a group no width.
     """
+    if rules is not None:
+        rules.apply(network.graph, strict=strict)  # what is refused should be before anything is measured
     table = None
     if latency is not None:
         table = LatencyTable.measure(network, latency, progress=progress, cache=cache)
-    return PruningProblem(Scorer(network, task, settings, given=given, device=device), tuple(budgets), table)
+    return PruningProblem(Scorer(network, task, settings, given=given, device=device), tuple(budgets), table, rules)
 
 
 def given_criteria(options: ScoringOptions, network: PrunableNetwork) -> dict[str, Criterion]:
@@ -164,6 +172,7 @@ def build_problem(
     label: str | None = None,
     latency: bool = False,
     progress: bool = False,
+    strict: bool = True,
 ) -> PruningProblem:
     """Make everything that pruning a network takes.
 
@@ -177,10 +186,11 @@ def build_problem(
         label: What the network is called in tables; its name by default.
         latency: Measure a latency table even if no budget asks for it, for a reward that does.
         progress: Show a bar while a latency table is measured.
+        strict: Refuse bounds on widths that match no group of this network.
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.
-        PruningError: Network, weights and data do not fit, or are not there.
+        PruningError: Network, weights and data do not fit, or are not there, or a bound does not fit the network.
     """
     task = build_task(options) if task is None else task
     model = build_model(name, weights, task.data, options.seed)
@@ -193,6 +203,8 @@ def build_problem(
         budgets,
         settings=options.scorer_settings,
         latency=options.latency_settings(device) if wanted else None,
+        rules=options.width_rules,
+        strict=strict,
         cache=latency_cache(options.data_root),
         given=given_criteria(options, network),
         device=device,
@@ -210,7 +222,10 @@ def build_problems(
     latency: bool = False,
     progress: bool = False,
 ) -> list[PruningProblem]:
-    """Make the problems of several networks on the same data; a network that comes twice is numbered."""
+    """Make the problems of several networks on the same data; a network that comes twice is numbered.
+
+    A bound on widths has to match a group of one of them.
+    """
     task = build_task(options) if task is None else task
     names = [name for name, _ in pairs]
     problems = []
@@ -227,8 +242,11 @@ def build_problems(
                 label=f"{name}#{before + 1}" if before else name,
                 latency=latency,
                 progress=progress,
+                strict=len(pairs) == 1,
             )
         )
+    graphs = [problem.scorer.network.graph for problem in problems]
+    options.width_rules.check_matches(graphs)
     return problems
 
 

@@ -33,7 +33,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     ## Action Space
 
     `Box(-1, 1, (groups,), float32)`: a scaled logit of the share of channels each group keeps. -1 keeps the
-    least allowed, 1 keeps all; components of padding groups are ignored.
+    least allowed, 1 keeps all that is; components of padding groups are ignored.
 
     ## Observation Space
 
@@ -184,8 +184,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     def _decode(self, keep: NDArray[np.float64]) -> NDArray[np.int64]:
         if self.mode == "budgeted":
             return self.problem.project(keep, self._round_limits[self._round], self._counts)
-        asked = np.floor(keep * self.problem.sizes + 0.5).astype(np.int64)
-        return np.clip(asked, self.problem.least, self._counts)
+        return self.problem.widths.within(self._counts).nearest(keep)
 
     def _finish(self) -> tuple[float, dict[str, Any]]:
         """Score the plan of the last round."""

@@ -13,6 +13,7 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
 from prunegym.pruning.statistics import Statistics
+from prunegym.pruning.widths import WidthRules, Widths
 
 IMPORTANCE = "taylor_squared"
 """Criterion of the knapsack allocator: changes of the loss can be added and compared across groups."""
@@ -30,27 +31,24 @@ class PruningProblem:
     budgets: tuple[Budget, ...]
     latency: LatencyModel | None = None
     """Needed for latency budgets; where it is given, latency is also known for other budgets."""
-    smallest: NDArray[np.int64] | None = None
-    """Fewest channels each group may keep ``(groups,)``; 1 by default."""
+    rules: WidthRules | None = None
+    """Alignment, fewest channels and bounds; by default groups may keep any count."""
     limits: dict[Budget, Limit] = field(init=False)
+    widths: Widths = field(init=False)
+    """Counts that each group may keep."""
 
     def __post_init__(self) -> None:
         if not self.budgets:
             raise PruningError("`budget` should be given at least once. Received none. Write for example `macs:0.5`.")
-        if self.smallest is None:
-            self.smallest = np.ones(len(self.scorer.network.graph.groups), dtype=np.int64)
-        costs = self.scorer.network.costs
-        self.limits = {budget: apply_budget(budget, costs, self.least, self.latency) for budget in self.budgets}
+        network = self.scorer.network
+        self.widths = (self.rules or WidthRules()).apply(network.graph, strict=False)
+        self.limits = {
+            budget: apply_budget(budget, network.costs, self.widths, self.latency) for budget in self.budgets
+        }
 
     def only(self, budget: Budget) -> PruningProblem:
         """The same problem with one of its budgets; the scorer and its memory are shared."""
-        return PruningProblem(self.scorer, (budget,), self.latency, self.smallest)
-
-    @property
-    def least(self) -> NDArray[np.int64]:
-        """Fewest channels each group may keep ``(groups,)``."""
-        assert self.smallest is not None
-        return self.smallest
+        return PruningProblem(self.scorer, (budget,), self.latency, self.rules)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -66,11 +64,11 @@ class PruningProblem:
         self, keep: NDArray[np.float64], limit: Limit, largest: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
         """Counts for asked keep ratios that hold the limit, see :func:`.allocation.project`."""
-        return project(keep, self.sizes, limit, self.least, self.sizes if largest is None else largest)
+        return project(keep, limit, self._within(largest))
 
     def uniform_counts(self, limit: Limit, largest: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """The uniform allocation."""
-        return uniform(self.sizes, limit, self.least, largest)
+        return uniform(limit, self._within(largest))
 
     def knapsack_counts(
         self, limit: Limit, statistics: Statistics | None = None, largest: NDArray[np.int64] | None = None
@@ -79,8 +77,11 @@ class PruningProblem:
         scorer = self.scorer
         scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
         group_of = scorer.network.graph.group_of
-        return knapsack(scores, group_of, self.sizes, limit, self.least, largest)
+        return knapsack(scores, group_of, limit, self._within(largest))
 
     def uniform_score(self, budget: Budget) -> Score:
         """Score of the uniform plan: what every reward is compared with."""
         return self.scorer.score(self.plan(self.uniform_counts(self.limits[budget])))
+
+    def _within(self, largest: NDArray[np.int64] | None) -> Widths:
+        return self.widths if largest is None else self.widths.within(largest)

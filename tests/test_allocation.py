@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from prunegym.pruning.allocation import knapsack, project, uniform
 from prunegym.pruning.budget import Budget, Limit, apply_budget
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.widths import WidthRules, Widths
 
 Counts = NDArray[np.int64]
 Toys = Callable[[str], PrunableNetwork]
@@ -22,25 +23,40 @@ Toys = Callable[[str], PrunableNetwork]
 class Small:
     """A chain of layers with few channels, and what is asked of it."""
 
-    sizes: Counts
-    smallest: Counts
-    largest: Counts
+    widths: Widths
     keep: NDArray[np.float64]
     limit: Limit
 
+    @property
+    def sizes(self) -> Counts:
+        """Channels of each group."""
+        return self.widths.sizes
+
+    @property
+    def allowed(self) -> list[list[int]]:
+        """The counts of each group: multiples of the step, and the largest."""
+        return [
+            [count for count in range(low, high + 1) if count % step == 0 or count == high]
+            for low, high, step in zip(self.widths.smallest, self.widths.largest, self.widths.step, strict=True)
+        ]
+
     def allocations(self) -> list[Counts]:
         """Every allocation there is."""
-        spans = [range(a, b + 1) for a, b in zip(self.smallest, self.largest, strict=True)]
-        return [np.array(counts) for counts in product(*spans)]
+        return [np.array(counts) for counts in product(*self.allowed)]
 
     def maximal(self, counts: Counts) -> bool:
-        """No group can take one more channel."""
-        grown = [
-            counts + np.eye(len(counts), dtype=np.int64)[group]
-            for group in range(len(counts))
-            if counts[group] < self.largest[group]
-        ]
+        """No group can take one more step."""
+        grown = []
+        for group, allowed in enumerate(self.allowed):
+            for larger in [count for count in allowed if count > counts[group]][:1]:
+                one = counts.copy()
+                one[group] = larger
+                grown.append(one)
         return not any(self.limit.holds(one) for one in grown)
+
+    def allows(self, counts: Counts) -> bool:
+        """Every count is an allowed one."""
+        return all(count in allowed for count, allowed in zip(counts.tolist(), self.allowed, strict=True))
 
 
 def chain_cost(weights: list[int]) -> Callable[[Counts], float]:
@@ -55,22 +71,26 @@ def chain_cost(weights: list[int]) -> Callable[[Counts], float]:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Small:
-    """Up to four groups of up to six channels, some pruned before."""
+    """Up to four groups of up to nine channels, some pruned before, cut by single channels or in steps."""
     groups = draw(st.integers(1, 4))
-    sizes = np.array(draw(st.lists(st.integers(1, 6), min_size=groups, max_size=groups)))
-    largest = np.array([draw(st.integers(1, int(size))) for size in sizes])
-    smallest = np.array([draw(st.integers(1, int(size))) for size in largest])
+    sizes = draw(st.lists(st.integers(1, 9), min_size=groups, max_size=groups))
+    ranges = []
+    for size in sizes:
+        step = draw(st.sampled_from([1, 1, 2, 3, 4]))
+        allowed = [*range(step, size, step), size]
+        largest = draw(st.sampled_from(allowed))
+        ranges.append((draw(st.sampled_from([one for one in allowed if one <= largest])), largest, step))
+    widths = Widths(np.array(sizes), *np.array(ranges).T)
     keep = np.array(draw(st.lists(st.floats(0, 1), min_size=groups, max_size=groups)))
     cost = chain_cost(draw(st.lists(st.integers(1, 5), min_size=groups + 1, max_size=groups + 1)))
-    least, full = cost(smallest), cost(sizes)
+    least, full = cost(widths.smallest), cost(widths.sizes)
     most = least + draw(st.floats(0, 1)) * (full - least)
-    return Small(sizes, smallest, largest, keep, Limit(Budget("macs", 0.5), cost, full, most))
+    return Small(widths, keep, Limit(Budget("macs", 0.5), cost, full, most))
 
 
 def projected(problem: Small, keep: NDArray[np.float64] | None = None, limit: Limit | None = None) -> Counts:
     """The projection of the library."""
-    keep = problem.keep if keep is None else keep
-    return project(keep, problem.sizes, limit or problem.limit, problem.smallest, problem.largest)
+    return project(problem.keep if keep is None else keep, limit or problem.limit, problem.widths)
 
 
 @given(problems())
@@ -79,12 +99,12 @@ def test_projection_never_exceeds_the_budget(problem: Small) -> None:
     counts = projected(problem)
 
     assert problem.limit.holds(counts)
-    assert ((problem.smallest <= counts) & (counts <= problem.largest)).all()
+    assert problem.allows(counts)
 
 
 @given(problems())
 def test_projection_is_maximal(problem: Small) -> None:
-    """What the budget allows is spent, to within one channel."""
+    """What the budget allows is spent, to within one step."""
     assert problem.maximal(projected(problem))
 
 
@@ -106,22 +126,23 @@ def test_maximal_plan_within_the_budget_is_returned_unchanged(problem: Small) ->
 
 @given(problems())
 def test_projection_shifts_all_logits_alike(problem: Small) -> None:
-    """Against a walk: channels are added one by one in the order in which a growing shift reaches them."""
+    """Against a walk: steps are taken one by one in the order in which a growing shift reaches them."""
     logits = np.clip(problem.keep, 1e-4, 1 - 1e-4)
     logits = np.log(logits / (1 - logits))
-    reached = sorted(
-        (np.log((count + 0.5) / (size - count - 0.5)) - logits[group], group)
-        for group, size in enumerate(problem.sizes.tolist())
-        for count in range(problem.smallest[group], problem.largest[group])
-    )
-    shifts = [shift for shift, _ in reached]
-    assume(not shifts or np.diff(sorted(shifts)).min(initial=1) > 1e-9)  # no ties, which may go either way
-    counts, closed = problem.smallest.copy(), set()
-    for _, group in reached:
+    reached = []
+    for group, (allowed, size) in enumerate(zip(problem.allowed, problem.sizes.tolist(), strict=True)):
+        for count, larger in pairwise(allowed):
+            middle = (count + larger) / 2
+            reached.append((np.log(middle / (size - middle)) - logits[group], group, larger))
+    reached.sort()
+    shifts = [shift for shift, _, _ in reached]
+    assume(not shifts or np.diff(shifts).min(initial=1) > 1e-9)  # no ties, which may go either way
+    counts, closed = problem.widths.smallest.copy(), set()
+    for _, group, larger in reached:
         if group not in closed:
-            counts[group] += 1
+            before, counts[group] = counts[group], larger
             if not problem.limit.holds(counts):
-                counts[group] -= 1
+                counts[group] = before
                 closed.add(group)
 
     assert (projected(problem) == counts).all()
@@ -149,7 +170,7 @@ def test_asking_more_for_a_group_never_gives_it_less(problem: Small, data: st.Da
 @given(problems())
 def test_uniform_allocation_asks_the_same_of_every_group(problem: Small) -> None:
     """It does not matter which ratio is asked: one shift serves all."""
-    counts = uniform(problem.sizes, problem.limit, problem.smallest, problem.largest)
+    counts = uniform(problem.limit, problem.widths)
 
     assert problem.limit.holds(counts)
     assert problem.maximal(counts)
@@ -161,10 +182,10 @@ def test_uniform_allocation_asks_the_same_of_every_group(problem: Small) -> None
 def test_uniform_keep_ratios_are_equal_on_a_real_network(zoo: Toys) -> None:
     """To within the rounding of the narrowest group."""
     network = zoo("cifar_vgg16")
-    smallest = np.ones(len(network.graph.groups), dtype=np.int64)
-    limit = apply_budget(Budget("macs", 0.5), network.costs, smallest)
+    widths = Widths.free(network.graph.sizes)
+    limit = apply_budget(Budget("macs", 0.5), network.costs, widths)
 
-    keep = uniform(network.graph.sizes, limit, smallest) / network.graph.sizes
+    keep = uniform(limit, widths) / network.graph.sizes
 
     assert keep.max() - keep.min() <= 1 / network.graph.sizes.min()
 
@@ -177,14 +198,14 @@ def linear_problems(draw: st.DrawFn) -> tuple[Small, NDArray[np.float64], NDArra
     prices = np.array(draw(st.lists(st.integers(1, 5), min_size=groups, max_size=groups)))
     units = int(sizes.sum())
     scores = np.array(draw(st.lists(st.integers(0, 100), min_size=units, max_size=units)), dtype=np.float64)
-    ones = np.ones(groups, dtype=np.int64)
+    widths = Widths.free(sizes)
 
     def cost(counts: Counts) -> float:
         return float(prices @ counts)
 
-    most = cost(ones) + draw(st.floats(0, 1)) * (cost(sizes) - cost(ones))
-    limit = Limit(Budget("macs", 0.5), cost, cost(sizes), most)
-    return Small(sizes, ones, sizes, np.ones(groups), limit), scores, np.repeat(np.arange(groups), sizes)
+    least = cost(widths.smallest)
+    limit = Limit(Budget("macs", 0.5), cost, cost(sizes), least + draw(st.floats(0, 1)) * (cost(sizes) - least))
+    return Small(widths, np.ones(groups), limit), scores, np.repeat(np.arange(groups), sizes)
 
 
 def worth(counts: Counts, scores: NDArray[np.float64], group_of: NDArray[np.int64]) -> float:
@@ -200,7 +221,7 @@ def test_knapsack_is_within_one_channel_of_the_best_allocation(
     problem, scores, group_of = case
     best = max(worth(one, scores, group_of) for one in problem.allocations() if problem.limit.holds(one))
 
-    counts = knapsack(scores, group_of, problem.sizes, problem.limit, problem.smallest)
+    counts = knapsack(scores, group_of, problem.limit, problem.widths)
 
     assert problem.limit.holds(counts)
     assert worth(counts, scores, group_of) >= best - scores.max()
@@ -213,9 +234,9 @@ def test_knapsack_is_the_best_allocation_where_all_channels_cost_the_same(
     """Then taking the best channels first is exact."""
     problem, scores, group_of = case
     limit = Limit(problem.limit.budget, lambda counts: float(counts.sum()), 1.0, 0.6 * len(scores))
-    assume(limit.holds(problem.smallest))
+    assume(limit.holds(problem.widths.smallest))
 
-    counts = knapsack(scores, group_of, problem.sizes, limit, problem.smallest)
+    counts = knapsack(scores, group_of, limit, problem.widths)
 
     best = max(worth(one, scores, group_of) for one in problem.allocations() if limit.holds(one))
     assert worth(counts, scores, group_of) == pytest.approx(best)
@@ -228,21 +249,20 @@ def test_knapsack_on_a_chain_is_maximal_and_within_the_budget(problem: Small, se
     group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
     scores = rng.random(len(group_of))
 
-    counts = knapsack(scores, group_of, problem.sizes, problem.limit, problem.smallest, problem.largest)
+    counts = knapsack(scores, group_of, problem.limit, problem.widths)
 
     assert problem.limit.holds(counts)
     assert problem.maximal(counts)
-    assert ((problem.smallest <= counts) & (counts <= problem.largest)).all()
+    assert problem.allows(counts)
 
 
 def test_knapsack_keeps_the_important_and_the_cheap() -> None:
     """Two groups of equal worth: the dear one loses; of equal price: the unimportant one."""
-    sizes, ones = np.array([8, 8]), np.ones(2, dtype=np.int64)
-    group_of = np.repeat([0, 1], 8)
+    widths, group_of = Widths.free(np.array([8, 8])), np.repeat([0, 1], 8)
 
     def allocated(prices: list[float], scores: list[float]) -> list[int]:
         limit = Limit(Budget("macs", 0.5), lambda counts: float(np.array(prices) @ counts), 1.0, 4 * sum(prices))
-        return knapsack(np.repeat(scores, 8), group_of, sizes, limit, ones).tolist()
+        return knapsack(np.repeat(scores, 8), group_of, limit, widths).tolist()
 
     dear, cheap = allocated([3.0, 1.0], [1.0, 1.0])
     important, unimportant = allocated([1.0, 1.0], [5.0, 1.0])
@@ -253,26 +273,35 @@ def test_knapsack_keeps_the_important_and_the_cheap() -> None:
 def test_knapsack_with_everything_allowed_prunes_nothing(zoo: Toys, rng: np.random.Generator) -> None:
     """A budget of 1."""
     network = zoo("digits_resnet")
-    graph, ones = network.graph, np.ones(len(network.graph.groups), dtype=np.int64)
-    limit = apply_budget(Budget("macs", 1.0), network.costs, ones)
+    graph, widths = network.graph, Widths.free(network.graph.sizes)
+    limit = apply_budget(Budget("macs", 1.0), network.costs, widths)
 
-    counts = knapsack(rng.random(graph.units), graph.group_of, graph.sizes, limit, ones)
+    counts = knapsack(rng.random(graph.units), graph.group_of, limit, widths)
 
     assert (counts == graph.sizes).all()
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 1000), share=st.floats(0.1, 0.9), kind=st.sampled_from(["macs", "params"]))
-def test_projection_on_a_real_network_holds_and_is_maximal(zoo: Toys, seed: int, share: float, kind: str) -> None:
-    """Residual, projected and pruned before."""
+@given(
+    seed=st.integers(0, 1000),
+    share=st.floats(0.1, 0.9),
+    kind=st.sampled_from(["macs", "params"]),
+    align=st.sampled_from([1, 4, 8]),
+)
+def test_projection_on_a_real_network_holds_and_is_maximal(
+    zoo: Toys, seed: int, share: float, kind: str, align: int
+) -> None:
+    """Residual, projected, pruned before and aligned."""
     network = zoo("cifar_resnet20")
-    sizes = network.graph.sizes
-    smallest = np.ones(len(sizes), dtype=np.int64)
-    limit = apply_budget(Budget(kind, share), network.costs, smallest)
     rng = np.random.default_rng(seed)
-    keep, largest = rng.random(len(sizes)), rng.integers(sizes // 2, sizes + 1)
+    widths = WidthRules(align).apply(network.graph)
+    assume(widths.rules == "" or share > 0.3)
+    limit = apply_budget(Budget(kind, share), network.costs, widths)
+    sizes = network.graph.sizes
+    problem = Small(widths.within(rng.integers(sizes // 2, sizes + 1)), rng.random(len(sizes)), limit)
 
-    counts = project(keep, sizes, limit, smallest, largest)
+    counts = projected(problem)
 
     assert limit.holds(counts)
-    assert Small(sizes, smallest, largest, keep, limit).maximal(counts)
+    assert problem.allows(counts)
+    assert problem.maximal(counts)

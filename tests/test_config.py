@@ -24,6 +24,8 @@ from prunegym.pruning.errors import PruningError
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [getattr(configs, name) for name in configs.__all__]
+#: Commands that prune, or tell what pruning can do.
+WIDE = [InspectConfig, TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]
 #: The least that each command must be told.
 NEEDED: dict[type, dict[str, Any]] = {
     InspectConfig: {"network": "digits_vgg"},
@@ -85,6 +87,9 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"data_workers": -1}, "`--data-workers` should be at least 0"),
         (TrainConfig, {"image_size": 0}, "`--image-size` should be at least 1"),
         (TrainConfig, {"keep": ("layer[",)}, r"`--keep` should be a regular expression. Received 'layer\['"),
+        (TrainConfig, {"align": 0}, "`--align` should be at least 1. Received 0"),
+        (TrainConfig, {"min_channels": 0}, "`--min-channels` should be at least 1. Received 0"),
+        (InspectConfig, {"bound": ("layer1",)}, "`bound` should be PATTERN=LOW..HIGH.*Received 'layer1'"),
         (EvaluateConfig, {"searcher": ("knapsac",)}, "Did you mean 'knapsack'"),
         (EvaluateConfig, {"searcher": ("policy",)}, "`--policy` should name a policy file .*Train one"),
         (
@@ -111,6 +116,8 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
             {"plan": Path("plan.json"), "searcher": "uniform"},
             "`--plan` should be given without --policy and --searcher",
         ),
+        (PruneConfig, {"plan": Path("p"), "align": 8}, "`--align` should be left out with --plan. Received 8"),
+        (PruneConfig, {"plan": Path("p"), "bound": (".*=0.5",)}, "`--bound` should be left out with --plan"),
         (PruneConfig, {"rounds": 0}, "`--rounds` should be at least 1"),
         (PruneConfig, {"distillation_weight": 1.5}, r"`--distillation-weight` should be in \[0, 1\]"),
         (PruneConfig, {"temperature": 0.0}, "`--temperature` should be above 0"),
@@ -191,7 +198,7 @@ def test_evaluate_puts_the_policy_beside_uniform_and_knapsack() -> None:
     assert made(EvaluateConfig, policy=policy, searcher=("random",)).searchers == ("random", "policy")
 
 
-@pytest.mark.parametrize("module", ["options", "config"])
+@pytest.mark.parametrize("module", ["options", "width_options", "config"])
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
     tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))
@@ -215,6 +222,7 @@ def test_every_field_has_its_help(module: str) -> None:
         ("evaluations", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
         ("epochs", [PretrainConfig, PruneConfig]),
         ("workers", [TrainConfig, TransferConfig]),
+        *((flag, WIDE) for flag in ("align", "min_channels", "bound")),
         ("seed", ALL),
         ("out", ALL),
         ("json", ALL),

@@ -9,14 +9,16 @@ import torch
 
 from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup, train
-from prunegym.agents.config import PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
+from prunegym.agents.running import Reporter
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
-from prunegym.agents.setup import build_problem, build_task, seed_everything
+from prunegym.agents.setup import build_problem, build_problems, build_task, seed_everything
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 
 #: Few images of everything: the numbers do not matter.
@@ -69,6 +71,7 @@ AGENT = {
     "features": "structure",
     "seed": 3,
 }
+WIDTHS = {"align": 8, "min_channels": 12, "bound": ("features.0=0.2..0.6",)}
 SEARCH = {"evaluations": 3, "rounds": 2, "seed": 3}
 #: Flags that are followed in another test of this file, or in the file named.
 ELSEWHERE = {
@@ -81,6 +84,7 @@ ELSEWHERE = {
     "keep": "",
     "device": "",
     "onnx": "test_cli.py",
+    "program": "test_cli.py",
     "out": "test_cli.py",
     "json": "test_cli.py",
     "latency": "test_cli.py",
@@ -91,7 +95,7 @@ ELSEWHERE = {
 
 def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
-    followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *SEARCH, *ELSEWHERE}
+    followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
     assert {one.name for name in configs.__all__ for one in fields(getattr(configs, name))} == followed
 
@@ -124,6 +128,41 @@ def test_data_flag_reaches_the_reader(flag: str, monkeypatch: pytest.MonkeyPatch
     build_task(DataOptions(**{flag: DATA[flag]}))
 
     assert asked[0] != asked[1]
+
+
+@pytest.mark.parametrize("flag", WIDTHS)
+def test_width_flag_reaches_the_plan(flag: str, problem: PruningProblem) -> None:
+    """The same budget leaves other widths."""
+    budget = Budget("macs", 0.5)
+    options = ProblemOptions(**FEW, **{flag: WIDTHS[flag]})
+    changed = build_problem("digits_vgg", None, options, [budget])
+
+    before, after = (one.uniform_counts(one.limits[budget]) for one in (problem, changed))
+    assert (before != after).any()
+
+
+@pytest.mark.parametrize("flag", WIDTHS)
+def test_width_flag_reaches_the_inspection(flag: str) -> None:
+    """Other budgets are within reach."""
+    contents = [
+        network_commands.run_inspect(InspectConfig(network="digits_vgg", **changes), Reporter()).content
+        for changes in ({}, {flag: WIDTHS[flag]})
+    ]
+
+    assert contents[0]["reachable"] != contents[1]["reachable"]
+
+
+def test_bound_flag_has_to_match_one_of_several_networks() -> None:
+    """Not each of them: they need not have the same layers."""
+    networks = [("digits_vgg", None), ("digits_resnet", None)]
+    budgets = [Budget("macs", 0.9)]
+
+    problems = build_problems(networks, ProblemOptions(**FEW, bound=("features.0=0.75..",)), budgets)
+
+    assert (problems[0].widths.smallest > 1).sum() == 1
+    assert (problems[1].widths.smallest == 1).all()
+    with pytest.raises(PruningError, match="`bound` should match the name of a channel group.*matches none"):
+        build_problems(networks, ProblemOptions(**FEW, bound=("featurs.0=0.75..",)), budgets)
 
 
 def test_device_flag_chooses_the_device() -> None:
