@@ -58,7 +58,7 @@ class TrainResult:
     best: dict[str, PruningPlan] = field(default_factory=dict)
     """The best plan that was sampled, by ``network budget``: a different result, reported apart."""
     own_trail: dict[str, list[Improvement]] = field(default_factory=dict)
-    """The policy's own plan after each update that changed it."""
+    """The policy's own plan before the first update, and after each update that changed it."""
     best_trail: dict[str, list[Improvement]] = field(default_factory=dict)
     """The best sampled plan whenever that changed; those of one update all carry the seconds of its end."""
 
@@ -155,6 +155,8 @@ class Trainer:
             disable=not progress,
         )
         with bar:
+            if not self.own_trail:
+                self._note_start()
             while self.update < self.updates:
                 before = self.evaluations
                 row = self.run_update()
@@ -164,6 +166,16 @@ class Trainer:
             self._settle()
             bar.update(self.evaluations - before)
         return self._finish()
+
+    def _note_start(self) -> None:
+        """Note the plans that the policy makes before it has learned anything: they need no evaluation."""
+        self._resumed_at = time.perf_counter()
+        for problem in self.problems:
+            for budget in problem.budgets:
+                plan = own_plan(self.model.policy, problem, budget, self.config.rounds)
+                key = f"{problem.scorer.network.name} {budget}"
+                self.own_trail[key] = [Improvement(0, self._elapsed(), plan)]
+        self.seconds = self._elapsed()
 
     def run_update(self) -> dict[str, Any]:
         """One PPO update, its row of metrics, and the checkpoint."""
@@ -293,7 +305,8 @@ class Trainer:
             key: (float(score), PruningPlan.from_json(content)) for key, (score, content) in state["best"].items()
         }
         for name, trail in (("own_trail", self.own_trail), ("best_trail", self.best_trail)):
-            trail.update({key: [Improvement.from_json(one) for one in kept] for key, kept in state.get(name, {}).items()})
+            for key, kept in state.get(name, {}).items():
+                trail[key] = [Improvement.from_json(one) for one in kept]
         # a row whose checkpoint was never finished is written again
         for name in (METRICS, TIMING):
             self.folder.truncate_rows(name, self.update)

@@ -99,7 +99,7 @@ def test_training_resumes_from_its_checkpoint(
 def test_training_leaves_the_trail_of_its_plans(
     half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations, seconds and scores rise along it, it ends with the plans returned, and a kill cuts no hole into it."""
+    """Evaluations, seconds and scores rise along it, it ends with the plans returned; a kill cuts no hole into it."""
     key = f"{half.scorer.network.name} {HALF}"
     whole = go([half], tmp_path / "whole")
     checkpoint = Trainer.checkpoint
@@ -116,6 +116,7 @@ def test_training_leaves_the_trail_of_its_plans(
 
     assert [one[::2] for one in result.own_trail[key]] == [one[::2] for one in whole.own_trail[key]]
     assert [one[::2] for one in result.best_trail[key]] == [one[::2] for one in whole.best_trail[key]]
+    assert result.own_trail[key][0].plan == own_plan(None, half, HALF, CONFIG.rounds)
     best = result.best_trail[key]
     assert [one.score for one in best] == sorted({one.score for one in best})
     for trail, plan in ((best, result.best[key]), (result.own_trail[key], result.own[key])):
