@@ -70,6 +70,9 @@ class CompareConfig(ProblemOptions, AgentOptions, SeveralNetworks):
     seconds: Marks = ()
     """Seconds at which searches are compared too, by what each would have returned by then. By default those of the
     fastest search of each network and budget."""
+    curve_examples: int | None = None
+    """Images of the selection split that the earlier plans of a search are scored on, for the curves and for the
+    comparison at equal seconds; by default all. They are many plans: fewer images save time."""
     epochs: int = 0
     """Passes over the training images that fine-tune every plan; 0 leaves fine-tuning out."""
     finetune_repeats: int = 3
@@ -92,7 +95,7 @@ class CompareConfig(ProblemOptions, AgentOptions, SeveralNetworks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "batch_size")
+        at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "batch_size", "curve_examples")
         at_least(self, 0, "epochs")
         positive(self, "finetune_rate")
         for mark in self.seconds:

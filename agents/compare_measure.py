@@ -15,7 +15,6 @@ from torch import nn
 
 from prunegym.agents.compare_config import CompareConfig
 from prunegym.agents.compare_search import slug
-from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.prune import CHECKPOINT, check_cost, count_macs, fine_tune
 from prunegym.agents.runs import RunFolder
 from prunegym.envs.setting import PruningProblem
@@ -75,14 +74,17 @@ class Judge:
                 **self._scores(STAGES[0], network.pruned(plan), self.splits),
                 **self._scores(STAGES[1], model, self.splits),
             }
-            self._recovered[plan] = self._rows[key][STAGES[1]]
+            if self.config.curve_examples is None:
+                self._recovered[plan] = self._rows[key][STAGES[1]]
         return dict(self._rows[key])
 
     def after_recovery(self, plan: PruningPlan) -> float:
-        """Score after recovery on the selection split: what the curves show."""
+        """Score after recovery on the selection split, or as much of it as was asked for: what the curves show."""
         if plan not in self._recovered:
-            scores = recovered_scores(self.problem, plan, ("selection",))
-            self._recovered[plan] = scores["selection_score"]
+            scorer = self.problem.scorer
+            model, limit = scorer.recovered(plan), self.config.curve_examples
+            found = evaluate_network(model, scorer.task, "selection", limit=limit, device=scorer.device)
+            self._recovered[plan] = found.score
         return self._recovered[plan]
 
     def finetuned(self, plan: PruningPlan, seed: int | None) -> Row:

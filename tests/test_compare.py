@@ -24,6 +24,7 @@ from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Scorer
+from prunegym.pruning.training import evaluate_network
 
 HALF = Budget.parse("macs:0.5")
 #: The least that an agent learns in: one update.
@@ -125,6 +126,18 @@ def test_curve_ends_where_the_row_is(compared: Any) -> None:
             spent = [one[price] for one in points]
             assert spent == sorted(spent)
             assert spent[-1] <= row[price]
+
+
+def test_curves_can_be_scored_on_fewer_images(half: PruningProblem, tmp_path: Path) -> None:
+    """The first so many of the selection split; the row itself is of all."""
+    settings = config(searcher=("uniform",), repeats=1, curve_examples=7)
+    rows, run = go(half, tmp_path / "run", settings)
+
+    scorer, plan = half.scorer, plan_of(rows[0], run)
+    (point,) = curve_rows(rows, run)
+    few = evaluate_network(scorer.recovered(plan), scorer.task, "selection", limit=7)
+    assert point["after_recovery_score"] == few.score
+    assert rows[0]["after_recovery_score"] == recovered_scores(half, plan, ("selection",))["selection_score"]
 
 
 def test_allocator_is_asked_once_for_all_seeds(

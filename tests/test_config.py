@@ -121,6 +121,7 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (CompareConfig, {"mode": "free"}, "`--mode` should be budgeted in a comparison. Received free. Leave it out"),
         (CompareConfig, {"repeats": 0}, "`--repeats` should be at least 1"),
         (CompareConfig, {"finetune_repeats": 0}, "`--finetune-repeats` should be at least 1"),
+        (CompareConfig, {"curve_examples": 0}, "`--curve-examples` should be at least 1"),
         (CompareConfig, {"finetune_rate": 0.0}, "`--finetune-rate` should be above 0"),
         (CompareConfig, {"seconds": (1.0, -1.0)}, "`--seconds` should be above 0 and finite. Received -1.0"),
         (DemoConfig, {"seed": -1}, "`--seed` should be at least 0"),

@@ -91,6 +91,7 @@ ELSEWHERE = {
     "finetune_repeats": "test_compare.py",
     "finetune_rate": "",
     "seconds": "test_cli.py",
+    "curve_examples": "test_compare.py",
 }
 
 
