@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from prunegym.agents.policy import PruningPolicy
 from prunegym.agents.policy_file import load_policy
+from prunegym.agents.trail import Improvement, Trail
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -47,6 +48,8 @@ class SearchResult:
     seconds: float
     history: list[tuple[int, float]] = field(default_factory=list)
     """Best score on the reward split after so many evaluations."""
+    improvements: list[Improvement] = field(default_factory=list)
+    """The plans that were best for a while; see :class:`~prunegym.agents.trail.Trail`."""
 
 
 Searcher: TypeAlias = Callable[[PruningProblem, Budget, SearchSettings], SearchResult]
@@ -73,21 +76,13 @@ def random(problem: PruningProblem, budget: Budget, settings: SearchSettings) ->
             f"`--evaluations` should be at least 1 for searcher random. Received {settings.evaluations}. "
             "Give it a number of plans to try."
         )
-    started = time.perf_counter()
+    trail = Trail()
     rng = np.random.default_rng(settings.seed)
     limit = problem.limits[budget]
-    best, best_score = None, -np.inf
-    history = []
-    for index in _progress(range(settings.evaluations), settings, "random search"):
+    for _ in _progress(range(settings.evaluations), settings, "random search"):
         plan = problem.plan(problem.project(rng.uniform(0.05, 1.0, len(problem.sizes)), limit))
-        score = problem.scorer.score(plan).score
-        if score > best_score:
-            best, best_score = plan, score
-        history.append((index + 1, best_score))
-    assert best is not None
-    return SearchResult(
-        plan=best, evaluations=settings.evaluations, seconds=time.perf_counter() - started, history=history
-    )
+        trail.add(plan, problem.scorer.score(plan).score)
+    return SearchResult(**trail.result())
 
 
 def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:

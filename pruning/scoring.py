@@ -144,6 +144,10 @@ class Scorer:
             self._cache[key] = self._measure(model, *key[1:])
         return self._cache[key]
 
+    def forget(self) -> None:
+        """Drop all scores, so that the next search pays for each of its own; batches stay prepared."""
+        self._cache.clear()
+
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """The smaller network right after surgery and compensation, in float32."""
         graph, model = self.network.graph, self.network.model

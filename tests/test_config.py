@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prunegym.agents import config as configs
+from prunegym.agents.compare_config import CompareConfig
 from prunegym.agents.config import (
     DemoConfig,
     EvaluateConfig,
@@ -23,7 +24,7 @@ from prunegym.pruning.criteria import CRITERIA
 from prunegym.pruning.errors import PruningError
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = [getattr(configs, name) for name in configs.__all__]
+ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
 #: Commands that prune, or tell what pruning can do.
 WIDE = [InspectConfig, TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]
 #: The least that each command must be told.
@@ -33,6 +34,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     TrainConfig: {"network": ("digits_vgg",)},
     EvaluateConfig: {"network": ("digits_vgg",)},
     TransferConfig: {"network": ("digits_vgg",), "policy": Path("policy.safetensors")},
+    CompareConfig: {"network": ("digits_vgg",)},
     PruneConfig: {"network": "digits_vgg"},
     DemoConfig: {},
 }
@@ -121,6 +123,17 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (PruneConfig, {"rounds": 0}, "`--rounds` should be at least 1"),
         (PruneConfig, {"distillation_weight": 1.5}, r"`--distillation-weight` should be in \[0, 1\]"),
         (PruneConfig, {"temperature": 0.0}, "`--temperature` should be above 0"),
+        (CompareConfig, {"searcher": ("agent bets",)}, "`--searcher` should be .*Did you mean 'agent best'"),
+        (CompareConfig, {"searcher": ("policy",)}, "`--policy` should name a policy file .*Train one"),
+        (CompareConfig, {"evaluations": 15}, "`--evaluations` should be at least 16, for one update of the agent"),
+        (CompareConfig, {"evaluations": 17, "workers": 4}, "`--evaluations` should be at least 18"),
+        (CompareConfig, {"evaluations": 0, "searcher": ("random",)}, "`--evaluations` should be at least 1"),
+        (CompareConfig, {"mode": "free"}, "`--mode` should be budgeted in a comparison. Received free. Leave it out"),
+        (CompareConfig, {"repeats": 0}, "`--repeats` should be at least 1"),
+        (CompareConfig, {"finetune_repeats": 0}, "`--finetune-repeats` should be at least 1"),
+        (CompareConfig, {"curve_examples": 0}, "`--curve-examples` should be at least 1"),
+        (CompareConfig, {"finetune_rate": 0.0}, "`--finetune-rate` should be above 0"),
+        (CompareConfig, {"seconds": (1.0, -1.0)}, "`--seconds` should be above 0 and finite. Received -1.0"),
         (DemoConfig, {"seed": -1}, "`--seed` should be at least 0"),
     ],
 )
@@ -198,7 +211,41 @@ def test_evaluate_puts_the_policy_beside_uniform_and_knapsack() -> None:
     assert made(EvaluateConfig, policy=policy, searcher=("random",)).searchers == ("random", "policy")
 
 
-@pytest.mark.parametrize("module", ["options", "width_options", "config"])
+def test_compare_puts_a_policy_beside_the_searchers() -> None:
+    """Each once, in the order asked for; the agent and its rivals by default."""
+    policy = Path("p")
+
+    assert made(CompareConfig).searchers == ("uniform", "knapsack", "random", "agent", "agent best")
+    assert made(CompareConfig, searcher=("mean", "mean"), policy=policy).searchers == ("mean", "policy")
+    assert made(CompareConfig, searcher=("policy", "uniform"), policy=policy).searchers == ("policy", "uniform")
+
+
+def test_compare_seeds_follow_the_first() -> None:
+    """Those of the fine-tuning too, where there is any."""
+    config = made(CompareConfig, seed=5, repeats=2, epochs=1)
+
+    assert config.seeds == (5, 6)
+    assert config.finetune_seeds == (5, 6, 7)
+    assert made(CompareConfig).finetune_seeds == (None,)
+
+
+def test_compare_numbers_a_network_that_comes_twice() -> None:
+    """With other weights, for instance."""
+    assert made(CompareConfig, network=("a", "b", "a", "a")).labels == ("a", "b", "a#2", "a#3")
+
+
+def test_compare_trains_agents_as_train_would() -> None:
+    """Every flag of a training that both commands have is passed on."""
+    changes = {"evaluations": 99, "rounds": 2, "elites": 7, "criterion": "l1", "update_evaluations": 5, "std": 0.3}
+    config = made(CompareConfig, **changes, policy=Path("p"), out=Path("o"))
+    training = config.training("name", Budget("macs", 0.25), 4, "structure")
+
+    assert {name: getattr(training, name) for name in changes} == changes
+    assert (training.seed, training.features, training.budgets) == (4, "structure", (Budget("macs", 0.25),))
+    assert (training.policy, training.out) == (None, None)  # agents start afresh, in folders of the comparison
+
+
+@pytest.mark.parametrize("module", ["options", "width_options", "config", "compare_config"])
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
     tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))
@@ -215,13 +262,13 @@ def test_every_field_has_its_help(module: str) -> None:
     [
         ("network", [kind for kind in ALL if kind is not DemoConfig]),
         ("data", [kind for kind in ALL if kind is not DemoConfig]),
-        ("budget", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("policy", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("searcher", [EvaluateConfig, PruneConfig]),
-        ("criterion", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("evaluations", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("epochs", [PretrainConfig, PruneConfig]),
-        ("workers", [TrainConfig, TransferConfig]),
+        ("budget", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("policy", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("searcher", [EvaluateConfig, CompareConfig, PruneConfig]),
+        ("criterion", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("evaluations", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("epochs", [PretrainConfig, CompareConfig, PruneConfig]),
+        ("workers", [TrainConfig, CompareConfig, TransferConfig]),
         *((flag, WIDE) for flag in ("align", "min_channels", "bound")),
         ("seed", ALL),
         ("out", ALL),

@@ -9,6 +9,7 @@ import torch
 
 from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup, train
+from prunegym.agents.compare_config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
@@ -90,6 +91,11 @@ ELSEWHERE = {
     "latency": "test_cli.py",
     "test": "test_cli.py",
     "quick": "test_demo.py",
+    "repeats": "test_compare.py",
+    "finetune_repeats": "test_compare.py",
+    "finetune_rate": "",
+    "seconds": "test_cli.py",
+    "curve_examples": "test_compare.py",
 }
 
 
@@ -97,7 +103,8 @@ def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
     followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
-    assert {one.name for name in configs.__all__ for one in fields(getattr(configs, name))} == followed
+    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+    assert {one.name for kind in kinds for one in fields(kind)} == followed
 
 
 @pytest.mark.parametrize("flag", SCORING)
@@ -226,6 +233,16 @@ def test_training_flag_reaches_fine_tuning(
         )
 
     assert trained[0] != trained[1]
+
+
+@pytest.mark.parametrize("flag", ["epochs", "batch_size", "amp", "distill", "finetune_rate"])
+def test_training_flag_of_a_comparison_reaches_its_fine_tuning(flag: str) -> None:
+    """Plans are fine-tuned in another way; from there on the flags are those of `prune`."""
+    value = {**FITTING, **DISTILLATION, "finetune_rate": 0.5}[flag]
+    before, after = (CompareConfig(network=("n",), **one).finetuning("n", 0) for one in ({}, {flag: value}))
+
+    assert before != after
+    assert getattr(after, "learning_rate" if flag == "finetune_rate" else flag) == value
 
 
 def agent_state(problem: PruningProblem, folder: Path, **changes: Any) -> dict[str, Any]:

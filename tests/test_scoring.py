@@ -171,6 +171,16 @@ def test_score_is_computed_once(scorer: Scorer, half_plan: PruningPlan) -> None:
     assert scorer.scored == 1
 
 
+def test_forgotten_score_is_computed_again(scorer: Scorer, half_plan: PruningPlan) -> None:
+    """To the same value: only the memory is gone."""
+    first = scorer.score(half_plan)
+    scorer.forget()
+    again = scorer.score(half_plan)
+
+    assert again == first
+    assert scorer.scored == 2
+
+
 def test_splits_are_cached_apart(scorer: Scorer, half_plan: PruningPlan) -> None:
     """A score on selection images is another score."""
     reward, selection = scorer.score(half_plan), scorer.score(half_plan, split="selection")
