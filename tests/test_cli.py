@@ -287,40 +287,6 @@ def test_prune_saves_a_smaller_network(
     assert torch.allclose(prunegym.load_program(tmp_path / "model.pt2")(images), model(images), atol=1e-5)
 
 
-BRANCHING = """
-import torch
-from torch import nn
-
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 10)
-
-    def forward(self, x):
-        x = x if float(x.sum()) > 0 else -x
-        return self.head(self.body(x).relu().mean((2, 3)))
-
-def build(num_classes, in_channels, image_size):
-    return Branching()
-"""
-
-
-def test_network_that_is_no_program_is_refused_before_anything_is_done(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With the line that torch.export does not take; no run folder is made."""
-    (tmp_path / "mine.py").write_text(BRANCHING)
-    network = ["--network", f"{tmp_path}/mine.py:build"]
-
-    code = main(["prune", *network, *FEW, "--epochs", "0", "--program", "--out", str(tmp_path / "run")])
-
-    assert code == 2
-    error = capsys.readouterr().err
-    assert "should be a network that torch.export can export. Received a Branching" in error
-    assert "mine.py:11 (x = x if float(x.sum()) > 0 else -x)" in error
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.fixture
 def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes seconds."""

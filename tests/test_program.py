@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunegym.agents.cli import main
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
@@ -55,6 +56,23 @@ with torch.no_grad():
 assert torch.allclose(found["logits"], example["logits"], atol=1e-5), "other outputs"
 assert "secret_module" not in sys.modules
 print("the same")
+'''
+
+BRANCHING_CODE = '''
+import torch
+from torch import nn
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = x if float(x.sum()) > 0 else -x
+        return self.head(self.body(x).relu().mean((2, 3)))
+
+def build(num_classes, in_channels, image_size):
+    return Branching()
 '''
 
 
@@ -298,3 +316,20 @@ def test_file_that_is_no_program_is_refused(archive: bytes, tmp_path: Path, dama
 
     with pytest.raises(PruningError, match="`path` should be a (readable )?program.*model.pt2"):
         load_program(path)
+
+
+def test_network_that_is_no_program_is_refused_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the line that torch.export does not take; no run folder is made."""
+    (tmp_path / "mine.py").write_text(BRANCHING_CODE)
+    network = ["--network", f"{tmp_path}/mine.py:build"]
+
+    few = ["--reward-examples", "16", "--device", "cpu", "--epochs", "0"]
+    code = main(["prune", *network, *few, "--program", "--out", str(tmp_path / "run")])
+
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "should be a network that torch.export can export. Received a Branching" in error
+    assert "mine.py:11 (x = x if float(x.sum()) > 0 else -x)" in error
+    assert not (tmp_path / "run").exists()
