@@ -26,7 +26,7 @@ from prunegym.pruning.errors import PruningError
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
 #: Commands that prune, or tell what pruning can do.
-WIDE = [InspectConfig, TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]
+WIDE = [InspectConfig, TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]
 #: The least that each command must be told.
 NEEDED: dict[type, dict[str, Any]] = {
     InspectConfig: {"network": "digits_vgg"},

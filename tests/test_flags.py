@@ -43,6 +43,7 @@ DATA = {
     "data_root": Path("elsewhere"),
     "image_size": 16,
     "split_seed": 3,
+    "reward_split": 50,
     "data_workers": 2,
     "download": True,
 }
