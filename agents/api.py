@@ -264,6 +264,7 @@ def _problem(
         rules=options.width_rules,
         cache=latency_cache(options.data_root),
         given=given_criteria(options, network),
+        leave_out=getattr(options, "leave_out", ()),
         device=device,
         progress=progress,
     )

@@ -23,6 +23,7 @@ from prunegym.agents.options import (
     ProblemOptions,
     RunOptions,
     SeveralNetworks,
+    check_patterns,
     parse_budgets,
 )
 from prunegym.agents.width_options import WidthOptions
@@ -245,9 +246,13 @@ class SearchOptions(Options):
     """Plans that a searcher such as random may score; allocators and policies need none."""
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with."""
+    leave_out: Names = ()
+    """Regular expression of residual blocks to leave out altogether (`prunegym inspect` lists them); the widths of the
+    rest then follow the budget."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_patterns(self.leave_out, "leave-out")
         parse_budgets((self.budget,))
         if self.searcher is not None:
             _check_searcher(self.searcher, self.policy, self.evaluations)

@@ -68,7 +68,7 @@ def plan_row(
     """
     network = problem.scorer.network
     counts = network.counts(result.plan)
-    cost = network.costs.cost(counts)
+    cost = network.cost(result.plan)
     settings = problem.scorer.settings
     return {
         "network": network.name,

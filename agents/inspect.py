@@ -43,6 +43,17 @@ class GroupRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockRow:
+    """One residual block that a plan may leave out."""
+
+    name: str
+    macs_share: float
+    """Share of the network's MACs that leaving it out saves."""
+    parameters_share: float
+    """Share of its parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrozenRow:
     """One group that is not pruned."""
 
@@ -63,6 +74,8 @@ class Inspection:
     """Peak memory of its activations for one example, and where it is reached."""
     groups: tuple[GroupRow, ...]
     frozen: tuple[FrozenRow, ...]
+    blocks: tuple[BlockRow, ...]
+    """Residual blocks that can be left out: depth, beside width."""
     unknown_operations: dict[str, str]
     """Operations without a rule -> where they were met; what passes through them is frozen."""
     reachable: dict[str, float]
@@ -102,6 +115,12 @@ class Inspection:
         if self.frozen:
             frozen = [{"group": row.name, "channels": row.channels, "why": row.reason} for row in self.frozen]
             parts += [f"Frozen groups: {len(self.frozen)}", format_table(frozen)]
+        if self.blocks:
+            blocks = [
+                {"block": row.name, "MACs share": row.macs_share, "parameters share": row.parameters_share}
+                for row in self.blocks
+            ]
+            parts += [f"Residual blocks that can be left out: {len(self.blocks)}", format_table(blocks)]
         if self.unknown_operations:
             unknown = [{"operation": name, "where": path} for name, path in self.unknown_operations.items()]
             parts += ["Operations without a rule", format_table(unknown)]
@@ -157,10 +176,20 @@ def inspect_network(
         memory=peak_memory(network.model, network.example_inputs),
         groups=tuple(rows),
         frozen=tuple(_frozen_row(group) for group in graph.frozen),
+        blocks=tuple(_block_row(network, block) for block in network.blocks),
         unknown_operations=dict(graph.unknown_operations),
         reachable=reachable,
         latency_seconds=None if latency is None else latency.full,
         width_rules=str(rules),
+    )
+
+
+def _block_row(network: PrunableNetwork, block: str) -> BlockRow:
+    left, full = network.costs_without((block,)).cost(network.graph.sizes), network.full_cost
+    return BlockRow(
+        name=block,
+        macs_share=_saved(left.macs, full.macs),
+        parameters_share=_saved(left.parameters, full.parameters),
     )
 
 

@@ -124,7 +124,7 @@ class OneNetwork(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_patterns(self.keep)
+        check_patterns(self.keep, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class SeveralNetworks(Options):
             f"{len(self.weights)} files",
             "Repeat --weights in the order of --network.",
         )
-        _check_patterns(self.keep)
+        check_patterns(self.keep, "keep")
 
     @property
     def pairs(self) -> tuple[tuple[str, str | None], ...]:
@@ -291,7 +291,7 @@ class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, WidthOptions, D
         return replace(super().scorer_settings, seed=self.seed)
 
 
-def _check_patterns(patterns: tuple[str, ...]) -> None:
+def check_patterns(patterns: tuple[str, ...], flag: str) -> None:
     """Refuse what is no regular expression."""
     import re
 
@@ -300,6 +300,6 @@ def _check_patterns(patterns: tuple[str, ...]) -> None:
             re.compile(pattern)
         except re.error as fault:
             raise PruningError(
-                f"`--keep` should be a regular expression. Received '{pattern}' ({fault}). "
+                f"`--{flag}` should be a regular expression. Received '{pattern}' ({fault}). "
                 "Put a backslash before characters that are meant as they are."
             ) from fault

@@ -114,6 +114,7 @@ def assemble_problem(
     strict: bool = True,
     cache: Path | None = None,
     given: Mapping[str, Criterion] | None = None,
+    leave_out: Sequence[str] = (),
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> PruningProblem:
@@ -129,6 +130,7 @@ def assemble_problem(
         strict: Refuse bounds on widths that match no group of this network.
         cache: Folder of latency tables.
         given: Criteria that :func:`given_criteria` made.
+        leave_out: Regular expressions of residual blocks that every plan leaves out.
         device: Where to score.
         progress: Show a bar while a latency table is measured.
 
@@ -142,7 +144,9 @@ def assemble_problem(
     table = None
     if latency is not None:
         table = LatencyTable.measure(network, latency, progress=progress, cache=cache)
-    return PruningProblem(Scorer(network, task, settings, given=given, device=device), tuple(budgets), table, rules)
+    removed = network.blocks_matching(leave_out)
+    scorer = Scorer(network, task, settings, given=given, device=device)
+    return PruningProblem(scorer, tuple(budgets), table, rules, removed)
 
 
 def given_criteria(options: ScoringOptions, network: PrunableNetwork) -> dict[str, Criterion]:
@@ -207,6 +211,7 @@ def build_problem(
         strict=strict,
         cache=latency_cache(options.data_root),
         given=given_criteria(options, network),
+        leave_out=getattr(options, "leave_out", ()),
         device=device,
         progress=progress,
     )

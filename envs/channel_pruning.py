@@ -190,7 +190,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         """Score the plan of the last round."""
         score = self._scorer.score(self.plan)
         reference = self.problem.uniform_score(self._budget)
-        costs, latency = self._network.costs, self.problem.latency
+        costs, latency = self.problem.costs, self.problem.latency
         cost = costs.cost(self._counts)
         outcome = Outcome(
             score=score.score,

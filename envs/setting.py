@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from prunegym.pruning.allocation import knapsack, project, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
+from prunegym.pruning.cost import CostModel
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
@@ -33,6 +35,8 @@ class PruningProblem:
     """Needed for latency budgets; where it is given, latency is also known for other budgets."""
     rules: WidthRules | None = None
     """Alignment, fewest channels and bounds; by default groups may keep any count."""
+    removed: tuple[str, ...] = ()
+    """Paths of residual blocks that every plan leaves out."""
     limits: dict[Budget, Limit] = field(init=False)
     widths: Widths = field(init=False)
     """Counts that each group may keep."""
@@ -42,13 +46,26 @@ class PruningProblem:
             raise PruningError("`budget` should be given at least once. Received none. Write for example `macs:0.5`.")
         network = self.scorer.network
         self.widths = (self.rules or WidthRules()).apply(network.graph, strict=False)
-        self.limits = {
-            budget: apply_budget(budget, network.costs, self.widths, self.latency) for budget in self.budgets
-        }
+        if self.removed and self.latency is not None:
+            raise PruningError(
+                "`--leave-out` should be given with a budget of MACs or parameters. Received a latency table, which "
+                "knows nothing of blocks that are gone. Use macs: or params:."
+            )
+        self.limits = {budget: apply_budget(budget, self.costs, self.widths, self.latency) for budget in self.budgets}
 
     def only(self, budget: Budget) -> PruningProblem:
         """The same problem with one of its budgets; the scorer and its memory are shared."""
-        return PruningProblem(self.scorer, (budget,), self.latency, self.rules)
+        return PruningProblem(self.scorer, (budget,), self.latency, self.rules, self.removed)
+
+    def without(self, blocks: Iterable[str]) -> PruningProblem:
+        """The same problem for plans that leave some residual blocks out."""
+        removed = tuple(sorted({*self.removed, *blocks}))
+        return PruningProblem(self.scorer, self.budgets, self.latency, self.rules, removed)
+
+    @property
+    def costs(self) -> CostModel:
+        """Costs of plans, from kept counts."""
+        return self.scorer.network.costs_without(self.removed)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -58,7 +75,8 @@ class PruningProblem:
     def plan(self, counts: NDArray[np.int64], scores: NDArray[np.float64] | None = None) -> PruningPlan:
         """The plan that keeps the best channels of each group by the scorer's criterion (or ``scores``)."""
         graph = self.scorer.network.graph
-        return PruningPlan.from_scores(graph, counts, self.scorer.unit_scores if scores is None else scores)
+        scores = self.scorer.unit_scores if scores is None else scores
+        return PruningPlan.from_scores(graph, counts, scores).without(self.removed)
 
     def project(
         self, keep: NDArray[np.float64], limit: Limit, largest: NDArray[np.int64] | None = None

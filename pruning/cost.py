@@ -37,9 +37,12 @@ class CostModel:
         graph: the network's channel graph.
         model: the unpruned network, for the shapes of its parameters.
         removed: paths of residual blocks that are left out of all plans.
+        full: cost of the unpruned network; by default that of all channels.
     """
 
-    def __init__(self, graph: ChannelGraph, model: nn.Module, removed: Collection[str] = ()) -> None:
+    def __init__(
+        self, graph: ChannelGraph, model: nn.Module, removed: Collection[str] = (), full: Cost | None = None
+    ) -> None:
         groups = len(graph.groups)
         self._out, self._out_fixed = _affine(graph, [one.outputs for one in graph.operations], groups)
         inputs = [one.inputs if one.groups == 1 else np.full(one.fan_in, -1) for one in graph.operations]
@@ -51,7 +54,7 @@ class CostModel:
         self._batch, self._batch_fixed = _affine(graph, [one for _, one in batches], groups)
         self._batch_full = np.array([len(one) for _, one in batches], dtype=np.float64)
         self._parameters, self._fixed_parameters = self._parameter_terms(graph, model, removed)
-        self.full = self.cost(graph.sizes)
+        self.full = full or self.cost(graph.sizes)
 
     @staticmethod
     def _parameter_terms(

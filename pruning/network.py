@@ -101,6 +101,21 @@ class PrunableNetwork:
             return paths
         return tuple(path for path in paths if self._failure(model, full, (path,)) is None)
 
+    def blocks_matching(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """Residual blocks whose path matches one of several regular expressions in full.
+
+        Raises:
+            PruningError: a pattern matches no block.
+        """
+        found: dict[str, None] = {}
+        for pattern in patterns:
+            matching = [path for path in self.blocks if re.fullmatch(pattern, path)]
+            if not matching:
+                rule = "Only residual blocks with an identity shortcut may go."
+                raise unknown_name("--leave-out", pattern, self.blocks, rule)
+            found.update(dict.fromkeys(matching))
+        return tuple(found)
+
     def cost(self, plan: PruningPlan) -> Cost:
         """Exact cost of a plan, without building it."""
         return self.costs_without(plan.removed).cost(self.counts(plan))
@@ -114,7 +129,7 @@ class PrunableNetwork:
         key = frozenset(removed)
         if key not in self._costs:
             self._check_blocks(key)
-            self._costs[key] = CostModel(self.graph, self.model, key)
+            self._costs[key] = CostModel(self.graph, self.model, key, full=self.costs.full)
         return self._costs[key]
 
     def _check_blocks(self, removed: Collection[str]) -> None:
