@@ -202,7 +202,7 @@ class _GatedReads:
             data = args[0]
             last = isinstance(module, nn.Linear)  # where the channels are; else they are second
             for group in sorted(read & self._waiting):
-                self._decide(group, _pooled(data.detach(), len(self.open), last), units)
+                self._decide(group, _pooled(data.detach().float(), len(self.open), last), units)
             factor = self.open[:, units]  # (B, C)
             if len(data) % len(factor) == 0:
                 # several rows per example (windows, frames) stand one behind another
@@ -211,7 +211,7 @@ class _GatedReads:
                 factor = factor.mean(0, keepdim=True)
             around = [1] * (data.ndim - 2)
             shape = [len(factor), *around, len(units)] if last else [len(factor), len(units), *around]
-            return (data * factor.reshape(shape), *args[1:])
+            return (data * factor.reshape(shape).to(data.dtype), *args[1:])
 
         return gate
 
