@@ -114,7 +114,7 @@ class OneNetwork(Options):
     """Which network."""
 
     network: str
-    """Network: a name, such as cifar_resnet20 or torchvision's resnet50, or your own as
+    """Network: a name, such as cifar_resnet20, torchvision's resnet50 or timm/levit_128s, or your own as
     path/file.py:function."""
     weights: str | None = None
     """Weights of the network: a file of torch.save or safetensors, or for torchvision's networks
@@ -132,7 +132,7 @@ class SeveralNetworks(Options):
     """Which networks."""
 
     network: Names = ()
-    """Network: a name, such as cifar_resnet20 or torchvision's resnet50, or your own as
+    """Network: a name, such as cifar_resnet20, torchvision's resnet50 or timm/levit_128s, or your own as
     path/file.py:function."""
     weights: Names = ()
     """Weights of the network: a file of torch.save or safetensors, or for torchvision's networks `default`.

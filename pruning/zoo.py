@@ -1,4 +1,4 @@
-"""Networks by name: ours for digits and CIFAR, all of torchvision's, and functions in a user's file."""
+"""Networks by name: ours for digits and CIFAR, all of torchvision's and timm's, and functions in a user's file."""
 
 import hashlib
 import importlib.util
@@ -19,6 +19,7 @@ from torch import nn
 from prunegym.pruning.cifar import CIFAR_NETWORKS
 from prunegym.pruning.digits import DIGITS_NETWORKS
 from prunegym.pruning.errors import PruningError, unknown_name
+from prunegym.pruning.timm_networks import is_timm, timm_input_shape, timm_network
 from prunegym.pruning.weights import load_weights
 
 __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
@@ -41,7 +42,7 @@ def _torchvision_names() -> tuple[str, ...]:
 
 
 def network_names() -> list[str]:
-    """List the networks that have a name (``path/file.py:function`` will do as well)."""
+    """List the networks that have a name (``timm/NAME`` and ``path/file.py:function`` will do as well)."""
     return [*_OWN_NETWORKS, *_torchvision_names()]
 
 
@@ -64,6 +65,8 @@ def input_shape_of(
         channels, size = 3, 32
     elif name in _torchvision_names() or ":" in name:
         channels, size = 3, 299 if name == "inception_v3" else 224
+    elif is_timm(name):
+        channels, size, _ = timm_input_shape(name)
     else:
         raise _unknown_network(name)
     channels = channels if in_channels is None else in_channels
@@ -83,9 +86,9 @@ def build_network(
     """Make a network.
 
     Args:
-        name: One of :func:`network_names`, or ``path/file.py:function``. The function is called with those of
-            ``num_classes``, ``in_channels`` and ``image_size`` that it has parameters for and that are given
-            here.
+        name: One of :func:`network_names`, ``timm/NAME``, or ``path/file.py:function``. The function is called
+            with those of ``num_classes``, ``in_channels`` and ``image_size`` that it has parameters for and that
+            are given here.
         num_classes: Outputs. None: 10, or 1000 for torchvision's.
         in_channels: Input channels. None: those of :func:`input_shape_of`.
         image_size: Side of the images, pixels: wanted by networks with position embeddings, ignored by the
@@ -113,6 +116,9 @@ def build_network(
             published = _published_weights(name, weights)
             network = _torchvision_network(name, published, num_classes, in_channels, image_size)
             weights = None if published is not None else weights
+        elif is_timm(name):
+            network = timm_network(name, weights, num_classes, in_channels, image_size)
+            weights = None if str(weights).lower() == "default" else weights
         elif ":" in name:
             network = _user_network(name, {key: value for key, value in sizes.items() if value is not None})
         else:
@@ -124,7 +130,7 @@ def build_network(
 
 def _unknown_network(name: str) -> PruningError:
     """Describe a name that is not known."""
-    return unknown_name("--network", name, network_names(), "Or give your own as path/file.py:function.")
+    return unknown_name("--network", name, network_names(), "Or timm/NAME, or your own as path/file.py:function.")
 
 
 def _published_weights(name: str, weights: str | Path | None) -> Any | None:

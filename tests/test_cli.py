@@ -397,7 +397,7 @@ def test_bad_input_ends_the_process_with_code_2(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("Or give your own as path/file.py:function.")
+    assert done.stderr.strip().endswith("Or timm/NAME, or your own as path/file.py:function.")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 

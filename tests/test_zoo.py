@@ -1,4 +1,5 @@
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -320,3 +321,27 @@ def test_wrong_weights_are_refused_and_change_nothing(tmp_path: Path, network: n
         load_weights(network, tmp_path / "absent.pt")
 
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_timm_network_is_built_as_asked() -> None:
+    """Head, input channels and, where positions are embedded, the size of the images."""
+    pytest.importorskip("timm")
+    network = build_network("timm/test_vit", num_classes=7, in_channels=1, image_size=64)
+
+    assert network(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
+    assert input_shape_of("timm/test_vit") == (3, 160, 160)
+
+
+def test_unknown_timm_network_is_rejected_with_the_nearest() -> None:
+    """A slip of the pen."""
+    pytest.importorskip("timm")
+    with pytest.raises(PruningError, match="timm/resnet18"):
+        build_network("timm/resnet_18")
+
+
+def test_absent_timm_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    with pytest.raises(PruningError, match=r"pip install 'prunegym\[timm\]'"):
+        build_network("timm/resnet18")
