@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from prunegym.pruning.allocation import knapsack, project, uniform
+from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
@@ -80,6 +80,24 @@ class PruningProblem:
         scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
         group_of = scorer.network.graph.group_of
         return knapsack(scores, group_of, self.sizes, limit, self.least, largest)
+
+    def threshold_counts(
+        self, scores: NDArray[np.float64], limit: Limit, smallest: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """The allocation of one threshold on scores ``(units,)`` of the whole network.
+
+        Each group keeps at least ``smallest (groups,)``, by default the fewest it may.
+
+        Raises:
+            PruningError: a score is not finite.
+        """
+        if not np.isfinite(scores).all():
+            raise PruningError(
+                "`scores` should be finite. Received NaN or infinity. Check the weights of the network, or what makes "
+                "the scores."
+            )
+        group_of = self.scorer.network.graph.group_of
+        return threshold(scores, group_of, self.sizes, limit, self.least if smallest is None else smallest)
 
     def uniform_score(self, budget: Budget) -> Score:
         """Score of the uniform plan: what every reward is compared with."""

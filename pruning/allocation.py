@@ -1,4 +1,4 @@
-"""How many channels each group keeps: projection onto a budget, the uniform allocation and the knapsack.
+"""How many channels each group keeps: projection onto a budget, uniform, one threshold for all, and the knapsack.
 
 All allocations returned here are *maximal*: they keep the budget and no group can take one more channel
 without breaking it. So searchers are compared at equal realised cost, to within the cost of one channel.
@@ -14,6 +14,7 @@ from prunegym.pruning.budget import Limit
 Counts = NDArray[np.int64]
 _EDGE = 1e-4  # keep ratios are moved inside (0, 1) by this much before their logit is taken
 _REACH = 40.0  # a shift of the logits by this much moves any ratio to the other end
+_LEVEL = 1e-12  # of the full cost
 STEPS_PER_GROUP = 64
 """Wide groups lose channels in steps of 1/64 of their width in the knapsack: finer steps change nothing."""
 
@@ -71,6 +72,48 @@ def uniform(sizes: Counts, limit: Limit, smallest: Counts, largest: Counts | Non
     return project(np.full(len(sizes), 0.5), sizes, limit, smallest, largest)
 
 
+def threshold(
+    scores: NDArray[np.float64],
+    group_of: NDArray[np.int64],
+    sizes: Counts,
+    limit: Limit,
+    smallest: Counts,
+) -> Counts:
+    """Count the units of each group above one threshold for the whole network, the lowest that keeps the budget.
+
+    The best ``smallest`` units of each group are kept whatever they score. What is left of the budget is filled in the
+    order of the scores with the units that still fit. Among equal scores earlier units come first.
+
+    Args:
+        scores: of each unit ``(units,)``, comparable across groups.
+        group_of: group of each unit ``(units,)``.
+        sizes: channels of each group ``(groups,)``.
+        limit: the budget applied to the network.
+        smallest: fewest channels each group may keep ``(groups,)``.
+    """
+    ranked = group_of[np.argsort(-scores, kind="stable")]
+    rank = np.empty(len(ranked), dtype=np.int64)
+    for group, size in enumerate(sizes.tolist()):
+        rank[ranked == group] = np.arange(size)
+    next_in = ranked[rank >= smallest[ranked]]  # the groups in the order in which they get one channel more
+
+    def counts_at(amount: int) -> Counts:
+        return smallest + np.bincount(next_in[:amount], minlength=len(sizes))
+
+    low, high = 0, len(next_in) + 1  # `low` holds the budget, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if limit.holds(counts_at(middle)) else (low, middle)
+    counts, closed = counts_at(low), set()
+    for group in next_in[low:].tolist():
+        if group not in closed:
+            counts[group] += 1
+            if not limit.holds(counts):
+                counts[group] -= 1
+                closed.add(group)  # costs only grow: what does not fit now will not fit later
+    return counts
+
+
 def knapsack(
     scores: NDArray[np.float64],
     group_of: NDArray[np.int64],
@@ -83,7 +126,9 @@ def knapsack(
 
     Greedy solution of the knapsack over channels (as in Shen et al., "Structural Pruning via Latency-Saliency
     Knapsack", NeurIPS 2022): at every step the group whose least important channels are worth least per unit
-    of cost saved loses them; then what fits is taken back.
+    of cost saved loses them; then what fits is taken back. Where the cost falls in stairs, as latency may, a group on
+    a level part offers as many channels at once as it takes to save something. While no group saves anything by one
+    step (a latency model that is bounded from above), the step that is worth least is taken.
 
     Args:
         scores: importance of each unit ``(units,)``, additive and comparable across groups, such as squared
@@ -98,25 +143,44 @@ def knapsack(
     most = counts.copy()
     cumulative = [np.concatenate([[0.0], np.cumsum(np.sort(scores[group_of == g])[::-1])]) for g in range(len(sizes))]
     steps = np.maximum(1, sizes // STEPS_PER_GROUP)
-    current = limit.value(counts)
-    while current > limit.most:
-        best, best_price, best_cost = -1, np.inf, current
-        for group in range(len(sizes)):
-            step = min(int(steps[group]), int(counts[group] - smallest[group]))
-            if step <= 0:
-                continue
-            counts[group] -= step
-            cost = limit.value(counts)
-            worth = cumulative[group][counts[group] + step] - cumulative[group][counts[group]]
-            counts[group] += step
-            saved = current - cost
-            price = worth / saved if saved > 0 else np.inf
-            if price < best_price or best < 0:
-                best, best_price, best_cost = group, price, cost
-        step = min(int(steps[best]), int(counts[best] - smallest[best]))
-        counts[best] -= step
-        current = best_cost
+    while limit.value(counts) > limit.most:
+        group, amount = _cheapest_offer(counts, cumulative, steps, limit, smallest)
+        counts[group] -= amount
     return _take_back(counts, cumulative, limit, most)
+
+
+def _cheapest_offer(
+    counts: Counts, cumulative: list[NDArray[np.float64]], steps: Counts, limit: Limit, smallest: Counts
+) -> tuple[int, int]:
+    """Which group gives up how many channels next: those worth least per unit of cost saved."""
+    current = limit.value(counts)
+    level = _LEVEL * limit.full  # saving less than that is rounding
+
+    def saved(group: int, amount: int) -> float:
+        counts[group] -= amount
+        cost = limit.value(counts)
+        counts[group] += amount
+        return current - cost
+
+    def worth(group: int, amount: int) -> float:
+        return float(cumulative[group][counts[group]] - cumulative[group][counts[group] - amount])
+
+    spare = counts - smallest
+    single = {g: min(int(steps[g]), int(spare[g])) for g in np.flatnonzero(spare > 0).tolist()}
+    savings = {g: saved(g, amount) for g, amount in single.items()}
+    if max(savings.values()) <= level:
+        cheapest = min(single, key=lambda g: worth(g, single[g]))
+        return cheapest, single[cheapest]
+    offers: list[tuple[float, int, int]] = []
+    for group, amount in single.items():
+        saving = savings[group]
+        while saving <= level and amount < spare[group]:
+            amount = min(amount + int(steps[group]), int(spare[group]))
+            saving = saved(group, amount)
+        if saving > level:
+            offers.append((worth(group, amount) / saving, group, amount))
+    _, group, amount = min(offers, key=lambda offer: offer[0])
+    return group, amount
 
 
 def _take_back(counts: Counts, cumulative: list[NDArray[np.float64]], limit: Limit, most: Counts) -> Counts:

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prunegym.pruning.allocation import knapsack, project, uniform
+from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, Limit, apply_budget
 from prunegym.pruning.network import PrunableNetwork
 
@@ -276,3 +276,85 @@ def test_projection_on_a_real_network_holds_and_is_maximal(zoo: Toys, seed: int,
 
     assert limit.holds(counts)
     assert Small(sizes, smallest, largest, keep, limit).maximal(counts)
+
+
+@given(problems(), st.data())
+def test_threshold_is_one_for_all_groups(problem: Small, data: st.DataObject) -> None:
+    """What stays: the best of each group; then, from the best score down, what fits until a group meets the budget."""
+    units = int(problem.sizes.sum())
+    group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
+    scores = np.array(data.draw(st.permutations(range(units))), dtype=np.float64)
+    expected, rank = problem.smallest.copy(), np.zeros_like(problem.sizes)
+    for unit in np.argsort(-scores).tolist():
+        group = group_of[unit]
+        rank[group] += 1
+        more = expected + np.eye(len(expected), dtype=np.int64)[group]
+        expected = more if rank[group] > problem.smallest[group] and problem.limit.holds(more) else expected
+
+    counts = threshold(scores, group_of, problem.sizes, problem.limit, problem.smallest)
+
+    assert counts.tolist() == expected.tolist()
+    assert problem.limit.holds(counts)
+
+
+@given(problems())
+def test_threshold_on_equal_scores_prefers_earlier_units(problem: Small) -> None:
+    """So the result does not depend on how a library sorts."""
+    group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
+    falling = -np.arange(len(group_of), dtype=np.float64)
+
+    equal = threshold(np.zeros(len(group_of)), group_of, problem.sizes, problem.limit, problem.smallest)
+
+    assert (equal == threshold(falling, group_of, problem.sizes, problem.limit, problem.smallest)).all()
+
+
+#: Two groups of 24 channels on a device whose latency falls in stairs of 8 channels, the second in dearer ones.
+STAIRS = (1.0, 3.0)
+
+
+def stairs(counts: Counts) -> float:
+    """Latency of the two groups."""
+    return float(sum(height * np.ceil(count / 8) for height, count in zip(STAIRS, counts, strict=True)))
+
+
+def kept_worth(scores: NDArray[np.float64], counts: Counts) -> float:
+    """Importance that is left in groups of equal size."""
+    own = np.sort(scores.reshape(len(counts), -1), axis=1)[:, ::-1]
+    return float(sum(row[:count].sum() for row, count in zip(own, counts, strict=True)))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=48, max_size=48), st.integers(5, 11))
+def test_knapsack_keeps_what_latency_gives_for_nothing(scores: list[float], most: int) -> None:
+    """Nothing is gained by ending between two stairs; and the worth lost against trying all is less than one stair."""
+    values, sizes, smallest = np.array(scores), np.array([24, 24]), np.array([1, 1])
+    limit = Limit(Budget("latency", 0.5), stairs, stairs(sizes), float(most))
+
+    counts = knapsack(values, np.repeat([0, 1], 24), sizes, limit, smallest)
+
+    tried = [np.array(one) for one in product((8, 16, 24), repeat=2) if stairs(np.array(one)) <= most]
+    best = max(kept_worth(values, one) for one in tried)
+    assert (counts % 8 == 0).all()
+    assert limit.holds(counts)
+    assert kept_worth(values, counts) >= best - max(np.sort(row)[-8:].sum() for row in values.reshape(2, 24))
+
+
+def test_knapsack_gives_up_a_level_part_as_a_whole() -> None:
+    """A group whose next channels save nothing by themselves is still the cheapest if a few more do."""
+    scores = np.concatenate([np.full(24, 0.001), np.full(24, 1.0)])
+    limit = Limit(Budget("latency", 0.5), lambda counts: stairs(counts) + 0.05 * counts[1], 12.0, 11.9)
+
+    counts = knapsack(scores, np.repeat([0, 1], 24), np.array([24, 24]), limit, np.array([1, 1]))
+
+    assert counts.tolist() == [8, 24]  # two stairs of the first, worth 0.016
+
+
+def test_knapsack_strips_no_group_where_a_bounded_latency_saves_nothing(rng: np.random.Generator) -> None:
+    """A table never predicts more than the unpruned network took: at first no single step may save anything."""
+    sizes, smallest = np.array([24, 24, 24]), np.array([1, 1, 1])
+    scores = np.concatenate([rng.uniform(1, 2, 24), rng.uniform(0.1, 2, 24), rng.uniform(0.1, 2, 24)])
+    limit = Limit(Budget("latency", 0.9), lambda counts: min(65.0, float(counts.sum())), 65.0, 58.0)
+
+    counts = knapsack(scores, np.repeat([0, 1, 2], 24), sizes, limit, smallest)
+
+    assert counts.sum() == 58
+    assert kept_worth(scores, counts) == pytest.approx(np.sort(scores)[-58:].sum())

@@ -1,0 +1,77 @@
+"""NetAdapt: a fixed step of the budgeted resource at a time, taken from the group that misses it least."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prunegym.agents.search import Counts, Search, SearchResult, SearchSettings
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget, Limit
+
+
+def netadapt(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
+    """Greedy search from the unpruned network down to the budget.
+
+    Yang et al., "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications", ECCV 2018. Each
+    iteration lowers the resource (MACs, parameters or the latency of the table) by a fixed step: one proposal for each
+    group, which alone gives up as many channels as the step takes; the proposal with the best score after recovery
+    wins, of equal ones the cheapest. A group that cannot give the step by itself makes no proposal.
+
+    Ours is how this fits an allowance. There are as many iterations as it holds with one evaluation for every group,
+    and steps of equal size. Where no group can give the step by itself, each offers all it has, and later iterations
+    make up for it. The proposals of the last iteration are projected onto the budget. NetAdapt's short fine-tuning is
+    the scorer's recovery (training steps in the fine-tuned regime), and the channels that stay are those of the
+    scorer's criterion.
+
+    Raises:
+        PruningError: the allowance does not hold one evaluation for each group.
+    """
+    groups = len(problem.sizes)
+    reason = f" (one for each of the {groups} groups)"
+    search = Search("netadapt", problem, budget, settings, least=groups, reason=reason)
+    iterations = search.left // groups
+    limit, counts = search.limit, problem.sizes
+    full = limit.value(counts)
+    for index in range(1, iterations):
+        target = full - (full - limit.most) * index / iterations
+        scored = [
+            (search.probe(one), -limit.value(one), one) for one in proposals(counts, target, limit, problem.least)
+        ]
+        counts = max(scored, key=lambda one: one[:2])[2] if scored else counts
+    for one in proposals(counts, limit.most, limit, problem.least) or [counts]:
+        search.ask(one / problem.sizes)
+    return search.result()
+
+
+def proposals(counts: Counts, target: float, limit: Limit, least: Counts) -> list[Counts]:
+    """What one iteration tries: for each group that can, as many channels fewer as the target takes.
+
+    Args:
+        counts: what the last iteration left ``(groups,)``.
+        target: the most that may remain of the resource.
+        limit: measures the resource.
+        least: fewest channels each group may keep ``(groups,)``.
+
+    Returns:
+        Counts ``(groups,)`` that differ from ``counts`` in one group; if no group alone can reach the target, all that
+        each one has.
+    """
+    reaching, offering = [], []
+    for group in np.flatnonzero(counts > least).tolist():
+        proposal = counts.copy()
+        proposal[group] = least[group]
+        offering.append(proposal)
+        if limit.value(proposal) <= target:
+            reaching.append(_widest(counts, group, target, limit, int(least[group])))
+    return reaching or offering
+
+
+def _widest(counts: Counts, group: int, target: float, limit: Limit, least: int) -> Counts:
+    """The counts with one group as wide as the target allows, by bisection; ``least`` is narrow enough."""
+    proposal = counts.copy()
+    low, high = least, int(counts[group]) + 1
+    while high - low > 1:
+        proposal[group] = (low + high) // 2
+        low, high = (int(proposal[group]), high) if limit.value(proposal) <= target else (low, int(proposal[group]))
+    proposal[group] = low
+    return proposal
