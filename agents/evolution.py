@@ -26,7 +26,7 @@ STEP = 1.0
 SAFEGUARD = 0.1
 """Part of each group that LeGR always keeps."""
 _REDRAWS = 10
-"""Times that a child is drawn again because its plan has been scored."""
+"""Times that a child is mutated once more because its plan has been scored."""
 _HIGHEST = 0.99
 """Keep ratio whose logit stands for 1."""
 
@@ -37,12 +37,13 @@ def evolution(problem: PruningProblem, budget: Budget, settings: SearchSettings)
     As Liu et al., "MetaPruning", ICCV 2019, and Cai et al., "Once-for-All", ICLR 2020, search for widths, with the
     latter's numbers: up to 100 random individuals at first, then generations in which the best quarter stays and has
     children, half of them by mutation (each group with probability 0.1), half by crossover (each group from either
-    parent). Like MetaPruning, a child whose plan has been scored is drawn again. Ours is that a mutation moves a logit
-    by a normal step instead of drawing a width anew, that every child is projected onto the budget instead of being
-    drawn until it fits, and that the population is a tenth of a small allowance, for some ten generations.
+    parent). Like MetaPruning, what has been scored is not scored again: such a child is mutated once more. Ours is that
+    a mutation moves a logit by a normal step instead of drawing a width anew, that every child is projected onto the
+    budget instead of being drawn until it fits, and that the population is a tenth of a small allowance, for some ten
+    generations, but ten at least.
     """
     search = Search("evolution", problem, budget, settings)
-    size = int(np.clip(search.left // 10, min(4, search.left), POPULATION))
+    size = int(np.clip(search.left // 10, min(10, search.left), POPULATION))
     first = search.rng.uniform(LOWEST, 1.0, (size, len(problem.sizes)))
     seen: set[bytes] = set()
     population = [_born(search, logit(np.minimum(keep, _HIGHEST)), seen) for keep in first]
@@ -63,11 +64,11 @@ def _born(search: Search, logits: Floats, seen: set[bytes]) -> tuple[float, Floa
 
 
 def _child(search: Search, parents: list[Floats], mutates: bool, seen: set[bytes]) -> tuple[float, Floats]:
-    logits = parents[0]
+    logits = mutated(search.rng, parents) if mutates else crossed(search.rng, parents)
     for _ in range(_REDRAWS):
-        logits = mutated(search.rng, parents) if mutates else crossed(search.rng, parents)
         if search.project(expit(logits)).tobytes() not in seen:
             break
+        logits = mutated(search.rng, [logits])
     return _born(search, logits, seen)
 
 
@@ -81,7 +82,7 @@ def mutated(rng: np.random.Generator, parents: list[Floats]) -> Floats:
 
 def crossed(rng: np.random.Generator, parents: list[Floats]) -> Floats:
     """Each logit from one of two parents."""
-    first, second = (parents[int(index)] for index in rng.integers(len(parents), size=2))
+    first, second = (parents[int(index)] for index in rng.choice(len(parents), 2, replace=len(parents) == 1))
     child: Floats = np.where(rng.random(len(first)) < 0.5, first, second)
     return child
 

@@ -1,4 +1,4 @@
-"""NetAdapt: a fixed step of the budgeted resource at a time, taken from the group that misses it least."""
+"""NetAdapt: a step of the budgeted resource at a time, taken from the group that misses it least."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ def netadapt(problem: PruningProblem, budget: Budget, settings: SearchSettings) 
     """Greedy search from the unpruned network down to the budget.
 
     Yang et al., "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications", ECCV 2018. Each
-    iteration lowers the resource (MACs, parameters or the latency of the table) by a fixed step: one proposal for each
+    iteration lowers the resource (MACs, parameters or the latency of the table) by a step: one proposal for each
     group, which alone gives up as many channels as the step takes; the proposal with the best score after recovery
     wins, of equal ones the cheapest. A group that cannot give the step by itself makes no proposal.
 
-    Ours is how this fits an allowance. There are as many iterations as it holds with one evaluation for every group,
-    and steps of equal size. Where no group can give the step by itself, each offers all it has, and later iterations
-    make up for it. The proposals of the last iteration are projected onto the budget. NetAdapt's short fine-tuning is
-    the scorer's recovery (training steps in the fine-tuned regime), and the channels that stay are those of the
+    Ours is how this fits an allowance. A step is what must still be saved, divided by the iterations that the rest of
+    the allowance holds with one evaluation for every group: equal steps where every group makes a proposal, smaller
+    ones later where some do not (the paper's steps shrink as well). Where no group can give the step by itself, each
+    offers all it has. The proposals of the last iteration are projected onto the budget. NetAdapt's short fine-tuning
+    is the scorer's recovery (training steps in the fine-tuned regime), and the channels that stay are those of the
     scorer's criterion.
 
     Raises:
@@ -29,16 +30,16 @@ def netadapt(problem: PruningProblem, budget: Budget, settings: SearchSettings) 
     groups = len(problem.sizes)
     reason = f" (one for each of the {groups} groups)"
     search = Search("netadapt", problem, budget, settings, least=groups, reason=reason)
-    iterations = search.left // groups
     limit, counts = search.limit, problem.sizes
-    full = limit.value(counts)
-    for index in range(1, iterations):
-        target = full - (full - limit.most) * index / iterations
+    while search.left >= 2 * groups and not limit.holds(counts):
+        cost = limit.value(counts)
+        target = cost - (cost - limit.most) / (search.left // groups)
         scored = [
             (search.probe(one), -limit.value(one), one) for one in proposals(counts, target, limit, problem.least)
         ]
-        counts = max(scored, key=lambda one: one[:2])[2] if scored else counts
-    for one in proposals(counts, limit.most, limit, problem.least) or [counts]:
+        counts = max(scored, key=lambda one: one[:2])[2]
+    last = [counts] if limit.holds(counts) else proposals(counts, limit.most, limit, problem.least)
+    for one in last:
         search.ask(one / problem.sizes)
     return search.result()
 

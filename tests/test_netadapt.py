@@ -1,0 +1,97 @@
+"""NetAdapt against its definition."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunegym.agents.netadapt import netadapt, proposals
+from prunegym.agents.search import SearchSettings
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget, Limit
+from prunegym.pruning.errors import PruningError
+
+
+def chain(counts: np.ndarray) -> float:
+    """Cost of three layers in a row."""
+    first, second = counts.tolist()
+    return float(2 * first + 3 * first * second + second)
+
+
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.floats(0, 1))
+def test_proposals_are_the_widest_that_one_group_can_offer(start: tuple[int, int], share: float) -> None:
+    """By trying every width of each group, the other as it is."""
+    counts, least = np.array(start), np.array([1, 1])
+    target = chain(least) + share * (chain(counts) - chain(least))
+    expected = []
+    for group in range(2):
+        tried = [counts - np.eye(2, dtype=np.int64)[group] * fewer for fewer in range(start[group])]
+        fitting = [one for one in tried if chain(one) <= target]
+        expected += [fitting[0]] if fitting and start[group] > 1 else []
+    if not expected:  # all that each group has
+        both = (np.array([1, start[1]]), np.array([start[0], 1]))
+        expected = [one for group, one in enumerate(both) if start[group] > 1]
+
+    found = proposals(counts, target, Limit(Budget("macs", 0.5), chain, chain(counts), target), least)
+
+    assert [one.tolist() for one in found] == [one.tolist() for one in expected]
+
+
+@pytest.mark.parametrize("evaluations", [12, 30, 60])
+def test_each_iteration_keeps_the_best_proposal(known_problem: PruningProblem, evaluations: int) -> None:
+    """Step by step as the paper has it, by trying every width."""
+    scorer, sizes = known_problem.scorer, known_problem.sizes
+    (limit,) = known_problem.limits.values()
+    found = netadapt(known_problem, known_problem.budgets[0], SearchSettings(evaluations=evaluations))
+    asked = [scorer.network.counts(plan).tolist() for plan in scorer.plans]
+
+    counts, expected, last = sizes.copy(), [], False
+    while not last:
+        left = (evaluations - len(expected)) // 12
+        last = left == 1
+        target = limit.value(counts) - (limit.value(counts) - limit.most) / left
+        offers = []
+        for group in range(12):
+            widths = range(counts[group], 0, -1)
+            tried = [np.where(np.arange(12) == group, width, counts) for width in widths]
+            offers += [one for one in tried if limit.value(one) <= target][:1]
+        if not offers:
+            offers = [np.where(np.arange(12) == group, 1, counts) for group in np.flatnonzero(counts > 1)]
+        if last:
+            offers = [known_problem.project(one / sizes, limit) for one in offers]
+        expected += offers
+        counts = max(offers, key=lambda one: (scorer.score(known_problem.plan(one)).score, -limit.value(one)))
+
+    assert asked == [one.tolist() for one in expected]
+    assert found.plan == known_problem.plan(counts)
+    assert found.evaluations == len(asked) <= evaluations
+
+
+def test_latency_of_the_table_is_what_falls(problem: PruningProblem) -> None:
+    """With a latency budget every iteration brings the prediction down by a step."""
+    budget = Budget("latency", 0.6)
+    limit, latencies = problem.limits[budget], []
+    whole = problem.scorer.score
+
+    class Watched:
+        """Notes what is asked."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(problem.scorer, name)
+
+        def score(self, plan: object) -> object:
+            latencies.append(limit.fraction(problem.scorer.network.counts(plan)))
+            return whole(plan)
+
+    watched = PruningProblem(Watched(), (budget,), problem.latency)
+    found = netadapt(watched, budget, SearchSettings(evaluations=18))
+
+    assert latencies[0] <= 1 - 0.4 / 3
+    assert np.diff(latencies).max() < 0.01  # proposals of one iteration differ by less than a channel costs
+    assert 0.59 < limit.fraction(problem.scorer.network.counts(found.plan)) <= 0.6
+
+
+def test_allowance_without_a_proposal_for_each_group_is_refused(known_problem: PruningProblem) -> None:
+    """The message says what it takes."""
+    with pytest.raises(PruningError, match=r"at least 12 for searcher netadapt \(one for each of the 12 groups\)"):
+        netadapt(known_problem, known_problem.budgets[0], SearchSettings(evaluations=11))
