@@ -74,7 +74,7 @@ def amc(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> Se
             seed=int(search.rng.integers(2**31)),
             device="cpu",
         )
-        agent.learn(search.allowed * groups, log_interval=None)
+        agent.learn(search.allowed * groups, log_interval=search.allowed + 1)  # more than there are: no log
     return search.result()
 
 

@@ -17,12 +17,11 @@ def netadapt(problem: PruningProblem, budget: Budget, settings: SearchSettings) 
     group, which alone gives up as many channels as the step takes; the proposal with the best score after recovery
     wins, of equal ones the cheapest. A group that cannot give the step by itself makes no proposal.
 
-    Ours is how this fits an allowance. A step is what must still be saved, divided by the iterations that the rest of
-    the allowance holds with one evaluation for every group: equal steps where every group makes a proposal, smaller
-    ones later where some do not (the paper's steps shrink as well). Where no group can give the step by itself, each
-    offers all it has. The proposals of the last iteration are projected onto the budget. NetAdapt's short fine-tuning
-    is the scorer's recovery (training steps in the fine-tuned regime), and the channels that stay are those of the
-    scorer's criterion.
+    Ours is how this fits an allowance: every step is the smallest that the rest of the allowance pays for, if as many
+    groups make a proposal in the iterations to come and all do in the last. So steps are equal where all groups make
+    one throughout. Where no group can give the step by itself, each offers all it has. The proposals of the last
+    iteration are projected onto the budget. NetAdapt's short fine-tuning is the scorer's recovery (training steps in
+    the fine-tuned regime), and the channels that stay are those of the scorer's criterion.
 
     Raises:
         PruningError: the allowance does not hold one evaluation for each group.
@@ -31,17 +30,28 @@ def netadapt(problem: PruningProblem, budget: Budget, settings: SearchSettings) 
     reason = f" (one for each of the {groups} groups)"
     search = Search("netadapt", problem, budget, settings, least=groups, reason=reason)
     limit, counts = search.limit, problem.sizes
-    while search.left >= 2 * groups and not limit.holds(counts):
-        cost = limit.value(counts)
-        target = cost - (cost - limit.most) / (search.left // groups)
-        scored = [
-            (search.probe(one), -limit.value(one), one) for one in proposals(counts, target, limit, problem.least)
-        ]
-        counts = max(scored, key=lambda one: one[:2])[2]
+    while not limit.holds(counts) and (offers := affordable(search, counts)):
+        counts = max(((search.probe(one), -limit.value(one), one) for one in offers), key=lambda one: one[:2])[2]
     last = [counts] if limit.holds(counts) else proposals(counts, limit.most, limit, problem.least)
     for one in last:
         search.ask(one / problem.sizes)
     return search.result()
+
+
+def affordable(search: Search, counts: Counts) -> list[Counts]:
+    """Proposals for the smallest step that the allowance pays for; none if the next iteration must be the last."""
+    limit, least, cost = search.limit, search.problem.least, search.limit.value(counts)
+    spare = search.left - len(counts)  # the last iteration may need one for each group
+
+    def offers_at(iterations: int) -> list[Counts]:
+        return proposals(counts, cost - (cost - limit.most) / iterations, limit, least)
+
+    # smaller steps take more iterations, and more groups can give them: bisection over the number of iterations
+    low, high = spare // len(counts) + 1, spare + 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if (middle - 1) * len(offers_at(middle)) <= spare else (low, middle)
+    return offers_at(low) if low > 1 else []
 
 
 def proposals(counts: Counts, target: float, limit: Limit, least: Counts) -> list[Counts]:

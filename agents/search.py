@@ -114,14 +114,14 @@ class Search:
         Raises:
             PruningError: they are not that.
         """
-        keep = np.asarray(keep, dtype=np.float64)
+        ratios: NDArray[np.float64] = np.asarray(keep, dtype=np.float64)
         groups = len(self.problem.sizes)
-        if keep.shape != (groups,) or not (np.isfinite(keep) & (keep >= 0) & (keep <= 1)).all():
+        if ratios.shape != (groups,) or not ((ratios >= 0) & (ratios <= 1)).all():  # NaN is neither
             raise PruningError(
                 f"Searcher {self.name} should ask for {groups} keep ratios in [0, 1], one per group. Received "
-                f"{np.array2string(keep, precision=3, threshold=8)}. This is an error of the searcher."
+                f"{np.array2string(ratios, precision=3, threshold=8)}. This is an error of the searcher."
             )
-        return self.problem.project(keep, self.limit)
+        return self.problem.project(ratios, self.limit)
 
     def ask(self, keep: NDArray[np.floating]) -> float:
         """Score of the plan that asked keep ratios ``(groups,)`` are projected to."""

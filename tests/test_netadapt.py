@@ -37,27 +37,29 @@ def test_proposals_are_the_widest_that_one_group_can_offer(start: tuple[int, int
     assert [one.tolist() for one in found] == [one.tolist() for one in expected]
 
 
-@pytest.mark.parametrize("evaluations", [12, 30, 60])
+@pytest.mark.parametrize("evaluations", [12, 20, 36])
 def test_each_iteration_keeps_the_best_proposal(known_problem: PruningProblem, evaluations: int) -> None:
-    """Step by step as the paper has it, by trying every width."""
+    """Step by step as the paper has it, by trying every width, and every number of iterations that may be left."""
     scorer, sizes = known_problem.scorer, known_problem.sizes
     (limit,) = known_problem.limits.values()
     found = netadapt(known_problem, known_problem.budgets[0], SearchSettings(evaluations=evaluations))
     asked = [scorer.network.counts(plan).tolist() for plan in scorer.plans]
 
-    counts, expected, last = sizes.copy(), [], False
-    while not last:
-        left = (evaluations - len(expected)) // 12
-        last = left == 1
-        target = limit.value(counts) - (limit.value(counts) - limit.most) / left
+    def offers_at(target: float) -> list[np.ndarray]:
         offers = []
         for group in range(12):
-            widths = range(counts[group], 0, -1)
-            tried = [np.where(np.arange(12) == group, width, counts) for width in widths]
+            tried = [np.where(np.arange(12) == group, width, counts) for width in range(counts[group], 0, -1)]
             offers += [one for one in tried if limit.value(one) <= target][:1]
-        if not offers:
-            offers = [np.where(np.arange(12) == group, 1, counts) for group in np.flatnonzero(counts > 1)]
-        if last:
+        return offers or [np.where(np.arange(12) == group, 1, counts) for group in np.flatnonzero(counts > 1)]
+
+    counts, expected, iterations = sizes.copy(), [], 0
+    while iterations != 1:
+        cost, spare = limit.value(counts), evaluations - len(expected) - 12
+        for iterations in range(spare + 1, 0, -1):
+            offers = offers_at(cost - (cost - limit.most) / iterations)
+            if (iterations - 1) * len(offers) <= spare:
+                break
+        if iterations == 1:
             offers = [known_problem.project(one / sizes, limit) for one in offers]
         expected += offers
         counts = max(offers, key=lambda one: (scorer.score(known_problem.plan(one)).score, -limit.value(one)))
@@ -86,7 +88,7 @@ def test_latency_of_the_table_is_what_falls(problem: PruningProblem) -> None:
     watched = PruningProblem(Watched(), (budget,), problem.latency)
     found = netadapt(watched, budget, SearchSettings(evaluations=18))
 
-    assert latencies[0] <= 1 - 0.4 / 3
+    assert 0.6 < latencies[0] <= 1 - 0.4 / 13  # thirteen steps at most, if each takes one evaluation
     assert np.diff(latencies).max() < 0.01  # proposals of one iteration differ by less than a channel costs
     assert 0.59 < limit.fraction(problem.scorer.network.counts(found.plan)) <= 0.6
 
