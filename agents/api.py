@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from prunegym.agents.config import PruneConfig
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import ProblemOptions, parse_budgets
 from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
-from prunegym.agents.setup import assemble_problem, build_prunable, latency_cache, network_source
+from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
+from prunegym.agents.width_options import WidthOptions
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
@@ -24,6 +25,10 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import load_network
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask, Task
+from prunegym.pruning.widths import bound_texts
+
+#: Patterns of module paths, with the least and most that their groups keep.
+Bounds: TypeAlias = Mapping[str, str | float | tuple[float, float]]
 
 __all__ = ["inspect", "load", "make_env", "prune", "save"]
 
@@ -33,6 +38,9 @@ def inspect(
     example_inputs: Tensor | tuple[Any, ...],
     *,
     keep: Sequence[str] = (),
+    align: int = 1,
+    min_channels: int = 1,
+    bounds: Bounds | None = None,
     name: str | None = None,
 ) -> Inspection:
     """List the channel groups of a model, what ties them together, what is frozen and why, and costs.
@@ -41,16 +49,20 @@ def inspect(
         model: Any network; it is not changed.
         example_inputs: A tensor with a batch dimension, or a tuple for ``model(*inputs)``.
         keep: Regular expressions of module paths whose channels are not to be pruned.
+        align: See :func:`prune`.
+        min_channels: See :func:`prune`.
+        bounds: See :func:`prune`.
         name: What the network is called; by default its class.
 
     Returns:
         The groups; ``to_text()`` for people, ``to_json()`` for programs.
 
     Raises:
-        PruningError: The model does not run on the inputs, or nothing in it can be pruned.
+        PruningError: The model does not run on the inputs, nothing in it can be pruned, or a group is left no width.
     """
+    options = WidthOptions(align=align, min_channels=min_channels, bound=bound_texts(bounds))
     network = PrunableNetwork(model, example_inputs, name=name or type(model).__name__, keep=keep)
-    return inspect_network(network)
+    return inspect_network(network, rules=options.width_rules)
 
 
 def prune(
@@ -64,6 +76,9 @@ def prune(
     epochs: int = 0,
     learning_rate: float = 0.01,
     keep: Sequence[str] = (),
+    align: int = 1,
+    min_channels: int = 1,
+    bounds: Bounds | None = None,
     name: str | None = None,
     source: str | Mapping[str, Any] | None = None,
     latency: bool = False,
@@ -82,11 +97,15 @@ def prune(
         searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform``, ``random`` or another of
             ``prunegym.agents.searchers.SEARCHERS``; by default the policy if there is one, else the knapsack
             allocator.
-        policy: Policy file.
+        policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.
         learning_rate: Of fine-tuning.
         keep: Regular expressions of module paths whose channels are not to be pruned.
+        align: Widths of pruned layers are multiples of this where possible; a group of fewer channels is not pruned.
+        min_channels: Fewest channels that each group keeps.
+        bounds: Least and most that some groups keep: a regular expression of module paths, with a pair of shares of
+            the channels, as in ``{"layer1.*": (0.5, 1.0)}``, or a text, as in ``{"stem": "16ch.."}``.
         name: What the network is called; by default its class.
         source: How to build the unpruned network, if it comes from :func:`prunegym.build_network`: its name
             there, if the data are given, or ``network``, ``num_classes``, ``in_channels`` and ``image_size``.
@@ -114,6 +133,9 @@ def prune(
         epochs=epochs,
         learning_rate=learning_rate,
         keep=tuple(keep),
+        align=align,
+        min_channels=min_channels,
+        bound=bound_texts(bounds),
         device=device,
         seed=seed,
         **options,
@@ -134,6 +156,9 @@ def make_env(
     mode: str = "budgeted",
     reward: str | None = None,
     keep: Sequence[str] = (),
+    align: int = 1,
+    min_channels: int = 1,
+    bounds: Bounds | None = None,
     name: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -149,6 +174,9 @@ def make_env(
         mode: ``budgeted`` projects every action onto the budget; ``free`` does not.
         reward: Reward profile; by default ``improvement``, or ``tradeoff`` in free mode.
         keep: Regular expressions of module paths whose channels are not to be pruned.
+        align: See :func:`prune`.
+        min_channels: See :func:`prune`.
+        bounds: See :func:`prune`.
         name: What the network is called; by default its class.
         device: Where to compute.
         seed: Of the recovery steps. The environment itself is seeded by ``reset``.
@@ -159,7 +187,9 @@ def make_env(
         InfeasibleBudgetError: A budget cannot be reached.
         PruningError: Something does not fit or is out of range; the message says what to do.
     """
-    config = ProblemOptions(device=device, seed=seed, **options)
+    config = ProblemOptions(
+        align=align, min_channels=min_channels, bound=bound_texts(bounds), device=device, seed=seed, **options
+    )
     texts = (budget,) if isinstance(budget, str) else tuple(budget)
     rewarded = profile_named(reward).latency != 0 if reward is not None else mode == "free"
     problem = _problem(
@@ -232,7 +262,10 @@ def _problem(
         budgets,
         settings=options.scorer_settings,
         latency=options.latency_settings(torch.device(device)) if wanted else None,
+        rules=options.width_rules,
         cache=latency_cache(options.data_root),
+        given=given_criteria(options, network),
+        leave_out=getattr(options, "leave_out", ()),
         device=device,
         progress=progress,
     )

@@ -14,6 +14,7 @@ from typing import Annotated, TextIO, TypeAlias
 
 import tyro
 
+from prunegym.agents.compare_config import CompareConfig
 from prunegym.agents.config import (
     DemoConfig,
     EvaluateConfig,
@@ -32,6 +33,7 @@ Config: TypeAlias = (
     | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
     | Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
     | Annotated[TransferConfig, tyro.conf.subcommand("transfer")]
     | Annotated[PruneConfig, tyro.conf.subcommand("prune")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
@@ -107,7 +109,7 @@ def parse(arguments: Sequence[str]) -> Config:
 def run(config: Config, reporter: Reporter) -> Result:
     """Run the command that a configuration belongs to."""
     # imported here: `prunegym --help` should not wait for PyTorch
-    from prunegym.agents import agent_commands, network_commands
+    from prunegym.agents import agent_commands, compare_command, network_commands
     from prunegym.agents.demo import run_demo
 
     match config:
@@ -119,6 +121,8 @@ def run(config: Config, reporter: Reporter) -> Result:
             return agent_commands.run_train(config, reporter)
         case EvaluateConfig():
             return agent_commands.run_evaluate(config, reporter)
+        case CompareConfig():
+            return compare_command.run_compare(config, reporter)
         case TransferConfig():
             return agent_commands.run_transfer(config, reporter)
         case PruneConfig():

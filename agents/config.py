@@ -12,23 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.options import (
     DEFAULT_BUDGET,
     DEFAULT_EVALUATIONS,
     BudgetsOptions,
     DataOptions,
     LatencyOptions,
-    Names,
     OneNetwork,
-    Options,
     ProblemOptions,
     RunOptions,
     SeveralNetworks,
-    at_least,
+    check_patterns,
     parse_budgets,
-    positive,
-    require,
 )
+from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
 __all__ = [
@@ -121,7 +119,7 @@ class FittingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(RunOptions, LatencyOptions, DataOptions, OneNetwork):
+class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNetwork):
     """List the channel groups of a network, their couplings, what is frozen and why, and reachable budgets.
 
     No images are read unless --data is given.
@@ -181,7 +179,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
     """
 
     policy: Path | None = None
-    """Policy file to evaluate."""
+    """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
     """Searcher to put beside the policy, by default uniform and knapsack. Without evaluations: uniform,
     global_magnitude, lamp, global_taylor, knapsack. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt,
@@ -244,20 +242,25 @@ class SearchOptions(Options):
     """Who makes the plan; policy if --policy is given, else knapsack. Without evaluations: uniform, global_magnitude,
     lamp, global_taylor, knapsack, policy. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt, amc."""
     policy: Path | None = None
-    """Policy file that makes the plan."""
+    """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""
     plan: Path | None = None
     """Plan file (plan.json of another run) to carry out instead of searching."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with."""
+    leave_out: Names = ()
+    """Regular expression of residual blocks to leave out altogether (`prunegym inspect` lists them); the widths of the
+    rest then follow the budget."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_patterns(self.leave_out, "leave-out")
         parse_budgets((self.budget,))
         if self.searcher is not None:
             _check_searcher(self.searcher, self.policy, self.evaluations)
-            alone = self.policy is None or self.searcher == "policy"
+            used = self.searcher == "policy" or getattr(self, "criterion", None) == "encoder_attention"
+            alone = self.policy is None or used
             rule = f"left out with --searcher {self.searcher}"
             require(alone, "policy", rule, self.policy, "Leave out one of the two.")
         alone = self.plan is None or (self.policy is None and self.searcher is None)
@@ -291,12 +294,19 @@ class PruneConfig(ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
     """Softens the outputs that are imitated."""
     onnx: bool = False
     """Save the pruned network as model.onnx too (needs `pip install 'prunegym[onnx]'`)."""
+    program: bool = False
+    """Save the pruned network as model.pt2 too: a torch.export program, which runs without the network's code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         weight = self.distillation_weight
         require(0 <= weight <= 1, "distillation-weight", "in [0, 1]", weight)
         positive(self, "temperature")
+        rule, remedy = "left out with --plan", "A given plan is carried out as it is."
+        for name in ("align", "min_channels", "bound"):
+            value = getattr(self, name)
+            alone = self.plan is None or value in (1, ())
+            require(alone, name.replace("_", "-"), rule, value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

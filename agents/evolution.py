@@ -114,8 +114,8 @@ def legr(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> S
     spread = np.array([energies[group_of == group].std() for group in range(groups)])
     size = int(np.clip(round(search.allowed * 64 / 400), 2, 64))
     pool: deque[tuple[float, Transformation]] = deque(maxlen=size)  # the oldest falls out
-    smallest = np.maximum(problem.least, np.ceil(SAFEGUARD * problem.sizes).astype(np.int64))
-    smallest = smallest if search.limit.holds(smallest) else problem.least
+    widths = problem.widths.at_least(np.ceil(SAFEGUARD * problem.sizes).astype(np.int64))
+    widths = widths if search.limit.holds(widths.smallest) else problem.widths
     same = Transformation(np.ones(groups), np.zeros(groups))
     for index in range(search.allowed):
         if index == 0:
@@ -129,7 +129,7 @@ def legr(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> S
             where[search.rng.choice(groups, max(1, int(MUTATION * groups)), replace=False)] = True
             child = _changed(search.rng, winner, where, spread, 1 - index / (1.25 * search.allowed))
         scores = child.scale[group_of] * energies + child.shift[group_of]
-        pool.append((search.score(problem.threshold_counts(scores, search.limit, smallest)), child))
+        pool.append((search.score(problem.threshold_counts(scores, search.limit, widths)), child))
     return search.result()
 
 

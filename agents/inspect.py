@@ -12,7 +12,9 @@ from prunegym.agents.tables import format_table
 from prunegym.pruning.budget import LatencyModel
 from prunegym.pruning.files import plain
 from prunegym.pruning.graph import ChannelGroup
+from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.widths import WidthRules
 
 #: Layers shown of a list in the text; JSON has all.
 _SHOWN = 2
@@ -30,6 +32,23 @@ class GroupRow:
     """Layers that lose input channels with them."""
     macs_share: float
     """Share of the network's MACs that pruning this group alone can save."""
+    parameters_share: float
+    """Share of its parameters."""
+    smallest: int
+    """Fewest channels that it may keep."""
+    largest: int
+    """Most channels that it may keep."""
+    step: int
+    """Between these it may keep multiples of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRow:
+    """One residual block that a plan may leave out."""
+
+    name: str
+    macs_share: float
+    """Share of the network's MACs that leaving it out saves."""
     parameters_share: float
     """Share of its parameters."""
 
@@ -51,14 +70,20 @@ class Inspection:
     macs: int
     """Of the unpruned network, for one example."""
     parameters: int
+    memory: PeakMemory
+    """Peak memory of its activations for one example, and where it is reached."""
     groups: tuple[GroupRow, ...]
     frozen: tuple[FrozenRow, ...]
+    blocks: tuple[BlockRow, ...]
+    """Residual blocks that can be left out: depth, beside width."""
     unknown_operations: dict[str, str]
     """Operations without a rule -> where they were met; what passes through them is frozen."""
     reachable: dict[str, float]
     """Smallest budget of each kind: a share of the unpruned network, rounded up so that it can be met."""
     latency_seconds: float | None = None
     """Measured latency of the unpruned network."""
+    width_rules: str = ""
+    """Alignment, fewest channels and bounds that shares and budgets are under; empty where there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """The inspection in what JSON holds."""
@@ -75,19 +100,27 @@ class Inspection:
                 "read by": _some(row.read_by),
                 "MACs share": row.macs_share,
                 "parameters share": row.parameters_share,
+                **({"may keep": _allowed(row)} if self.width_rules else {}),
             }
             for row in self.groups
         ]
         least = ", ".join(f"{kind}:{value:g}" for kind, value in self.reachable.items())
         latency = "" if self.latency_seconds is None else f", {1e3 * self.latency_seconds:.3g} ms"
+        memory = f"{self.memory.mib:.3g} MiB of activations at most (in {self.memory.module or 'the network'})"
         parts = [
-            f"{self.network}: {self.macs:,} MACs, {self.parameters:,} parameters{latency}",
+            f"{self.network}: {self.macs:,} MACs, {self.parameters:,} parameters, {memory}{latency}",
             f"Channel groups that can be pruned: {len(self.groups)} (share: what one group alone can save)",
             format_table(rows),
         ]
         if self.frozen:
             frozen = [{"group": row.name, "channels": row.channels, "why": row.reason} for row in self.frozen]
             parts += [f"Frozen groups: {len(self.frozen)}", format_table(frozen)]
+        if self.blocks:
+            blocks = [
+                {"block": row.name, "MACs share": row.macs_share, "parameters share": row.parameters_share}
+                for row in self.blocks
+            ]
+            parts += [f"Residual blocks that can be left out: {len(self.blocks)}", format_table(blocks)]
         if self.unknown_operations:
             unknown = [{"operation": name, "where": path} for name, path in self.unknown_operations.items()]
             parts += ["Operations without a rule", format_table(unknown)]
@@ -95,19 +128,26 @@ class Inspection:
         return "\n\n".join(parts)
 
 
-def inspect_network(network: PrunableNetwork, *, latency: LatencyModel | None = None) -> Inspection:
+def inspect_network(
+    network: PrunableNetwork, *, latency: LatencyModel | None = None, rules: WidthRules | None = None
+) -> Inspection:
     """Describe a network's channel groups and costs.
 
     Args:
         network: The network, traced.
         latency: Its latency model, for the least latency within reach.
+        rules: How wide pruned layers may be; by default any width.
+
+    Raises:
+        PruningError: The rules leave a group no width, or a bound matches no group.
     """
     graph, costs = network.graph, network.costs
-    sizes = graph.sizes
+    rules = rules or WidthRules()
+    sizes, widths = graph.sizes, rules.apply(graph)
     rows = []
     for index, group in enumerate(graph.groups):
         counts = sizes.copy()
-        counts[index] = 1
+        counts[index] = widths.smallest[index]
         least = costs.cost(counts)
         rows.append(
             GroupRow(
@@ -117,30 +157,51 @@ def inspect_network(network: PrunableNetwork, *, latency: LatencyModel | None = 
                 read_by=group.consumers,
                 macs_share=_saved(least.macs, costs.full.macs),
                 parameters_share=_saved(least.parameters, costs.full.parameters),
+                smallest=int(widths.smallest[index]),
+                largest=int(widths.largest[index]),
+                step=int(widths.step[index]),
             )
         )
-    ones = np.ones(len(sizes), dtype=np.int64)
-    least = costs.cost(ones)
+    least = costs.cost(widths.smallest)
     reachable = {
         "macs": _rounded_up(least.macs, costs.full.macs),
         "params": _rounded_up(least.parameters, costs.full.parameters),
     }
     if latency is not None:
-        reachable["latency"] = _rounded_up(latency.latency(ones), latency.full)
+        reachable["latency"] = _rounded_up(latency.latency(widths.smallest), latency.full)
     return Inspection(
         network=network.name,
         macs=costs.full.macs,
         parameters=costs.full.parameters,
+        memory=peak_memory(network.model, network.example_inputs),
         groups=tuple(rows),
         frozen=tuple(_frozen_row(group) for group in graph.frozen),
+        blocks=tuple(_block_row(network, block) for block in network.blocks),
         unknown_operations=dict(graph.unknown_operations),
         reachable=reachable,
         latency_seconds=None if latency is None else latency.full,
+        width_rules=str(rules),
+    )
+
+
+def _block_row(network: PrunableNetwork, block: str) -> BlockRow:
+    left, full = network.costs_without((block,)).cost(network.graph.sizes), network.full_cost
+    return BlockRow(
+        name=block,
+        macs_share=_saved(left.macs, full.macs),
+        parameters_share=_saved(left.parameters, full.parameters),
     )
 
 
 def _frozen_row(group: ChannelGroup) -> FrozenRow:
     return FrozenRow(name=group.name, channels=group.size, reason=group.frozen or "")
+
+
+def _allowed(row: GroupRow) -> str:
+    """The counts that a group may keep, in words."""
+    if row.smallest == row.largest:
+        return str(row.largest)
+    return f"{row.smallest} to {row.largest}" + (f" by {row.step}" if row.step > 1 else "")
 
 
 def _saved(left: float, full: float) -> float:

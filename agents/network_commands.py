@@ -27,13 +27,15 @@ from prunegym.pruning.export import export_onnx
 from prunegym.pruning.files import plain
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import require_onnx
+from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.program import check_exportable, export_program
 
 PLAN = "plan.json"
 SEARCH = "search.json"
 """What the search for the plan took."""
 ONNX = "model.onnx"
+PROGRAM = "model.pt2"
 #: Images whose outputs are kept with a pruned network, so that whoever loads it can compare.
 _EXAMPLES = 16
 
@@ -45,7 +47,7 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     if config.latency:
         settings, cache = config.latency_settings(config.torch_device), latency_cache(config.data_root)
         table = LatencyTable.measure(network, settings, progress=reporter.progress, cache=cache)
-    inspection = inspect_network(network, latency=table)
+    inspection = inspect_network(network, latency=table, rules=config.width_rules)
     content = inspection.to_json()
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
@@ -94,6 +96,9 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         )
         if config.plan is not None:
             find_plan(problem, budget, config)
+        if config.program:
+            network = problem.scorer.network
+            check_exportable(network.model, with_batch(network.example_inputs, 1))
         run = launch.open()
         save_splits([problem], run)
         found = _find_plan_once(problem, budget, config, run, progress)
@@ -103,11 +108,17 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         inputs, _ = next(iter(task.batches("calibration", batch_size=_EXAMPLES, limit=_EXAMPLES)))
         save_example(run.path(EXAMPLE), result.model, inputs)
         content = {"folder": str(run.folder), **plain(result.to_json())}
+        example = with_batch(result.network.example_inputs, 1)
         if config.onnx:
-            example = result.network.example_inputs
             content["onnx_difference"] = export_onnx(result.model, example, run.path(ONNX))
+        if config.program:
+            content["program"] = plain(export_program(result.model, example, run.path(PROGRAM)))
         run.write_json(RESULT, content)
-    return Result(content, f"{describe(content)}\nload it with prunegym.load('{content['folder']}')")
+    lines = [describe(content), f"load it with prunegym.load('{content['folder']}')"]
+    if program := content.get("program"):
+        lines.append(f"or without its code with prunegym.load_program('{program['path']}')")
+        lines += [program["warning"]] if program["warning"] else []
+    return Result(content, "\n".join(lines))
 
 
 def _find_plan_once(

@@ -6,13 +6,12 @@ help. Heavy libraries are imported where they are used, so that ``prunegym --hel
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
+from prunegym.agents.option_rules import Names, Options, at_least, positive, require
+from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -22,45 +21,10 @@ if TYPE_CHECKING:
     from prunegym.pruning.latency import LatencySettings
     from prunegym.pruning.scoring import ScorerSettings
 
-Names: TypeAlias = tyro.conf.UseAppendAction[tuple[str, ...]]
-"""Texts that are given by repeating the flag."""
-
 DEFAULT_BUDGET = "macs:0.5"
 DEFAULT_EVALUATIONS = 300
 #: Steps of recovery before scoring in the fine-tuned regime, unless asked for.
 FINETUNED_STEPS = 50
-
-
-def require(holds: bool, flag: str, rule: str, value: object, remedy: str = "") -> None:
-    """Refuse the value of a flag that breaks its rule.
-
-    Args:
-        holds: Whether the value keeps the rule.
-        flag: The flag as it is typed, without dashes.
-        rule: How the value should be, to follow "should be".
-        value: The value received.
-        remedy: What to do; by default to correct it or to leave it out.
-
-    Raises:
-        PruningError: It does not.
-    """
-    if not holds:
-        remedy = remedy or "Correct it, or leave it out for the default."
-        raise PruningError(f"`--{flag}` should be {rule}. Received {value}. {remedy}")
-
-
-def at_least(config: object, least: int, *names: str) -> None:
-    """Check that numbers, where they are given, are large enough."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value >= least, name.replace("_", "-"), f"at least {least}", value)
-
-
-def positive(config: object, *names: str) -> None:
-    """Check that numbers are above 0 and finite."""
-    for name in names:
-        value = getattr(config, name)
-        require(0 < value < math.inf, name.replace("_", "-"), "above 0 and finite", value)
 
 
 def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
@@ -72,14 +36,6 @@ def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
     from prunegym.pruning.budget import Budget
 
     return tuple(dict.fromkeys(Budget.parse(text) for text in texts))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every configuration is: checked when it is made."""
-
-    def __post_init__(self) -> None:
-        """Overridden by each group, which calls the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +95,9 @@ class DataOptions(Options):
     split_seed: int = 0
     """Chooses the splits. Leave it alone between commands that build on each other: with other splits, plans
     would be judged on images that the network was trained on."""
+    reward_split: int | None = None
+    """Training images set aside for the reward of searches; by default 15 % of them, at most 5,000. The more there are,
+    the less a search that tries many plans overfits them."""
     data_workers: int = 0
     """Processes that read image files; 0 reads them in the main process."""
     download: bool = False
@@ -147,7 +106,7 @@ class DataOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "split_seed", "data_workers")
-        at_least(self, 1, "image_size")
+        at_least(self, 1, "image_size", "reward_split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +124,7 @@ class OneNetwork(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_patterns(self.keep)
+        check_patterns(self.keep, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +151,7 @@ class SeveralNetworks(Options):
             f"{len(self.weights)} files",
             "Repeat --weights in the order of --network.",
         )
-        _check_patterns(self.keep)
+        check_patterns(self.keep, "keep")
 
     @property
     def pairs(self) -> tuple[tuple[str, str | None], ...]:
@@ -223,8 +182,9 @@ class ScoringOptions(Options):
     """How a plan becomes a score: the same for every searcher."""
 
     criterion: str = "taylor"
-    """Which channels of a group stay: l1, l2, bn_scale, fpgm, taylor, taylor_squared, activation or
-    random."""
+    """Which channels of a group stay. By weights: l1, l2, bn_scale, fpgm or cosine. By calibration images: taylor,
+    taylor_squared, taylor_weight, taylor_second, activation, activation_variance, apoz, group_attention, or, with
+    --policy, encoder_attention. The control: random."""
     regime: Literal["post-training", "finetuned"] = "post-training"
     """post-training: plans are scored after recovery, which is what you get without training. finetuned: a
     few training steps come before the score, to rank plans by what fine-tuning makes of them."""
@@ -247,10 +207,17 @@ class ScoringOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from prunegym.pruning.criteria import CRITERIA
+        from prunegym.pruning.criteria import CRITERIA, ENCODER_ATTENTION
 
         if self.criterion not in CRITERIA:
             raise unknown_name("--criterion", self.criterion, CRITERIA)
+        require(
+            self.criterion != ENCODER_ATTENTION or getattr(self, "policy", None) is not None,
+            "policy",
+            f"a policy file with --criterion {ENCODER_ATTENTION}",
+            "none",
+            "Train one with `prunegym train`, or choose another criterion.",
+        )
         at_least(self, 0, "recalibration_examples", "recovery_steps")
         at_least(self, 1, "reward_examples")
         at_least(self, 2, "statistics_examples")
@@ -315,7 +282,7 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, DataOptions):
+class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, WidthOptions, DataOptions):
     """Everything that turns a network into a pruning problem."""
 
     @property
@@ -324,7 +291,7 @@ class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, DataOptions):
         return replace(super().scorer_settings, seed=self.seed)
 
 
-def _check_patterns(patterns: tuple[str, ...]) -> None:
+def check_patterns(patterns: tuple[str, ...], flag: str) -> None:
     """Refuse what is no regular expression."""
     import re
 
@@ -333,6 +300,6 @@ def _check_patterns(patterns: tuple[str, ...]) -> None:
             re.compile(pattern)
         except re.error as fault:
             raise PruningError(
-                f"`--keep` should be a regular expression. Received '{pattern}' ({fault}). "
+                f"`--{flag}` should be a regular expression. Received '{pattern}' ({fault}). "
                 "Put a backslash before characters that are meant as they are."
             ) from fault

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from prunegym.pruning.files import replacing
 
 #: Colours that stay apart for colour-blind readers and in grey (Okabe and Ito, 2008).
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _GREY = "#777777"
 
 
@@ -52,8 +52,8 @@ def _draw_curve(axes: Any, curve: Sequence[Mapping[str, Any]], references: Mappi
     """Score over evaluations."""
     evaluations = [row["evaluations"] for row in curve]
     for name, label, colour in (
-        ("best", "best sampled plan", _COLOURS[1]),
-        ("own", "the policy's own plan", _COLOURS[0]),
+        ("best", "best sampled plan", COLOURS[1]),
+        ("own", "the policy's own plan", COLOURS[0]),
     ):
         axes.plot(evaluations, [row[name] for row in curve], marker=".", color=colour, label=label)
     for style, (name, score) in zip(("--", ":", "-."), references.items(), strict=False):
@@ -69,7 +69,7 @@ def _draw_channels(axes: Any, channels: Mapping[str, Mapping[str, float]]) -> No
     for index, (searcher, kept) in enumerate(channels.items()):
         places = [place + (index - (len(channels) - 1) / 2) * width for place in range(len(groups))]
         shares = [kept[group] for group in groups]
-        axes.bar(places, shares, width, label=searcher, color=_COLOURS[index % len(_COLOURS)])
+        axes.bar(places, shares, width, label=searcher, color=COLOURS[index % len(COLOURS)])
     axes.set_xticks(range(len(groups)), groups, rotation=40, ha="right")
     # room for the legend above the bars
     axes.set(ylim=(0, 1.2), ylabel="share of channels kept", title="kept channels per group")

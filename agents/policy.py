@@ -18,7 +18,7 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from prunegym.agents.encoder import EncoderConfig, GraphEncoder, Observation
+from prunegym.agents.encoder import EncoderConfig, GraphAttention, GraphEncoder, Observation
 from prunegym.envs.observation import GROUP_DATA_COLUMNS, NODE_DATA_COLUMNS
 from prunegym.pruning.errors import PruningError, unknown_name
 
@@ -207,9 +207,16 @@ class PruningPolicy(ActorCriticPolicy):
         """The policy's own action, without noise: ``(G,)``, or ``(B, G)`` for a batch, in [-1, 1]."""
         return self.predict(observation, deterministic=True)[0]
 
+    def attention(self, observation: Arrays) -> GraphAttention:
+        """Where the encoder looks, in one observation of any network; tensors have a batch of one."""
+        self.set_training_mode(False)
+        tensors = {name: torch.as_tensor(value, device=self.device)[None] for name, value in observation.items()}
+        with torch.no_grad():
+            return self.encoder.attention(self._ablate(_typed(tensors)))
+
     def _distribution_and_values(self, obs: Observation) -> tuple[MaskedGaussian, Tensor]:
         """Encode what differs once; most of a batch is one state with many actions."""
-        obs = {name: value.long() if name == "edges" else value.float() for name, value in obs.items()}
+        obs = _typed(obs)
         distinct, row = distinct_rows(obs)
         few = obs if len(distinct) == len(row) else {name: value[distinct] for name, value in obs.items()}
         groups, whole = self.encoder(self._ablate(few))
@@ -246,6 +253,11 @@ class PruningPolicy(ActorCriticPolicy):
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
+
+
+def _typed(observation: Observation) -> Observation:
+    """Integers for node numbers and floats for all else, whatever a buffer has made of them."""
+    return {name: value.long() if name == "edges" else value.float() for name, value in observation.items()}
 
 
 def distinct_rows(observation: Observation) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import save_network
 from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
+from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.onnx_export import require_onnx, with_batch
@@ -54,6 +55,8 @@ class PruneResult:
     there was any, ``after_finetuning`` (last epoch)."""
     before: Cost
     after: Cost
+    memory: tuple[PeakMemory, PeakMemory]
+    """Peak memory of activations for one example, before and after."""
     search: SearchResult = field(repr=False)
     epochs: tuple[EpochRow, ...] = field(default=(), repr=False)
     latency: tuple[dict[str, Any], ...] = ()
@@ -72,6 +75,7 @@ class PruneResult:
             "test_scores": {name: self.scores.get(name) for name in STAGES},
             "macs": {"before": self.before.macs, "after": self.after.macs},
             "parameters": {"before": self.before.parameters, "after": self.after.parameters},
+            "memory": {"before": self.memory[0].mib, "after": self.memory[1].mib, "unit": "MiB per example"},
             "channels": {
                 group.name: {"before": group.size, "after": kept[group.name]}
                 for group in self.network.graph.groups
@@ -153,6 +157,10 @@ def carry_out(
         scores=scores,
         before=before,
         after=after,
+        memory=(
+            peak_memory(network.model, network.example_inputs),
+            peak_memory(model, network.example_inputs),
+        ),
         search=found,
         epochs=tuple(epochs),
         latency=tuple(measure_speed(network, model, config, scorer.device)) if latency else (),
@@ -273,6 +281,7 @@ def save(result: PruneResult, folder: Path) -> None:
 def describe(content: Mapping[str, Any]) -> str:
     """A result, as of :meth:`PruneResult.to_json`, for a terminal."""
     rows = []
+    memory = content.get("memory", {})  # results of version 0.1.0 have none
     for name in STAGES:
         if content["test_scores"][name] is None:
             continue
@@ -283,6 +292,7 @@ def describe(content: Mapping[str, Any]) -> str:
                 "test score": content["test_scores"][name],
                 "MACs": content["macs"][side],
                 "parameters": content["parameters"][side],
+                **({"peak MiB": memory[side]} if memory else {}),
             }
         )
     lines = [format_table(rows), ""]

@@ -63,6 +63,7 @@ class Launch:
         network: Name of the network, or names.
         searcher: Who searches, or what is done.
         budget: As the user gave it.
+        extendable: Fields of the configuration that the folder may be continued with other values of.
     """
 
     config: RunConfig
@@ -70,6 +71,7 @@ class Launch:
     network: str | tuple[str, ...]
     searcher: str
     budget: str
+    extendable: tuple[str, ...] = ()
 
     def finished(self) -> dict[str, Any] | None:
         """The result of the same run in the folder asked for, if it is there.
@@ -102,6 +104,7 @@ class Launch:
             budget=self.budget,
             seed=self.config.seed,
             config=self.config,
+            extendable=self.extendable,
         )
         self.reporter.folder = run.folder
         self.reporter.say(f"run folder: {run.folder}{' (continued)' if run.resumed else ''}")

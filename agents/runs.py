@@ -9,7 +9,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -56,6 +56,7 @@ class RunFolder:
         seed: int,
         config: Any,
         command: str | None = None,
+        extendable: Collection[str] = (),
     ) -> "RunFolder":
         """Make the folder of a new run, or open the folder of an interrupted one.
 
@@ -68,6 +69,8 @@ class RunFolder:
             seed: Seed of the run.
             config: The whole configuration, a dataclass instance or a mapping.
             command: The sub-command; by default from the class of ``config`` (``TrainConfig`` is ``train``).
+            extendable: Fields of the configuration that a run may be continued with other values of;
+                ``config.json`` then keeps the latest.
 
         Returns:
             The folder, with ``config.json`` and ``env.json`` in it.
@@ -87,8 +90,8 @@ class RunFolder:
         if out is None:
             run = cls(_make_default_folder(_folder_name("+".join(names), searcher, budget, seed)))
         else:
-            run = cls(out.expanduser(), resumed=_holds_run(out.expanduser(), asked))
-        if not run.resumed:
+            run = cls(out.expanduser(), resumed=_holds_run(out.expanduser(), asked, extendable))
+        if not run.resumed or extendable:
             run.write_json("config.json", asked)
         run._write_environment(asked["config"])
         return run
@@ -242,7 +245,7 @@ def _command_of(config: Any) -> str:
     return type(config).__name__.removesuffix("Config").lower()
 
 
-def _holds_run(folder: Path, asked: Mapping[str, Any]) -> bool:
+def _holds_run(folder: Path, asked: Mapping[str, Any], extendable: Collection[str]) -> bool:
     """Whether the folder holds the run that is asked for; a folder that holds anything else is refused."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +261,8 @@ def _holds_run(folder: Path, asked: Mapping[str, Any]) -> bool:
             f"{rule} Received '{folder}', which holds '{strangers[0]}' and no config.json. "
             "Choose another folder."
         )
-    differences = _differences(_compared(read_json(folder / "config.json")), _compared(plain(asked)))
+    stored = read_json(folder / "config.json")
+    differences = _differences(_compared(stored, extendable), _compared(plain(asked), extendable))
     if differences:
         raise PruningError(
             f"{rule} Received '{folder}', whose config.json differs: {'; '.join(differences)}. "
@@ -267,11 +271,12 @@ def _holds_run(folder: Path, asked: Mapping[str, Any]) -> bool:
     return True
 
 
-def _compared(stored: Any) -> Any:
+def _compared(stored: Any, extendable: Collection[str]) -> Any:
     """What of ``config.json`` decides whether two runs are the same."""
     if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
         return stored
-    return {**stored, "config": {key: v for key, v in stored["config"].items() if key not in NOT_COMPARED}}
+    config = {key: v for key, v in stored["config"].items() if key not in {*NOT_COMPARED, *extendable}}
+    return {**{key: v for key, v in stored.items() if key not in extendable}, "config": config}
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

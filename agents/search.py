@@ -10,7 +10,6 @@ else the price of a search would depend on what ran before it, and a searcher th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from prunegym.agents.trail import Improvement, Trail
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -57,13 +57,39 @@ class SearchResult:
     history: list[tuple[int, float]] = field(default_factory=list)
     """Best score on the reward split after so many evaluations, for each evaluation from the first plan within the
     budget on (searchers that also score plans above the budget, as steps on their way, begin later)."""
+    improvements: list[Improvement] = field(default_factory=list)
+    """The plans that were best for a while, the last of them the result; see :class:`~prunegym.agents.trail.Trail`."""
 
 
 Searcher: TypeAlias = Callable[[PruningProblem, Budget, SearchSettings], SearchResult]
 
 
+@dataclass(frozen=True)
+class LeastEvaluations:
+    """The fewest evaluations that a searcher can do with."""
+
+    number: int
+    reason: str = ""
+    """Why so many, to follow "at least N for searcher NAME"."""
+
+    def check(self, searcher: str, evaluations: int) -> None:
+        """Refuse fewer.
+
+        Raises:
+            PruningError: fewer are allowed.
+        """
+        if evaluations < self.number:
+            raise PruningError(
+                f"`--evaluations` should be at least {self.number} for searcher {searcher}{self.reason}. "
+                f"Received {evaluations}. Allow more plans, or leave the searcher out."
+            )
+
+
+ONE_PLAN = LeastEvaluations(1)
+
+
 class Search:
-    """A search under way: scores what is asked within the allowance, and remembers the best.
+    """A search under way: scores what is asked within the allowance, and notes it in a trail.
 
     Args:
         name: of the searcher, for messages.
@@ -71,7 +97,6 @@ class Search:
         budget: what may remain.
         settings: allowance and seed.
         least: evaluations that the searcher cannot do without.
-        reason: why so many, to follow "at least N for searcher NAME".
 
     Raises:
         PruningError: fewer evaluations are allowed than are needed.
@@ -84,24 +109,21 @@ class Search:
         budget: Budget,
         settings: SearchSettings,
         *,
-        least: int = 1,
-        reason: str = "",
+        least: LeastEvaluations = ONE_PLAN,
     ) -> None:
-        if settings.evaluations < least:
-            raise PruningError(
-                f"`--evaluations` should be at least {least} for searcher {name}{reason}. Received "
-                f"{settings.evaluations}. Give it a number of plans to try."
-            )
+        least.check(name, settings.evaluations)
         self.name = name
         self.problem = problem
         self.limit = problem.limits[budget]
         self.allowed = settings.evaluations
         self.rng = np.random.default_rng(settings.seed)
-        self.evaluations = 0
-        self.history: list[tuple[int, float]] = []
-        self._best: tuple[float, PruningPlan] | None = None
-        self._started = time.perf_counter()
+        self.trail = Trail()
         self._bar = tqdm(total=self.allowed, desc=name, unit="plan", disable=not settings.progress)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations that are spent."""
+        return self.trail.evaluations
 
     @property
     def left(self) -> int:
@@ -141,35 +163,29 @@ class Search:
             )
         plan = self.problem.plan(counts)
         score = self._run(plan)
-        if self._best is None or score > self._best[0]:
-            self._best = score, plan
-        self.history.append((self.evaluations, self._best[0]))
+        self.trail.add(plan, score)
         return score
 
     def probe(self, counts: Counts) -> float:
         """Score of any counts ``(groups,)``, also above the budget: a step on the way, never the result."""
         self._check(counts)
         score = self._run(self.problem.plan(counts))
-        if self._best is not None:
-            self.history.append((self.evaluations, self._best[0]))
+        self.trail.step()
         return score
 
     def result(self) -> SearchResult:
         """The best plan, and what was paid."""
         self._bar.close()
-        assert self._best is not None, "a search scores at least one plan within the budget"
-        seconds = time.perf_counter() - self._started
-        return SearchResult(
-            plan=self._best[1], evaluations=self.evaluations, seconds=seconds, history=list(self.history)
-        )
+        return SearchResult(**self.trail.result())
 
     def _check(self, counts: Counts) -> None:
-        least, sizes = self.problem.least, self.problem.sizes
-        whole = counts.shape == sizes.shape and np.issubdtype(counts.dtype, np.integer)
-        if not whole or not ((least <= counts) & (counts <= sizes)).all():
+        widths = self.problem.widths
+        whole = counts.shape == widths.sizes.shape and np.issubdtype(counts.dtype, np.integer)
+        if not whole or not widths.allow(counts).all():
             raise PruningError(
-                f"Searcher {self.name} should keep whole numbers of channels, within what each of the {len(sizes)} "
-                f"groups has. Received {np.array2string(counts, threshold=8)}. This is an error of the searcher."
+                f"Searcher {self.name} should keep whole numbers of channels, those that each of the "
+                f"{len(widths.sizes)} groups may keep{_rules(self.problem)}. Received "
+                f"{np.array2string(counts, threshold=8)}. This is an error of the searcher."
             )
         if self.left < 1:
             raise PruningError(
@@ -178,7 +194,6 @@ class Search:
             )
 
     def _run(self, plan: PruningPlan) -> float:
-        self.evaluations += 1
         score = self.problem.scorer.score(plan).score
         self._bar.update()
         if not np.isfinite(score):
@@ -218,8 +233,10 @@ def check_result(
     scores = [score for _, score in result.history]
     spent = [count for count, _ in result.history]
     fault = ""
-    if (counts < problem.least).any():
-        fault = f"keep at least {problem.least.tolist()} channels of its groups. Received {counts.tolist()}"
+    if not problem.widths.allow(counts).all():
+        fault = f"keep numbers of channels that the groups may keep{_rules(problem)}. Received {counts.tolist()}"
+    elif result.plan.removed != problem.removed:
+        fault = f"leave out the blocks {list(problem.removed)}. Received {list(result.plan.removed)}"
     elif not limit.holds(counts):
         fault = f"return a plan within {budget}. Received one that keeps {limit.fraction(counts):.2%} of the cost"
     elif result.evaluations > settings.evaluations:
@@ -228,8 +245,15 @@ def check_result(
         fault = f"report finite best scores that never fall. Received {scores[:8]}"
     elif sorted(set(spent)) != spent or max(spent, default=0) > result.evaluations:
         fault = f"report one best score per evaluation. Received them after {spent[:8]} of {result.evaluations}"
+    elif result.improvements and result.improvements[-1].plan != result.plan:
+        fault = "return the plan it improved to last. Received another"
     if fault:
         raise PruningError(f"Searcher {name} should {fault}. This is an error of the searcher.")
+
+
+def _rules(problem: PruningProblem) -> str:
+    """The user's rules of widths in brackets, if there are any."""
+    return f" ({problem.widths.rules})" if problem.widths.rules else ""
 
 
 def missing_library(searcher: str, library: str, fault: ImportError | None = None) -> PruningError:

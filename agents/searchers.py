@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,10 +17,20 @@ from prunegym.agents.allocators import global_magnitude, global_taylor, knapsack
 from prunegym.agents.amc import amc
 from prunegym.agents.black_box import cmaes, random, tpe
 from prunegym.agents.evolution import evolution, legr
+from prunegym.agents.netadapt import least_evaluations as least_of_netadapt
 from prunegym.agents.netadapt import netadapt
 from prunegym.agents.policy import PruningPolicy
 from prunegym.agents.policy_file import load_policy
-from prunegym.agents.search import Searcher, SearchResult, SearchSettings, checked, missing_library
+from prunegym.agents.search import (
+    ONE_PLAN,
+    LeastEvaluations,
+    Searcher,
+    SearchResult,
+    SearchSettings,
+    checked,
+    missing_library,
+)
+from prunegym.agents.sensitivity import least_evaluations as least_of_sensitivity
 from prunegym.agents.sensitivity import sensitivity
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
@@ -30,9 +41,11 @@ from prunegym.pruning.plan import PruningPlan
 __all__ = [
     "SEARCHERS",
     "WITHOUT_EVALUATIONS",
+    "WITHOUT_SEED",
     "SearchResult",
     "SearchSettings",
     "Searcher",
+    "check_evaluations",
     "check_library",
     "own_plan",
     "policy",
@@ -84,6 +97,15 @@ SEARCHERS: dict[str, Searcher] = {
 WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_taylor", "knapsack", "policy"})
 """Searchers that score no plan."""
 
+WITHOUT_SEED = WITHOUT_EVALUATIONS | {"sensitivity", "netadapt"}
+"""Searchers that draw no random number: another seed makes no difference."""
+
+LEAST: dict[str, Callable[[PruningProblem], LeastEvaluations]] = {
+    "sensitivity": least_of_sensitivity,
+    "netadapt": least_of_netadapt,
+}
+"""Searchers that one evaluation is not enough for, with how many they need."""
+
 LIBRARIES = {"tpe": "optuna", "cmaes": "cma"}
 """Packages of the extra `search`, by the searcher that needs them."""
 
@@ -97,6 +119,17 @@ def searcher_named(name: str) -> Searcher:
     if name not in SEARCHERS:
         raise unknown_name("--searcher", name, SEARCHERS)
     return checked(name, SEARCHERS[name])
+
+
+def check_evaluations(searcher: str, problem: PruningProblem, evaluations: int) -> None:
+    """Make sure that the allowance is enough for a searcher, as the searcher itself does when it begins.
+
+    Raises:
+        PruningError: it is not.
+    """
+    if searcher in SEARCHERS and searcher not in WITHOUT_EVALUATIONS:
+        least = LEAST[searcher](problem) if searcher in LEAST else ONE_PLAN
+        least.check(searcher, evaluations)
 
 
 def check_library(searcher: str) -> None:

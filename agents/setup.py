@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from prunegym.agents.options import DataOptions, ProblemOptions
+from prunegym.agents.options import DataOptions, ProblemOptions, ScoringOptions
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.criteria import ENCODER_ATTENTION, Criterion
 from prunegym.pruning.data import DataSplits, default_data_root, load_data
 from prunegym.pruning.latency import LatencySettings
 from prunegym.pruning.latency_table import LatencyTable
@@ -21,6 +22,7 @@ from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
+from prunegym.pruning.widths import WidthRules
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 #: Examples that a network is traced on: two, so that a batch of one is not taken for a broadcast dimension.
@@ -45,6 +47,7 @@ def build_task(options: DataOptions) -> ClassificationTask:
             options.data,
             data_root=options.data_root,
             seed=options.split_seed,
+            sizes=None if options.reward_split is None else {"reward": options.reward_split},
             image_size=options.image_size,
             num_workers=options.data_workers,
             download=options.download,
@@ -107,7 +110,11 @@ def assemble_problem(
     *,
     settings: ScorerSettings | None = None,
     latency: LatencySettings | None = None,
+    rules: WidthRules | None = None,
+    strict: bool = True,
     cache: Path | None = None,
+    given: Mapping[str, Criterion] | None = None,
+    leave_out: Sequence[str] = (),
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> PruningProblem:
@@ -119,18 +126,43 @@ def assemble_problem(
         budgets: What may remain.
         settings: How plans are scored.
         latency: How latency is measured, where it is needed: a table is measured, or read if there is one.
+        rules: How wide pruned layers may be; by default any width.
+        strict: Refuse bounds on widths that match no group of this network.
         cache: Folder of latency tables.
+        given: Criteria that :func:`given_criteria` made.
+        leave_out: Regular expressions of residual blocks that every plan leaves out.
         device: Where to score.
         progress: Show a bar while a latency table is measured.
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.
-        PruningError: Network and task do not belong together, or a criterion has no finite scores.
+        PruningError: Network and task do not belong together, a criterion has no finite scores, or the rules leave
+            a group no width.
     """
+    if rules is not None:
+        rules.apply(network.graph, strict=strict)  # what is refused should be before anything is measured
     table = None
     if latency is not None:
         table = LatencyTable.measure(network, latency, progress=progress, cache=cache)
-    return PruningProblem(Scorer(network, task, settings, device=device), tuple(budgets), table)
+    removed = network.blocks_matching(leave_out)
+    scorer = Scorer(network, task, settings, given=given, device=device)
+    return PruningProblem(scorer, tuple(budgets), table, rules, removed)
+
+
+def given_criteria(options: ScoringOptions, network: PrunableNetwork) -> dict[str, Criterion]:
+    """The criterion asked for, if it is one that needs a trained policy.
+
+    Raises:
+        PruningError: The policy file is missing, damaged or of another version.
+    """
+    policy: Path | None = getattr(options, "policy", None)
+    if options.criterion != ENCODER_ATTENTION or policy is None:
+        return {}
+    from prunegym.agents.encoder_attention import EncoderAttention
+    from prunegym.agents.policy_file import load_policy
+
+    agent, _ = load_policy(policy)
+    return {ENCODER_ATTENTION: EncoderAttention(agent, network)}
 
 
 def build_problem(
@@ -144,6 +176,7 @@ def build_problem(
     label: str | None = None,
     latency: bool = False,
     progress: bool = False,
+    strict: bool = True,
 ) -> PruningProblem:
     """Make everything that pruning a network takes.
 
@@ -157,10 +190,11 @@ def build_problem(
         label: What the network is called in tables; its name by default.
         latency: Measure a latency table even if no budget asks for it, for a reward that does.
         progress: Show a bar while a latency table is measured.
+        strict: Refuse bounds on widths that match no group of this network.
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.
-        PruningError: Network, weights and data do not fit, or are not there.
+        PruningError: Network, weights and data do not fit, or are not there, or a bound does not fit the network.
     """
     task = build_task(options) if task is None else task
     model = build_model(name, weights, task.data, options.seed)
@@ -173,7 +207,11 @@ def build_problem(
         budgets,
         settings=options.scorer_settings,
         latency=options.latency_settings(device) if wanted else None,
+        rules=options.width_rules,
+        strict=strict,
         cache=latency_cache(options.data_root),
+        given=given_criteria(options, network),
+        leave_out=getattr(options, "leave_out", ()),
         device=device,
         progress=progress,
     )
@@ -189,7 +227,10 @@ def build_problems(
     latency: bool = False,
     progress: bool = False,
 ) -> list[PruningProblem]:
-    """Make the problems of several networks on the same data; a network that comes twice is numbered."""
+    """Make the problems of several networks on the same data; a network that comes twice is numbered.
+
+    A bound on widths has to match a group of one of them.
+    """
     task = build_task(options) if task is None else task
     names = [name for name, _ in pairs]
     problems = []
@@ -206,8 +247,11 @@ def build_problems(
                 label=f"{name}#{before + 1}" if before else name,
                 latency=latency,
                 progress=progress,
+                strict=len(pairs) == 1,
             )
         )
+    graphs = [problem.scorer.network.graph for problem in problems]
+    options.width_rules.check_matches(graphs)
     return problems
 
 

@@ -26,6 +26,7 @@ from prunegym.agents.policy_file import load_policy, save_policy
 from prunegym.agents.ppo import Episode, PruningPPO
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
+from prunegym.agents.trail import Improvement
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observer, Padding
 from prunegym.envs.setting import PruningProblem
@@ -56,6 +57,10 @@ class TrainResult:
     """The policy's own plan, by ``network budget``."""
     best: dict[str, PruningPlan] = field(default_factory=dict)
     """The best plan that was sampled, by ``network budget``: a different result, reported apart."""
+    own_trail: dict[str, list[Improvement]] = field(default_factory=dict)
+    """The policy's own plan before the first update, and after each update that changed it."""
+    best_trail: dict[str, list[Improvement]] = field(default_factory=dict)
+    """The best sampled plan whenever that changed; those of one update all carry the seconds of its end."""
 
 
 def train(
@@ -98,6 +103,9 @@ class Trainer:
         self.evaluations = 0
         self.seconds = 0.0
         self.best: dict[str, tuple[float, PruningPlan]] = {}
+        self.own_trail: dict[str, list[Improvement]] = {}
+        self.best_trail: dict[str, list[Improvement]] = {}
+        self._resumed_at = time.perf_counter()
         if run.path(CHECKPOINT).exists():
             self._resume()
 
@@ -147,6 +155,8 @@ class Trainer:
             disable=not progress,
         )
         with bar:
+            if not self.own_trail:
+                self._note_start()
             while self.update < self.updates:
                 before = self.evaluations
                 row = self.run_update()
@@ -157,9 +167,19 @@ class Trainer:
             bar.update(self.evaluations - before)
         return self._finish()
 
+    def _note_start(self) -> None:
+        """Note the plans that the policy makes before it has learned anything: they need no evaluation."""
+        self._resumed_at = time.perf_counter()
+        for problem in self.problems:
+            for budget in problem.budgets:
+                plan = own_plan(self.model.policy, problem, budget, self.config.rounds)
+                key = f"{problem.scorer.network.name} {budget}"
+                self.own_trail[key] = [Improvement(0, self._elapsed(), plan)]
+        self.seconds = self._elapsed()
+
     def run_update(self) -> dict[str, Any]:
         """One PPO update, its row of metrics, and the checkpoint."""
-        started = time.perf_counter()
+        self._resumed_at = time.perf_counter()
         self._seed_update()
         self.model._last_obs = None  # begin with a reset, from the seeds just set
         self.model.progress = (self.update + 1) / self.updates
@@ -171,7 +191,7 @@ class Trainer:
         self.evaluations += self.episodes
         own = self._score_own()
         self.update += 1
-        self.seconds += time.perf_counter() - started
+        self.seconds = self._elapsed()
         row = {
             "update": self.update,
             "evaluations": self.evaluations,
@@ -203,13 +223,19 @@ class Trainer:
         """Draw the policy to the best plan it has seen until its own plan is as good."""
         if not self.model.imitation_steps:
             return  # plain PPO was asked for
+        self._resumed_at = time.perf_counter()
         self.model.progress = 1.0
         best = float(np.mean([score for score, _ in self.best.values()]))
         for _ in range(SETTLING):
             if self._score_own() >= best:
                 break
             self.model.imitate()
+        self.seconds = self._elapsed()
         save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
+
+    def _elapsed(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self.seconds + time.perf_counter() - self._resumed_at
 
     def _seed_update(self) -> None:
         """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
@@ -220,10 +246,12 @@ class Trainer:
         self.envs._seeds = [int(value) % 2**31 for value in streams[1:]]
 
     def _note_best(self, infos: list[dict[str, Any]]) -> None:
-        for info in infos:
+        for evaluations, info in enumerate(infos, start=self.evaluations + 1):
             key = f"{info['network']} {info['budget']}"
             if key not in self.best or info["score"] > self.best[key][0]:
                 self.best[key] = (info["score"], info["plan"])
+                found = Improvement(evaluations, self._elapsed(), info["plan"], float(info["score"]))
+                self.best_trail.setdefault(key, []).append(found)
 
     def _score_own(self) -> float:
         """Score the policy's own plans on the reward split; they are evaluations too, and are remembered."""
@@ -247,6 +275,8 @@ class Trainer:
             actions.append(self.model.policy.act(observation))
             observation, value, done, _, info = env.step(actions[-1])
         self._note_best([info])
+        found = Improvement(self.evaluations + 1, self._elapsed(), info["plan"], float(info["score"]))
+        _append_changed(self.own_trail.setdefault(f"{info['network']} {info['budget']}", []), found)
         episode = Episode(observations, np.stack(actions), value)
         return episode, float(info["score"])
 
@@ -261,6 +291,8 @@ class Trainer:
                 "evaluations": self.evaluations,
                 "seconds": self.seconds,
                 "best": {key: [score, plan.to_json()] for key, (score, plan) in self.best.items()},
+                "own_trail": _trail_to_json(self.own_trail),
+                "best_trail": _trail_to_json(self.best_trail),
             },
         )
 
@@ -272,6 +304,9 @@ class Trainer:
         self.best = {
             key: (float(score), PruningPlan.from_json(content)) for key, (score, content) in state["best"].items()
         }
+        for name, trail in (("own_trail", self.own_trail), ("best_trail", self.best_trail)):
+            for key, kept in state.get(name, {}).items():
+                trail[key] = [Improvement.from_json(one) for one in kept]
         # a row whose checkpoint was never finished is written again
         for name in (METRICS, TIMING):
             self.folder.truncate_rows(name, self.update)
@@ -293,6 +328,8 @@ class Trainer:
             for budget in problem.budgets:
                 key = f"{problem.scorer.network.name} {budget}"
                 own[key] = own_plan(self.model.policy, problem, budget, self.config.rounds)
+                last = Improvement(self.evaluations, self.seconds, own[key])
+                _append_changed(self.own_trail.setdefault(key, []), last)
         plans = {
             "own": {key: plan.to_json() for key, plan in own.items()},
             "best": {key: plan.to_json() for key, (_, plan) in self.best.items()},
@@ -304,6 +341,8 @@ class Trainer:
             seconds=self.seconds,
             own=own,
             best={key: plan for key, (_, plan) in self.best.items()},
+            own_trail=self.own_trail,
+            best_trail=self.best_trail,
         )
 
 
@@ -325,6 +364,16 @@ class _Collector:
     def returns(self) -> list[float]:
         """Return of each episode of the last rollout."""
         return [episode.value for episode in self.model.last_episodes]
+
+
+def _append_changed(trail: list[Improvement], found: Improvement) -> None:
+    """Note the plan in force, if it is another than before."""
+    if not trail or trail[-1].plan != found.plan:
+        trail.append(found)
+
+
+def _trail_to_json(trail: dict[str, list[Improvement]]) -> dict[str, Any]:
+    return {key: [one.to_json() for one in kept] for key, kept in trail.items()}
 
 
 def shared_padding(problems: Sequence[PruningProblem]) -> Padding:

@@ -45,6 +45,8 @@ class Arguments:
     workers: int = 1
     """Worker processes."""
     reward_examples: int = 2000
+    reward_split: int | None = None
+    """Images set aside for the reward; needed where more than 5,000 are scored."""
     criterion: str = "taylor"
     reward: str = "improvement"
     """Reward profile; another than the default goes into another table (`name`)."""
@@ -76,6 +78,7 @@ def one_agent(arguments: Arguments, table: Table, budget: str, seed: int) -> Non
         workers=arguments.workers,
         rounds=arguments.rounds,
         reward_examples=arguments.reward_examples,
+        reward_split=arguments.reward_split,
         criterion=arguments.criterion,
         reward=arguments.reward,
         tensorboard=False,

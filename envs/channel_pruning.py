@@ -14,7 +14,6 @@ from prunegym.envs.observation import EpisodeState, Observation, Observer, Paddi
 from prunegym.envs.rewards import Outcome, RewardProfile, profile_named, reward
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import KINDS, Budget, Limit
-from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 
@@ -34,7 +33,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     ## Action Space
 
     `Box(-1, 1, (groups,), float32)`: a scaled logit of the share of channels each group keeps. -1 keeps the
-    least allowed, 1 keeps all; components of padding groups are ignored.
+    least allowed, 1 keeps all that is; components of padding groups are ignored.
 
     ## Observation Space
 
@@ -185,14 +184,13 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     def _decode(self, keep: NDArray[np.float64]) -> NDArray[np.int64]:
         if self.mode == "budgeted":
             return self.problem.project(keep, self._round_limits[self._round], self._counts)
-        asked = np.floor(keep * self.problem.sizes + 0.5).astype(np.int64)
-        return np.clip(asked, self.problem.least, self._counts)
+        return self.problem.widths.within(self._counts).nearest(keep)
 
     def _finish(self) -> tuple[float, dict[str, Any]]:
         """Score the plan of the last round."""
         score = self._scorer.score(self.plan)
         reference = self.problem.uniform_score(self._budget)
-        costs, latency = self._network.costs, self.problem.latency
+        costs, latency = self.problem.costs, self.problem.latency
         cost = costs.cost(self._counts)
         outcome = Outcome(
             score=score.score,
@@ -222,10 +220,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     def _look_again(self) -> None:
         """Recover the network of this round and measure it afresh."""
-        graph = self._network.graph
-        self._statistics = self._scorer.look(self.plan, self.round_examples)
-        context = Context(self._network.model, graph, self._statistics)
-        self._scores = unit_scores(self._scorer.settings.criterion, context)
+        self._statistics, self._scores = self._scorer.look(self.plan, self.round_examples)
 
     def _observe(self, done: bool = False) -> Observation:
         # the observation after the last round is never acted on: its allocations are those of that round

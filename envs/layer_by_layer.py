@@ -14,6 +14,7 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget, Limit
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph, ChannelGroup
+from prunegym.pruning.widths import Widths
 
 Counts: TypeAlias = NDArray[np.int64]
 Scored: TypeAlias = Callable[[Counts], float]
@@ -50,7 +51,8 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     as the only reward. Our reading: what the paper does to layers is done to channel groups, whose geometry is that of
     the first layer that makes them; FLOPs are the budgeted resource, so that parameters and latency work alike; the
     highest pruning ratio gives way to the fewest channels a group may keep where the budget is out of reach otherwise;
-    and a plan that ends below its budget is projected onto it, as those of all searchers are.
+    ratios are rounded to counts that a group may keep; and a plan that ends below its budget is projected onto it, as
+    those of all searchers are.
 
     ## Action Space
 
@@ -82,7 +84,7 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     ## Starting State
 
-    The unpruned network, at its first group: always the same.
+    The unpruned network, or the widest one that bounds on widths allow, at its first group: always the same.
 
     ## Episode End
 
@@ -109,8 +111,9 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.problem = problem
         self.limit: Limit = problem.limits[budget]
         self._score = score or (lambda counts: problem.scorer.score(problem.plan(counts)).score)
-        self.floor = self._narrowest()
-        """Fewest channels each group is pruned to ``(groups,)``."""
+        self.widths = self._widths()
+        """Counts that each group may be pruned to."""
+        self._choices = self.widths.choices()
         self._savings = self._own_savings()
         self._constants = self._scaled_constants()
         self.observation_space = spaces.Box(0, 1, (len(FEATURES),), np.float32)
@@ -120,7 +123,7 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start again from the unpruned network."""
+        """Start again from the unpruned network, or the widest one allowed."""
         super().reset(seed=seed)
         self._begin()
         return self._observe(), {}
@@ -130,10 +133,11 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         action = np.asarray(action)
         if action.shape != (1,) or not np.isfinite(action).all():
             raise PruningError(f"`action` should be one finite number, of shape (1,). Received {action}.")
-        size = int(self.problem.sizes[self._group])
-        asked = round((1 - (float(np.clip(action[0], -1, 1)) + 1) / 2) * size)
-        self.counts[self._group] = np.clip(asked, self.floor[self._group], self.widest())
-        self._last = 1 - int(self.counts[self._group]) / size
+        keep = self.counts / self.problem.sizes
+        keep[self._group] = 1 - (float(np.clip(action[0], -1, 1)) + 1) / 2
+        asked = int(self.widths.nearest(keep)[self._group])
+        self.counts[self._group] = min(asked, self.widest())
+        self._last = 1 - float(self.counts[self._group] / self.problem.sizes[self._group])
         self._group += 1
         done = self._group == len(self.counts)
         reward, info = self._finish() if done else (0.0, {})
@@ -141,16 +145,18 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         return self._observe(), reward, done, False, info
 
     def widest(self) -> int:
-        """Most channels that the current group may keep, if all later ones are pruned to their floor."""
-        counts = np.concatenate([self.counts[: self._group + 1], self.floor[self._group + 1 :]])
-        low, high = int(self.floor[self._group]), int(self.problem.sizes[self._group]) + 1
+        """Most channels that the current group may keep, if all later ones are pruned as far as they may be."""
+        counts = np.concatenate([self.counts[: self._group + 1], self.widths.smallest[self._group + 1 :]])
+        allowed = self._choices[self._group]
+        low, high = 0, len(allowed)
         while high - low > 1:
-            counts[self._group] = (low + high) // 2
-            low, high = ((low + high) // 2, high) if self.limit.holds(counts) else (low, (low + high) // 2)
-        return low
+            middle = (low + high) // 2
+            counts[self._group] = allowed[middle]
+            low, high = (middle, high) if self.limit.holds(counts) else (low, middle)
+        return int(allowed[low])
 
     def _begin(self) -> None:
-        self.counts: Counts = self.problem.sizes.copy()
+        self.counts: Counts = self.widths.largest.copy()
         self._group = 0
         self._last = 0.0
 
@@ -163,23 +169,26 @@ class LayerByLayerEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     def _observe(self) -> NDArray[np.float32]:
         # the observation after the last group is never acted on: it stays at that group
         group = min(self._group, len(self.counts) - 1)
-        reduced = 1 - self.limit.fraction(self.counts)
+        reduced = self.limit.fraction(self.widths.largest) - self.limit.fraction(self.counts)
         rest = self._savings[group + 1 :].sum() / max(self._savings.sum(), 1e-12)
         state = np.array([*self._constants[group], reduced, rest, self._last])
         clipped: NDArray[np.float32] = np.clip(state, 0, 1).astype(np.float32)
         return clipped
 
-    def _narrowest(self) -> Counts:
-        floor = np.maximum(self.problem.least, np.ceil((1 - MOST_PRUNED) * self.problem.sizes - 1e-9).astype(np.int64))
-        return floor if self.limit.holds(floor) else self.problem.least.copy()
+    def _widths(self) -> Widths:
+        """The problem's, from what the highest pruning ratio leaves on, unless the budget is out of reach so."""
+        least = np.ceil((1 - MOST_PRUNED) * self.problem.sizes - 1e-9).astype(np.int64)
+        widths = self.problem.widths.at_least(least)
+        return widths if self.limit.holds(widths.smallest) else self.problem.widths
 
     def _own_savings(self) -> NDArray[np.float64]:
         """What each group alone can save, as a share of the unpruned cost ``(groups,)``."""
-        savings = np.zeros(len(self.floor))
-        for group, count in enumerate(self.floor):
-            counts = self.problem.sizes.copy()
+        savings = np.zeros(len(self.problem.sizes))
+        start = self.limit.fraction(self.widths.largest)
+        for group, count in enumerate(self.widths.smallest):
+            counts = self.widths.largest.copy()
             counts[group] = count
-            savings[group] = 1 - self.limit.fraction(counts)
+            savings[group] = start - self.limit.fraction(counts)
         return savings
 
     def _scaled_constants(self) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 
 from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
+from prunegym.pruning.cost import CostModel
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
 from prunegym.pruning.statistics import Statistics
+from prunegym.pruning.widths import WidthRules, Widths
 
 IMPORTANCE = "taylor_squared"
 """Criterion of the knapsack allocator: changes of the loss can be added and compared across groups."""
@@ -30,27 +33,39 @@ class PruningProblem:
     budgets: tuple[Budget, ...]
     latency: LatencyModel | None = None
     """Needed for latency budgets; where it is given, latency is also known for other budgets."""
-    smallest: NDArray[np.int64] | None = None
-    """Fewest channels each group may keep ``(groups,)``; 1 by default."""
+    rules: WidthRules | None = None
+    """Alignment, fewest channels and bounds; by default groups may keep any count."""
+    removed: tuple[str, ...] = ()
+    """Paths of residual blocks that every plan leaves out."""
     limits: dict[Budget, Limit] = field(init=False)
+    widths: Widths = field(init=False)
+    """Counts that each group may keep."""
 
     def __post_init__(self) -> None:
         if not self.budgets:
             raise PruningError("`budget` should be given at least once. Received none. Write for example `macs:0.5`.")
-        if self.smallest is None:
-            self.smallest = np.ones(len(self.scorer.network.graph.groups), dtype=np.int64)
-        costs = self.scorer.network.costs
-        self.limits = {budget: apply_budget(budget, costs, self.least, self.latency) for budget in self.budgets}
+        network = self.scorer.network
+        self.widths = (self.rules or WidthRules()).apply(network.graph, strict=False)
+        if self.removed and self.latency is not None:
+            raise PruningError(
+                "`--leave-out` should be given with a budget of MACs or parameters. Received a latency table, which "
+                "knows nothing of blocks that are gone. Use macs: or params:."
+            )
+        self.limits = {budget: apply_budget(budget, self.costs, self.widths, self.latency) for budget in self.budgets}
 
     def only(self, budget: Budget) -> PruningProblem:
         """The same problem with one of its budgets; the scorer and its memory are shared."""
-        return PruningProblem(self.scorer, (budget,), self.latency, self.smallest)
+        return PruningProblem(self.scorer, (budget,), self.latency, self.rules, self.removed)
+
+    def without(self, blocks: Iterable[str]) -> PruningProblem:
+        """The same problem for plans that leave some residual blocks out."""
+        removed = tuple(sorted({*self.removed, *blocks}))
+        return PruningProblem(self.scorer, self.budgets, self.latency, self.rules, removed)
 
     @property
-    def least(self) -> NDArray[np.int64]:
-        """Fewest channels each group may keep ``(groups,)``."""
-        assert self.smallest is not None
-        return self.smallest
+    def costs(self) -> CostModel:
+        """Costs of plans, from kept counts."""
+        return self.scorer.network.costs_without(self.removed)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -60,17 +75,18 @@ class PruningProblem:
     def plan(self, counts: NDArray[np.int64], scores: NDArray[np.float64] | None = None) -> PruningPlan:
         """The plan that keeps the best channels of each group by the scorer's criterion (or ``scores``)."""
         graph = self.scorer.network.graph
-        return PruningPlan.from_scores(graph, counts, self.scorer.unit_scores if scores is None else scores)
+        scores = self.scorer.unit_scores if scores is None else scores
+        return PruningPlan.from_scores(graph, counts, scores).without(self.removed)
 
     def project(
         self, keep: NDArray[np.float64], limit: Limit, largest: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
         """Counts for asked keep ratios that hold the limit, see :func:`.allocation.project`."""
-        return project(keep, self.sizes, limit, self.least, self.sizes if largest is None else largest)
+        return project(keep, limit, self._within(largest))
 
     def uniform_counts(self, limit: Limit, largest: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """The uniform allocation."""
-        return uniform(self.sizes, limit, self.least, largest)
+        return uniform(limit, self._within(largest))
 
     def knapsack_counts(
         self, limit: Limit, statistics: Statistics | None = None, largest: NDArray[np.int64] | None = None
@@ -79,14 +95,14 @@ class PruningProblem:
         scorer = self.scorer
         scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
         group_of = scorer.network.graph.group_of
-        return knapsack(scores, group_of, self.sizes, limit, self.least, largest)
+        return knapsack(scores, group_of, limit, self._within(largest))
 
     def threshold_counts(
-        self, scores: NDArray[np.float64], limit: Limit, smallest: NDArray[np.int64] | None = None
+        self, scores: NDArray[np.float64], limit: Limit, widths: Widths | None = None
     ) -> NDArray[np.int64]:
         """The allocation of one threshold on scores ``(units,)`` of the whole network.
 
-        Each group keeps at least ``smallest (groups,)``, by default the fewest it may.
+        Groups keep counts of ``widths``, by default any that they may.
 
         Raises:
             PruningError: a score is not finite.
@@ -97,8 +113,11 @@ class PruningProblem:
                 "the scores."
             )
         group_of = self.scorer.network.graph.group_of
-        return threshold(scores, group_of, self.sizes, limit, self.least if smallest is None else smallest)
+        return threshold(scores, group_of, limit, self.widths if widths is None else widths)
 
     def uniform_score(self, budget: Budget) -> Score:
         """Score of the uniform plan: what every reward is compared with."""
         return self.scorer.score(self.plan(self.uniform_counts(self.limits[budget])))
+
+    def _within(self, largest: NDArray[np.int64] | None) -> Widths:
+        return self.widths if largest is None else self.widths.within(largest)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prunegym.pruning.data import load_data
     from prunegym.pruning.errors import InfeasibleBudgetError, PruningError, UnsupportedLayerError
     from prunegym.pruning.plan import PruningPlan
+    from prunegym.pruning.program import export_program, load_program
     from prunegym.pruning.task import ClassificationTask, Task
     from prunegym.pruning.zoo import build_network
 
@@ -27,9 +28,11 @@ __all__ = [
     "UnsupportedLayerError",
     "__version__",
     "build_network",
+    "export_program",
     "inspect",
     "load",
     "load_data",
+    "load_program",
     "make_env",
     "prune",
     "save",
@@ -45,9 +48,11 @@ _HOME = {
     "Task": "prunegym.pruning.task",
     "UnsupportedLayerError": "prunegym.pruning.errors",
     "build_network": "prunegym.pruning.zoo",
+    "export_program": "prunegym.pruning.program",
     "inspect": "prunegym.agents.api",
     "load": "prunegym.agents.api",
     "load_data": "prunegym.pruning.data",
+    "load_program": "prunegym.pruning.program",
     "make_env": "prunegym.agents.api",
     "prune": "prunegym.agents.api",
     "save": "prunegym.agents.api",

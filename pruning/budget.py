@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from prunegym.pruning.cost import CostModel
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError, unknown_name
+from prunegym.pruning.widths import Widths
 
 KINDS = ("macs", "params", "latency")
 _EXAMPLE = "Write for example `macs:0.5`, `params:0.3`, `latency:0.7` or `latency:12ms`."
@@ -84,19 +85,17 @@ class Limit:
         return Limit(self.budget, self.value, self.full, share * self.full)
 
 
-def apply_budget(
-    budget: Budget, costs: CostModel, smallest: NDArray[np.int64], latency: LatencyModel | None = None
-) -> Limit:
+def apply_budget(budget: Budget, costs: CostModel, widths: Widths, latency: LatencyModel | None = None) -> Limit:
     """Apply a budget to a network and refuse what cannot be reached.
 
     Args:
         budget: what may remain.
         costs: the network's cost model.
-        smallest: fewest channels each group may keep ``(groups,)``.
+        widths: counts that each group may keep.
         latency: latency model; needed for latency budgets.
 
     Raises:
-        InfeasibleBudgetError: even ``smallest`` costs more; the message gives the reachable minimum.
+        InfeasibleBudgetError: even the smallest widths cost more; the message gives the reachable minimum.
     """
     value: Callable[[NDArray[np.int64]], float]
     if budget.kind == "macs":
@@ -111,21 +110,22 @@ def apply_budget(
             )
         value, full = latency.latency, latency.full
     most = budget.value if budget.absolute else budget.value * full
-    least = value(smallest)
+    least = value(widths.smallest)
     if least > most:
         # rounded up, so that what is advised is accepted
-        unit = f"{_rounded_up(least * 1000)}ms" if budget.absolute else f"{_rounded_up(least / full)}"
+        unit = f"{_rounded_up(least * 1000):.3g}ms" if budget.absolute else f"{min(1.0, _rounded_up(least / full)):.3g}"
+        allowed, looser = (f" ({widths.rules})", ", or loosen these rules") if widths.rules else ("", "")
         raise InfeasibleBudgetError(
             f"`budget` should be reachable by this network. Received {budget}, but with every group at its "
-            f"smallest the network still has {least / full:.1%} of its {budget.kind}. "
-            f"Ask for {budget.kind}:{unit} or more.",
+            f"smallest{allowed} the network still has {least / full:.1%} of its {budget.kind}. "
+            f"Ask for {budget.kind}:{unit} or more{looser}.",
             reachable=least if budget.absolute else least / full,
         )
     return Limit(budget, value, full, most)
 
 
-def _rounded_up(number: float) -> str:
+def _rounded_up(number: float) -> float:
     """Three significant digits, a little larger than a positive number."""
     number *= 1 + 1e-9  # else the product with the full cost may round to just below what is needed
     step = 10.0 ** (np.floor(np.log10(number)) - 2)
-    return f"{np.ceil(number / step) * step:.3g}"
+    return float(np.ceil(number / step) * step)

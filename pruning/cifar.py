@@ -38,6 +38,8 @@ _VGG16: tuple[int | str, ...] = (
     512,
     "M",
 )
+#: Half as wide: 78.7 of 313.2 million MACs at 32x32, 3.68 of 14.72 million parameters.
+_VGG16_HALF: tuple[int | str, ...] = tuple(width if isinstance(width, str) else width // 2 for width in _VGG16)
 _VGG19: tuple[int | str, ...] = (
     64,
     64,
@@ -243,6 +245,7 @@ CIFAR_NETWORKS: Mapping[str, Builder] = {
     "cifar_resnet34": partial(_wide_resnet, BasicBlock, [3, 4, 6, 3]),
     "cifar_resnet50": partial(_wide_resnet, Bottleneck, [3, 4, 6, 3]),
     "cifar_vgg16": partial(PlainConvNet, _VGG16),
+    "cifar_vgg16_half": partial(PlainConvNet, _VGG16_HALF),
     "cifar_vgg19": partial(PlainConvNet, _VGG19),
     "cifar_mobilenet_v2": _mobilenet_v2,
     "cifar_efficientnet_b0": _efficientnet_b0,

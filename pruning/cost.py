@@ -1,19 +1,22 @@
 """Exact cost of any plan without running the network.
 
 The cost of a network depends on how many channels each group keeps, not on which: with ``k`` the vector of
-kept counts, a layer's input and output widths are affine in ``k`` and its multiply-accumulates (MACs) are
-their product times a constant. MACs are counted for one example; convolutions, linear layers and matrix
-products count, nothing else does. Parameters are all learnable parameters of the rebuilt network.
+kept counts, a layer's input and output widths are affine in ``k``, and so are the heads it runs on; its
+multiply-accumulates (MACs) are their product times a constant. MACs are counted for one example; convolutions,
+linear layers and matrix products count, nothing else does. Parameters are all learnable parameters of the rebuilt
+network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from prunegym.pruning.blocks import in_any
 from prunegym.pruning.graph import ChannelGraph, Units
 
 Counts = NDArray[np.int64]
@@ -33,25 +36,36 @@ class CostModel:
     Args:
         graph: the network's channel graph.
         model: the unpruned network, for the shapes of its parameters.
+        removed: paths of residual blocks that are left out of all plans.
+        full: cost of the unpruned network; by default that of all channels.
     """
 
-    def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
+    def __init__(
+        self, graph: ChannelGraph, model: nn.Module, removed: Collection[str] = (), full: Cost | None = None
+    ) -> None:
         groups = len(graph.groups)
         self._out, self._out_fixed = _affine(graph, [one.outputs for one in graph.operations], groups)
         inputs = [one.inputs if one.groups == 1 else np.full(one.fan_in, -1) for one in graph.operations]
         self._in, self._in_fixed = _affine(graph, inputs, groups)
-        self._repeats = np.array([one.repeats for one in graph.operations], dtype=np.float64)
-        self._parameters, self._fixed_parameters = self._parameter_terms(graph, model)
-        self.full = self.cost(graph.sizes)
+        left = [not in_any(one.module, removed) for one in graph.operations]
+        self._repeats = np.array([one.repeats for one in graph.operations], dtype=np.float64) * left
+        batches = [(row, one) for row, operation in enumerate(graph.operations) for one in operation.batch]
+        self._batch_row = np.array([row for row, _ in batches], dtype=np.int64)
+        self._batch, self._batch_fixed = _affine(graph, [one for _, one in batches], groups)
+        self._batch_full = np.array([len(one) for _, one in batches], dtype=np.float64)
+        self._parameters, self._fixed_parameters = self._parameter_terms(graph, model, removed)
+        self.full = full or self.cost(graph.sizes)
 
     @staticmethod
     def _parameter_terms(
-        graph: ChannelGraph, model: nn.Module
+        graph: ChannelGraph, model: nn.Module, removed: Collection[str]
     ) -> tuple[list[list[tuple[NDArray[np.float64], float]]], int]:
         """Per prunable parameter its dimensions as affine forms; and the size of all the others together."""
         terms = []
         fixed = 0
         for name, tensor in model.named_parameters():
+            if in_any(name, removed):
+                continue
             dims = [(dim, graph.axes[name, dim]) for dim in range(tensor.ndim) if (name, dim) in graph.axes]
             if not dims:
                 fixed += tensor.numel()
@@ -69,7 +83,9 @@ class CostModel:
     def operation_macs(self, counts: Counts) -> NDArray[np.float64]:
         """MACs of each operation ``(operations,)``."""
         fan_in, outputs = self.widths(counts)
-        return self._repeats * fan_in * outputs
+        macs = self._repeats * fan_in * outputs
+        np.multiply.at(macs, self._batch_row, (self._batch @ counts + self._batch_fixed) / self._batch_full)
+        return macs
 
     def macs(self, counts: Counts) -> int:
         """MACs for one example."""

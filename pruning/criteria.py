@@ -1,142 +1,76 @@
-"""Importance criteria: a score for each channel of a group, higher = keep.
+"""The pool of importance criteria: a score for each channel of a group, higher = keep.
 
-Every criterion has one contract: it is given a prunable group and a :class:`Context` and returns a float
-array ``(group.size,)``. Scores are comparable within a group; those of ``taylor`` and ``taylor_squared`` are
-changes of the loss and comparable across groups too, which is why the allocators use them.
+Every criterion keeps one contract, :data:`~prunegym.pruning.context.Criterion`: it is given a prunable group and a
+:class:`~prunegym.pruning.context.Context` and returns a float array ``(group.size,)``. Scores are comparable within
+a group. Those of the Taylor family are changes of the loss and comparable across groups too, which is why the
+allocators use one of them.
+
+=====================  ================================================================  ==========================
+Criterion              Keeps the channel whose ...                                       Needs
+=====================  ================================================================  ==========================
+`l1`, `l2`             filters are large                                                 weights
+`bn_scale`             batch normalisation scale is large                                weights
+`fpgm`                 filters are far from all others                                   weights
+`cosine`               filters point elsewhere than the most similar other one           weights
+`taylor`               reads change the loss, mean absolute                              statistics
+`taylor_squared`       reads change the loss, mean square                                statistics
+`taylor_weight`        making weights change the loss, mean square                       gradients of weights
+`taylor_second`        making weights change the loss, to second order                   gradients of weights
+`activation`           activation is large, mean absolute                                statistics
+`activation_variance`  activation varies                                                 statistics
+`apoz`                 activation is rarely zero                                         statistics
+`group_attention`      gate stays open when gates are trained beside the frozen network  some training steps
+`encoder_attention`    node the encoder of a trained policy attends to                   a policy file
+`random`               number is large: the control                                      nothing
+=====================  ================================================================  ==========================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
-
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from prunegym.pruning.context import Calibration, Context, Criterion, Scores
+from prunegym.pruning.data_criteria import (
+    activation,
+    activation_variance,
+    apoz,
+    group_attention,
+    taylor,
+    taylor_second,
+    taylor_squared,
+    taylor_weight,
+)
 from prunegym.pruning.errors import PruningError, unknown_name
-from prunegym.pruning.graph import ChannelGraph, ChannelGroup
-from prunegym.pruning.statistics import Statistics
+from prunegym.pruning.graph import ChannelGroup
+from prunegym.pruning.weight_criteria import bn_scale, cosine, filters, fpgm, l1, l2
 
-Scores: TypeAlias = NDArray[np.float64]
+__all__ = [
+    "CRITERIA",
+    "ENCODER_ATTENTION",
+    "Calibration",
+    "Context",
+    "Criterion",
+    "Scores",
+    "filters",
+    "unit_scores",
+]
 
-
-@dataclass
-class Context:
-    """What criteria may look at."""
-
-    model: nn.Module
-    graph: ChannelGraph
-    statistics: Statistics | None = None
-    """Needed by the data-aware criteria."""
-    rng: np.random.Generator | None = None
-
-    def data(self, criterion: str) -> Statistics:
-        """The statistics, or an error that names the criterion that needs them."""
-        if self.statistics is None:
-            raise PruningError(
-                f"`criterion` {criterion} needs calibration data. Received no statistics. "
-                "Pass a task with a calibration split, or choose l1, l2, bn_scale or fpgm."
-            )
-        return self.statistics
+ENCODER_ATTENTION = "encoder_attention"
 
 
-Criterion: TypeAlias = Callable[[ChannelGroup, Context], Scores]
-
-
-def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
-    """The weights that make each channel: one ``(group.size, weights)`` matrix per producing layer."""
-    parameters = dict(context.model.named_parameters())
-    rows = []
-    seen: set[str] = set()  # a layer that is used twice has one matrix
-    for operation in context.graph.operations:
-        if operation.module not in group.producers or operation.weight is None or operation.weight in seen:
-            continue
-        local = operation.outputs - group.start
-        mine = np.flatnonzero((operation.outputs >= 0) & (local >= 0) & (local < group.size))
-        if len(mine) == 0:
-            continue
-        seen.add(operation.weight)
-        # several channels of one layer may be one unit (grouped convolution): they stand side by side in its
-        # row
-        mine = mine[np.argsort(local[mine], kind="stable")]
-        weight = parameters[operation.weight].detach()
-        makes = 0 if operation.groups > 1 else 1 - operation.reads
-        rows.append(weight.movedim(makes, 0)[torch.from_numpy(mine)].reshape(group.size, -1).double().cpu())
-    return rows
-
-
-def l1(group: ChannelGroup, context: Context) -> Scores:
-    """Sum of absolute weights of the filters.
-
-    References:
-        Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017.
-    """
-    return _total([part.abs().sum(1) for part in filters(group, context)], group)
-
-
-def l2(group: ChannelGroup, context: Context) -> Scores:
-    """Euclidean norm of the filters."""
-    return np.sqrt(_total([part.square().sum(1) for part in filters(group, context)], group))
-
-
-def bn_scale(group: ChannelGroup, context: Context) -> Scores:
-    """Absolute batch normalisation scale, summed (Liu et al., "Network Slimming", ICCV 2017).
-
-    Groups without batch normalisation are ranked by :func:`l2`.
-    """
-    total = torch.zeros(group.size, dtype=torch.float64)
-    found = False
-    for name, module in context.model.named_modules():
-        units = context.graph.axes.get((f"{name}.weight", 0))
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or units is None or module.weight is None:
-            continue
-        inside = (units >= group.start) & (units < group.start + group.size)
-        if inside.any():
-            found = True
-            scale = module.weight.detach().abs().double().cpu()[torch.from_numpy(inside)]
-            total.index_add_(0, torch.from_numpy(units[inside] - group.start), scale)
-    return total.numpy() if found else l2(group, context)
-
-
-def fpgm(group: ChannelGroup, context: Context) -> Scores:
-    r"""Distance of each filter to all others; small means replaceable.
-
-    .. math:: s_i = \sum_j \lVert W_i - W_j \rVert_2
-
-    References:
-        He et al., "Filter Pruning via Geometric Median", CVPR 2019.
-    """
-    parts = filters(group, context)
-    if not parts:
-        return np.zeros(group.size)
-    weights = torch.cat(parts, dim=1)
-    # the matrix-product form of cdist loses all digits for close filters
-    distances = torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist")
-    scores: Scores = distances.sum(1).numpy()
-    return scores
-
-
-def taylor(group: ChannelGroup, context: Context) -> Scores:
-    """Mean absolute first-order change of the loss on removal (Molchanov et al., ICLR 2017)."""
-    return context.data("taylor").taylor[group.units].copy()
-
-
-def taylor_squared(group: ChannelGroup, context: Context) -> Scores:
-    """Mean squared first-order change of the loss on removal (Molchanov et al., CVPR 2019)."""
-    return context.data("taylor_squared").taylor_squared[group.units].copy()
-
-
-def activation(group: ChannelGroup, context: Context) -> Scores:
-    """Mean absolute activation where the channel is read."""
-    return context.data("activation").activation_mean[group.units].copy()
+def encoder_attention(group: ChannelGroup, context: Context) -> Scores:
+    """Where the encoder of a trained policy looks; the agent that looks is given with the context."""
+    if ENCODER_ATTENTION not in context.given:
+        raise PruningError(
+            f"`criterion` {ENCODER_ATTENTION} needs a trained policy. Received none. Give --policy a file that "
+            "`prunegym train` wrote (in Python, `policy` of prunegym.prune), or choose another criterion."
+        )
+    return context.given[ENCODER_ATTENTION](group, context)
 
 
 def random(group: ChannelGroup, context: Context) -> Scores:
     """Random scores: the control that every criterion must beat."""
-    rng = context.rng if context.rng is not None else np.random.default_rng(0)
+    rng = context.rng if context.rng is not None else np.random.default_rng([context.seed, group.start])
     return rng.random(group.size)
 
 
@@ -145,18 +79,25 @@ CRITERIA: dict[str, Criterion] = {
     "l2": l2,
     "bn_scale": bn_scale,
     "fpgm": fpgm,
+    "cosine": cosine,
     "taylor": taylor,
     "taylor_squared": taylor_squared,
+    "taylor_weight": taylor_weight,
+    "taylor_second": taylor_second,
     "activation": activation,
+    "activation_variance": activation_variance,
+    "apoz": apoz,
+    "group_attention": group_attention,
+    ENCODER_ATTENTION: encoder_attention,
     "random": random,
 }
 
 
 def unit_scores(criterion: str, context: Context) -> Scores:
-    """Scores of all units of a network ``(units,)``.
+    """Scores of all units of a network ``(units,)``; units that are gone have 0.
 
     Raises:
-        PruningError: no such criterion, it needs data that are not there, or a score is not finite.
+        PruningError: no such criterion, it needs what is not there, or a score is not finite.
     """
     if criterion not in CRITERIA:
         raise unknown_name("criterion", criterion, CRITERIA)
@@ -168,9 +109,4 @@ def unit_scores(criterion: str, context: Context) -> Scores:
             f"{int((~np.isfinite(scores)).sum())} non-finite ones. Check the weights and the calibration "
             "data for NaN or infinity."
         )
-    return scores
-
-
-def _total(parts: list[Tensor], group: ChannelGroup) -> Scores:
-    total: Scores = sum(parts, torch.zeros(group.size, dtype=torch.float64)).numpy()
-    return total
+    return scores if context.mask is None else np.where(context.mask, scores, 0.0)

@@ -20,6 +20,8 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from prunegym.pruning.attention import HeadwiseAttention, can_be_headwise, make_headwise
+from prunegym.pruning.blocks import in_any, remove_blocks
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain, read_json, replacing
 from prunegym.pruning.network import PrunableNetwork
@@ -30,7 +32,7 @@ from prunegym.pruning.zoo import build_network
 
 __all__ = ["export_onnx", "load_network", "read_recipe", "save_network"]
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"
 
@@ -39,6 +41,7 @@ _FIELDS: Mapping[str, type] = {
     "source": dict,
     "plan": dict,
     "attributes": dict,
+    "modules": dict,
     "unpruned_shapes": dict,
     "shapes": dict,
     "aliases": dict,
@@ -48,9 +51,11 @@ _FIELDS: Mapping[str, type] = {
 }
 #: Arguments of `build_network` that decide the shapes of a network.
 _SOURCE_KEYS = ("network", "num_classes", "in_channels", "image_size")
-#: Attributes that surgery changes, and one that torchvision switches on with its published weights only. A
-#: recipe may set no others.
-_ATTRIBUTES = ("groups", "channel_padding", "transform_input")
+#: Attributes of any network that surgery changes, and one that torchvision switches on with its published weights
+#: only. Besides these, a recipe may only lower whole numbers that are there: sizes that follow the channels.
+_ATTRIBUTES = ("channel_padding", "transform_input")
+#: What a recipe may turn a module into.
+_HEADWISE, _REMOVED = "headwise", "removed"
 #: Largest difference between a network and its saved self, as a share of the largest output; on a CPU it is
 #: zero.
 _CHECK_TOLERANCE = 1e-4
@@ -96,6 +101,7 @@ def save_network(
         "source": dict(source),
         "plan": plan.to_json(),
         "attributes": _changed_attributes(network, model),
+        "modules": _changed_modules(model, plan),
         "unpruned_shapes": {name: list(tensor.shape) for name, tensor in _named_tensors(network.model)},
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "aliases": aliases,
@@ -228,8 +234,10 @@ def _check_shapes(network: PrunableNetwork, plan: PruningPlan, model: nn.Module)
     wanted |= {name: list(tensor.shape) for name, tensor in network.model.named_buffers()}
     for (name, dim), indices in kept_indices(network.graph, plan.mask(network.graph)).items():
         wanted[name][dim] = len(indices)
+    wanted = {name: shape for name, shape in wanted.items() if not in_any(name, plan.removed)}
     found = {name: list(tensor.shape) for name, tensor in _named_tensors(model)}
-    for name in sorted(wanted.keys() | {name for name, _ in _named_tensors(network.model)} | found.keys()):
+    whole = {name for name, _ in _named_tensors(network.model) if not in_any(name, plan.removed)}
+    for name in sorted(wanted.keys() | whole | found.keys()):
         # tied tensors are sliced once, under their first name
         expected = wanted.get(name, found.get(name))
         if name not in found or expected != found[name]:
@@ -243,15 +251,33 @@ def _check_shapes(network: PrunableNetwork, plan: PruningPlan, model: nn.Module)
 def _changed_attributes(network: PrunableNetwork, model: nn.Module) -> dict[str, dict[str, Any]]:
     """What surgery set besides tensors, by module path."""
     modules = dict(model.named_modules())
-    paths = [one.module for one in network.graph.operations if one.groups > 1]
-    paths += [one.module for one in network.graph.paddings]
+    pairs = [(one.module, "channel_padding") for one in network.graph.paddings]
+    pairs += [(one.place.module, one.place.name) for one in network.graph.size_rules]
+    pairs += [(path, "transform_input") for path in modules]
     changed: dict[str, dict[str, Any]] = {}
-    for path in dict.fromkeys(
-        [*paths, *(path for path in modules if hasattr(modules[path], "transform_input"))]
-    ):
-        values = {name: getattr(modules[path], name, None) for name in _ATTRIBUTES}
-        changed[path] = {name: plain(value) for name, value in values.items() if value is not None}
-    return {path: values for path, values in changed.items() if values}
+    for path, name in dict.fromkeys(pairs):
+        value = getattr(modules.get(path), name, None)
+        if value is not None:
+            changed.setdefault(path, {})[name] = plain(value)
+    return changed
+
+
+def _changed_modules(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
+    """Modules whose class surgery changed."""
+    found = {name: _HEADWISE for name, one in model.named_modules() if type(one) is HeadwiseAttention}
+    return {**found, **dict.fromkeys(plan.removed, _REMOVED)}
+
+
+def _change_modules(model: nn.Module, changes: Mapping[str, Any]) -> None:
+    """Do to the modules of an unpruned network what surgery did."""
+    modules = dict(model.named_modules())
+    for path, change in changes.items():
+        known = path in modules and (change == _REMOVED or (change == _HEADWISE and can_be_headwise(modules[path])))
+        if not known:
+            raise _misfit(f"a recipe that makes module '{path}' {change!r}", "Save the network again.")
+        if change == _HEADWISE:
+            make_headwise(modules[path])
+    remove_blocks(model, [path for path, change in changes.items() if change == _REMOVED])
 
 
 def _original(source: Mapping[str, Any], allow_code: bool) -> nn.Module:
@@ -278,15 +304,20 @@ def _original(source: Mapping[str, Any], allow_code: bool) -> nn.Module:
 
 def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> nn.Module:
     """Put the saved tensors and attributes into ``model``, which is changed and returned."""
+    _change_modules(model, recipe["modules"])
+    removed = [path for path, change in recipe["modules"].items() if change == _REMOVED]
+    unpruned = {name: shape for name, shape in recipe["unpruned_shapes"].items() if not in_any(name, removed)}
     known = dict(_named_tensors(model))
     aliases: dict[str, str] = recipe["aliases"]
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if shapes != recipe["shapes"]:
         raise _misfit(f"{WEIGHTS} with other tensors than {RECIPE} lists", "Save or copy both files again.")
-    odd = sorted(known.keys() ^ {*tensors, *aliases, *recipe["unpruned_shapes"]})
+    odd = sorted(known.keys() ^ {*tensors, *aliases, *unpruned})
     odd += [name for name, first in aliases.items() if not isinstance(first, str) or first not in tensors]
-    odd += [name for name in known if list(known[name].shape) != recipe["unpruned_shapes"].get(name)]
-    odd += [name for name in tensors if not odd and not _fits(tensors[name], known[name])]
+    # buffers that a network makes anew for each size of input may have another shape before it has run
+    fixed = {name for name, tensor in known.items() if isinstance(tensor, nn.Parameter) or name in model.state_dict()}
+    odd += [name for name in known if name in fixed and list(known[name].shape) != unpruned.get(name)]
+    odd += [name for name in tensors if not odd and name in fixed and not _fits(tensors[name], known[name])]
     if odd:
         names = ", ".join(odd[:_SHOWN]) + (f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else "")
         raise _misfit(f"a network that differs in {names}", "Give the network that was pruned, unpruned.")
@@ -328,13 +359,28 @@ def _set_attributes(model: nn.Module, attributes: Mapping[str, Any]) -> None:
     modules = dict(model.named_modules())
     for path, values in attributes.items():
         for name, value in values.items() if isinstance(values, dict) else [("", None)]:
-            numbers = value if isinstance(value, list) else [value]
-            known = name in _ATTRIBUTES and path in modules and hasattr(modules[path], name)
-            if not known or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            before = getattr(modules.get(path), name, None)
+            if not _may_become(name, before, value):
                 raise _misfit(
                     f"a recipe that sets `{name}` of module '{path}' to {value!r}", "Save the network again."
                 )
-            setattr(modules[path], name, tuple(numbers) if isinstance(value, list) else value)
+            setattr(modules[path], name, type(before)(value) if isinstance(value, list) else value)
+
+
+def _may_become(name: str, before: Any, value: Any) -> bool:
+    """Whether surgery may have turned an attribute into this."""
+    if before is None:
+        return False
+    several = isinstance(value, list)
+    if several != isinstance(before, list | tuple):
+        return False
+    pairs = list(zip(before, value, strict=False)) if several else [(before, value)]
+    if several and len(before) != len(value):
+        return False
+    if name in _ATTRIBUTES:
+        return all(isinstance(new, int) and new >= 0 for _, new in pairs)
+    # a list may hold other things beside the number that changed
+    return all(new == old or (type(old) is int and type(new) is int and 0 < new < old) for old, new in pairs)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], unpruned: nn.Module, argument: str) -> None:

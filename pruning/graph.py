@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.labels import varying
+from prunegym.pruning.size_tags import Place
 from prunegym.pruning.trace import Trace
 from prunegym.pruning.tracer import TracedOperation
 
@@ -60,6 +62,8 @@ class Operation:
     fan_in: int
     """``C_in / groups`` of the unpruned layer."""
     repeats: float
+    batch: tuple[Units, ...]
+    """Units of the rows or heads that the operation runs on, which its cost shrinks with."""
     reads: int
     """Dimension of the weight that holds the input channels."""
     groups: int
@@ -84,6 +88,15 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class SizeRule:
+    """An attribute of a module that holds a number of channels or heads, and follows the units it counts."""
+
+    place: Place
+    units: Units
+    """Unit of each channel or head that is counted."""
+
+
+@dataclass(frozen=True)
 class ChannelGraph:
     """Everything about a network that pruning needs to know, without its weights."""
 
@@ -94,6 +107,7 @@ class ChannelGraph:
     axes: dict[tuple[str, int], Units]
     """Unit of each index of a tensor's dimension, for the dimensions that can shrink."""
     paddings: tuple[Padding, ...]
+    size_rules: tuple[SizeRule, ...]
     group_of: NDArray[np.int64]
     """Group number of each unit ``(units,)``."""
     unknown_operations: dict[str, str]
@@ -158,10 +172,25 @@ def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str,
             Padding(one.module, unit_of_root[trace.roots[one.before]], unit_of_root[trace.roots[one.after]])
             for one in trace.paddings
         ),
+        tuple(_size_rules(trace, unit_of_root)),
         np.array(group_of, dtype=np.int64),
         trace.unknown_operations,
         tuple(trace.folds),
     )
+
+
+def _size_rules(trace: Trace, unit_of_root: Units) -> Iterator[SizeRule]:
+    """Attributes whose dimension indeed shrinks, each once."""
+    seen: set[Place] = set()
+    for one in trace.sizes:
+        roots = trace.roots[one.labels]
+        if one.axis not in varying(roots):
+            continue  # the product shrinks along another of its dimensions
+        place = tuple(slice(None) if axis == one.axis else 0 for axis in range(roots.ndim))
+        units = unit_of_root[roots[place]]
+        if (units >= 0).any() and one.place not in seen:
+            seen.add(one.place)
+            yield SizeRule(one.place, units)
 
 
 class _Classes:
@@ -245,6 +274,7 @@ def _operation(trace: Trace, unit_of_root: Units, one: TracedOperation) -> Opera
         units(one.outputs, one.output_count),
         one.input_count,
         one.repeats,
+        tuple(unit_of_root[trace.roots[labels]] for labels in one.batch),
         one.reads,
         one.groups,
         one.input_shape,

@@ -33,6 +33,7 @@ class LabelBook:
         self._right: list[NDArray[np.int64]] = []
         self._frozen: list[tuple[NDArray[np.int64], str]] = []
         self._produced: list[NDArray[np.int64]] = []
+        self._products: list[NDArray[np.int64]] = []
 
     def fresh(self, count: int) -> NDArray[np.int64]:
         """``count`` labels never used before, ``(count,)``."""
@@ -46,6 +47,11 @@ class LabelBook:
         self._left.append(a.ravel())
         self._right.append(b.ravel())
 
+    @property
+    def unions(self) -> int:
+        """How often labels were declared equal."""
+        return len(self._left)
+
     def freeze(self, labels: NDArray[np.int64], reason: str) -> None:
         """These channels may not be removed, and why. The first reason given is the one reported."""
         self._frozen.append((labels.ravel(), reason))
@@ -54,6 +60,10 @@ class LabelBook:
         """Mark labels as made by a layer: only those are candidates for pruning."""
         self._produced.append(labels.ravel())
 
+    def product(self, labels: NDArray[np.int64]) -> None:
+        """What stays of this array, which varies along several dimensions, must be a box."""
+        self._products.append(labels.squeeze())
+
     def resolve(self) -> tuple[NDArray[np.int64], dict[int, str], NDArray[np.bool_]]:
         """Close the book.
 
@@ -61,10 +71,14 @@ class LabelBook:
             The representative of each label ``(labels,)``; the reason of each frozen representative; whether
             a representative was produced by a layer ``(labels,)``.
         """
-        left, right = _concatenated(self._left), _concatenated(self._right)
-        links = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
-        _, roots = connected_components(links, directed=False)
-        roots = roots.astype(np.int64)
+        roots = self._components()
+        for product in self._products:
+            axes = varying(roots[product])
+            if len(axes) > 1:
+                # undecided: the last dimension shrinks, as it does where groups of channels are a constant of the code
+                for axis in axes[:-1]:
+                    self.unite(product, product.take([0], axis=axis))
+                roots = self._components()
         reasons: dict[int, str] = {}
         for labels, reason in self._frozen:
             for root in np.unique(roots[labels]).tolist():
@@ -72,6 +86,18 @@ class LabelBook:
         produced = np.zeros(self.count, dtype=np.bool_)
         produced[roots[_concatenated(self._produced)]] = True
         return roots, reasons, produced
+
+
+    def _components(self) -> NDArray[np.int64]:
+        left, right = _concatenated(self._left), _concatenated(self._right)
+        links = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
+        roots: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
+        return roots
+
+
+def varying(values: NDArray[np.int64]) -> list[int]:
+    """Axes along which an array is not constant."""
+    return [axis for axis in range(values.ndim) if (values != values.take([0], axis=axis)).any()]
 
 
 def _concatenated(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:

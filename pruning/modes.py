@@ -1,8 +1,8 @@
-"""Training and evaluation mode of networks."""
+"""Modes of networks: training or evaluation, and which parameters have gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -14,8 +14,22 @@ def evaluating(model: nn.Module | None) -> Iterator[None]:
     modes = [] if model is None else [(module, module.training) for module in model.modules()]
     try:
         if model is not None:
+            model.train()  # which is where networks drop what they computed once and kept for inference
             model.eval()
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def differentiating(model: nn.Module, parameters: Collection[str] = ()) -> Iterator[None]:
+    """Let the named parameters have gradients and no others; afterwards each is as it was."""
+    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in parameters)
+        yield
+    finally:
+        for parameter, state in states:
+            parameter.requires_grad_(state)

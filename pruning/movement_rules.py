@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.pruning.labels import Field, along, lifted, reshaped, support
-from prunegym.pruning.rule_parts import labels_along, pass_on, where
+from prunegym.pruning.rule_parts import met, only_along, pass_on, where
+from prunegym.pruning.size_tags import Tagged
 from prunegym.pruning.tracer import Call, ChannelPadding, TensorRecord, Tracer, give_up
 
 
@@ -29,16 +30,34 @@ def restride(tracer: Tracer, call: Call) -> None:
 
 
 def view(tracer: Tracer, call: Call) -> None:
-    """Reshape. A channel dimension may be flattened together with others; splitting it freezes it."""
+    """Reshape. A channel dimension may be flattened together with others, or be split into a product."""
     data = call.args[0]
     source = tracer.record(data)
-    fields = []
+    shape = tuple(call.output.shape)
+    fields: list[Field] = []
     for one in source.fields:
-        moved = one if data.numel() == 0 else reshaped(one, data.shape, call.output.shape)
+        moved = one if data.numel() == 0 else reshaped(one, data.shape, shape)
         if len(support(moved)) > 1:
-            tracer.book.freeze(one, f"{where(tracer, call)} splits the channel dimension")
+            moved = _without_constants(tracer, call, moved)
+            tracer.book.product(moved)
+        tracer.note_sizes(moved, shape)
+        if any(support(moved) & support(other) for other in fields):
+            reason = f"{where(tracer, call)} joins two channel dimensions"
+            tracer.freeze([one, *fields], reason)
+            continue
         fields.append(moved)
     pass_on(tracer, call, fields, source)
+
+
+def _without_constants(tracer: Tracer, call: Call, moved: Field) -> Field:
+    """Where one size of a view is left open (-1), those written as plain numbers are constants of the code."""
+    ndim = call.output.ndim
+    written = {dim: tracer.watch.at(dim, ndim) for dim in support(moved)}
+    if -1 in written.values():
+        for dim, size in written.items():
+            if size != -1 and not isinstance(size, Tagged):
+                moved = tracer.whole(moved, dim, f"{where(tracer, call)} splits channels by a fixed number")
+    return moved
 
 
 def permute(tracer: Tracer, call: Call) -> None:
@@ -60,23 +79,66 @@ def expand(tracer: Tracer, call: Call) -> None:
     pass_on(tracer, call, [lifted(one, call.output.ndim) for one in source.fields], source)
 
 
-def piece(tracer: Tracer, call: Call) -> None:
-    """``slice``, ``select``, ``split``, ``unbind``: fine along dimensions without labels, else frozen."""
+def repeat(tracer: Tracer, call: Call) -> None:
+    """``repeat``: copies of a tensor stand side by side, and so do their labels."""
+    data, times = call.args[0], list(call.args[1])
+    source = tracer.record(data)
+    fields = []
+    for one in source.fields:
+        one = lifted(one, call.output.ndim)
+        copies = [many if one.shape[dim] > 1 else 1 for dim, many in enumerate(times)]
+        fields.append(np.tile(one, copies))
+    pass_on(tracer, call, fields, source)
+
+
+def flip(tracer: Tracer, call: Call) -> None:
+    """``flip`` turns labels around."""
+    source = tracer.record(call.args[0])
+    pass_on(tracer, call, [np.flip(one, call.args[1]) for one in source.fields], source)
+
+
+def stack(tracer: Tracer, call: Call) -> None:
+    """Tensors along a new dimension, which must stay whole: their channels meet element by element."""
+    tensors = list(call.args[0])
+    dim = int(call.arg(1, "dim", 0)) % call.output.ndim
+    records = [tracer.record(tensor) for tensor in tensors]
+    parts = [(one.fields, tuple(tensor.shape), one.origin) for one, tensor in zip(records, tensors, strict=True)]
+    fields = [np.expand_dims(one, dim) for one in met(tracer, call, parts, tensors[0].ndim)]
+    tracer.set(call.output, TensorRecord(fields, where(tracer, call), all(one.parameter for one in records)))
+
+
+def pixel_shuffle(tracer: Tracer, call: Call) -> None:
+    """``(B, C r r, H, W)`` to ``(B, C, H r, W r)``: channels come in blocks of ``r * r``."""
+    source = tracer.record(call.args[0])
+    factor = int(call.args[1]) ** 2
+    labels = only_along(tracer, source, call.args[0].ndim - 3, f"{where(tracer, call)} moves a reshaped channel")
+    fields = []
+    if labels is not None:
+        blocks = labels.reshape(-1, factor)
+        tracer.book.unite(blocks, blocks[:, :1])
+        fields = [along(blocks[:, 0], call.output.ndim - 3, call.output.ndim)]
+    pass_on(tracer, call, fields, source)
+
+
+def pixel_unshuffle(tracer: Tracer, call: Call) -> None:
+    """The reverse of :func:`pixel_shuffle`."""
+    source = tracer.record(call.args[0])
+    labels = only_along(tracer, source, call.args[0].ndim - 3, f"{where(tracer, call)} moves a reshaped channel")
+    fields = []
+    if labels is not None:
+        fields = [along(np.repeat(labels, int(call.args[1]) ** 2), call.output.ndim - 3, call.output.ndim)]
+    pass_on(tracer, call, fields, source)
+
+
+def unfold(tracer: Tracer, call: Call) -> None:
+    """``im2col``: each channel becomes one row for every place of the kernel."""
     data = call.args[0]
     source = tracer.record(data)
-    position = {"split": 2, "split_with_sizes": 2}.get(call.name, 1)
-    dim = int(call.arg(position, "dim", 0)) % data.ndim
-    for index, part in enumerate(call.result if isinstance(call.result, list | tuple) else [call.result]):
-        fields: list[Field] = []
-        for one in source.fields:
-            if dim in support(one) and part.shape != data.shape:
-                tracer.book.freeze(one, f"{where(tracer, call)} takes part of the channels")
-                if part.ndim == data.ndim:
-                    start = sum(other.shape[dim] for other in call.result[:index]) if index else 0
-                    one = one.take(range(start, start + part.shape[dim]), axis=dim)
-            fields.append(one if part.ndim == data.ndim else np.asarray(one.take(0, axis=dim)))
-        fields = [one for one in fields if support(one)]
-        tracer.set(part, TensorRecord(fields, source.origin, source.parameter))
+    labels = only_along(tracer, source, 1, f"{where(tracer, call)} moves a reshaped channel")
+    fields = []
+    if labels is not None:
+        fields = [along(np.repeat(labels, call.output.shape[1] // len(labels)), 1, call.output.ndim)]
+    pass_on(tracer, call, fields, source)
 
 
 def concatenate(tracer: Tracer, call: Call) -> None:
@@ -87,31 +149,24 @@ def concatenate(tracer: Tracer, call: Call) -> None:
     labelled = False
     for part in parts:
         record = tracer.record(part)
-        labels = labels_along(record, dim)
+        labels = only_along(tracer, record, dim, f"{where(tracer, call)} joins a reshaped channel dimension")
         labelled |= labels is not None
         if labels is None:
             labels = tracer.book.fresh(part.shape[dim])
             tracer.book.freeze(labels, f"{where(tracer, call)} joins {record.origin}")
         joined.append(labels)
-        for one in record.fields:
-            if dim in support(one) and len(support(one)) > 1:
-                tracer.book.freeze(one, f"{where(tracer, call)} joins a reshaped channel dimension")
     fields = [along(np.concatenate(joined), dim, call.output.ndim)] if labelled else []
-    others: list[Field] = []
-    for part in parts:
-        for one in tracer.record(part).fields:
-            if dim in support(one):
-                continue
-            match = next((other for other in others if support(other) & support(one)), None)
-            if match is None:
-                others.append(one)
-            else:
-                tracer.book.unite(match, one)
-    for part in parts:
-        for one in others:
-            if not any(support(one) & support(own) for own in tracer.record(part).fields):
-                tracer.book.freeze(one, f"{where(tracer, call)} joins {tracer.record(part).origin}")
-    tracer.set(call.output, TensorRecord([*fields, *others], where(tracer, call)))
+    rest = [
+        (
+            [one for one in tracer.record(part).fields if dim not in support(one)],
+            tuple(1 if axis == dim else size for axis, size in enumerate(part.shape)),
+            tracer.record(part).origin,
+        )
+        for part in parts
+    ]
+    parameter = all(tracer.record(part).parameter for part in parts)
+    others = met(tracer, call, rest, call.output.ndim)
+    tracer.set(call.output, TensorRecord([*fields, *others], where(tracer, call), parameter))
 
 
 def pad(tracer: Tracer, call: Call) -> None:

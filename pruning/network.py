@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import re
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunegym.pruning.blocks import find_blocks
 from prunegym.pruning.cost import Cost, CostModel
-from prunegym.pruning.errors import PruningError, UnsupportedLayerError
-from prunegym.pruning.graph import ChannelGraph, build_graph
+from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
+from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import masked_network, prune_network
@@ -31,7 +35,7 @@ class PrunableNetwork:
         example_inputs: a tensor with a batch dimension, or a tuple of inputs for ``model(*inputs)``.
         name: how the network is called in tables and run folders.
         keep: regular expressions; groups made by a layer whose path matches one in full are not pruned.
-        check: prune a random half of every group once and compare with the masked twin; groups whose pruning
+        check: prune a random part of every group once and compare with the masked twin; groups whose pruning
             does not survive (a size hard-coded in ``forward``) are frozen with the reason.
 
     Raises:
@@ -73,6 +77,7 @@ class PrunableNetwork:
                 "`prunegym inspect` lists all reasons."
             )
         self.costs = CostModel(self.graph, model)
+        self._costs: dict[frozenset[str], CostModel] = {frozenset(): self.costs}
 
     @property
     def full_cost(self) -> Cost:
@@ -87,17 +92,60 @@ class PrunableNetwork:
         """
         return np.bincount(self.graph.group_of[plan.mask(self.graph)], minlength=len(self.graph.groups))
 
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the residual blocks that a plan may leave out, in the order in which they run."""
+        paths = find_blocks(self.model, self.graph, self.example_inputs)
+        model, full = without_constants(self.model), np.ones(self.graph.units, dtype=np.bool_)
+        if self._failure(model, full, paths) is None:
+            return paths
+        return tuple(path for path in paths if self._failure(model, full, (path,)) is None)
+
+    def blocks_matching(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """Residual blocks whose path matches one of several regular expressions in full.
+
+        Raises:
+            PruningError: a pattern matches no block.
+        """
+        found: dict[str, None] = {}
+        for pattern in patterns:
+            matching = [path for path in self.blocks if re.fullmatch(pattern, path)]
+            if not matching:
+                rule = "Only residual blocks with an identity shortcut may go."
+                raise unknown_name("--leave-out", pattern, self.blocks, rule)
+            found.update(dict.fromkeys(matching))
+        return tuple(found)
+
     def cost(self, plan: PruningPlan) -> Cost:
         """Exact cost of a plan, without building it."""
-        return self.costs.cost(self.counts(plan))
+        return self.costs_without(plan.removed).cost(self.counts(plan))
+
+    def costs_without(self, removed: Collection[str]) -> CostModel:
+        """Costs of the plans that leave these blocks out.
+
+        Raises:
+            PruningError: the network has no such block.
+        """
+        key = frozenset(removed)
+        if key not in self._costs:
+            self._check_blocks(key)
+            self._costs[key] = CostModel(self.graph, self.model, key, full=self.costs.full)
+        return self._costs[key]
+
+    def _check_blocks(self, removed: Collection[str]) -> None:
+        for path in removed:
+            if path not in self.blocks:
+                raise unknown_name("plan", path, self.blocks, "Only residual blocks with an identity shortcut may go.")
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """The physically smaller network."""
-        return prune_network(self.model, self.graph, plan.mask(self.graph))
+        self._check_blocks(plan.removed)
+        return prune_network(self.model, self.graph, plan.mask(self.graph), plan.removed)
 
     def masked(self, plan: PruningPlan) -> nn.Module:
-        """The full-size twin that computes the same outputs with removed channels unread."""
-        return masked_network(self.model, self.graph, plan.mask(self.graph))
+        """The full-size twin that computes the same outputs with removed channels unread and blocks emptied."""
+        self._check_blocks(plan.removed)
+        return masked_network(self.model, self.graph, plan.mask(self.graph), plan.removed)
 
     def check(self, plan: PruningPlan) -> float:
         """Largest difference between the outputs of the pruned network and its masked twin.
@@ -107,11 +155,12 @@ class PrunableNetwork:
         Raises:
             Exception: whatever the pruned network raises when it does not run.
         """
-        return self._difference(plan.mask(self.graph))
+        self._check_blocks(plan.removed)
+        return self._difference(self.model, plan.mask(self.graph), plan.removed)
 
-    def _difference(self, mask: NDArray[np.bool_]) -> float:
-        small = self._outputs(prune_network(self.model, self.graph, mask))
-        large = self._outputs(masked_network(self.model, self.graph, mask))
+    def _difference(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> float:
+        small = self._outputs(prune_network(model, self.graph, mask, removed))
+        large = self._outputs(masked_network(model, self.graph, mask, removed))
         worst = 0.0
         for a, b in zip(small, large, strict=True):
             if a.shape != b.shape:
@@ -128,27 +177,48 @@ class PrunableNetwork:
     def _freeze_what_breaks(self) -> None:
         """Find groups that a hard-coded size keeps from being pruned, and freeze them."""
         rng = np.random.default_rng(0)
+        model = without_constants(self.model)
         broken: dict[str, str] = {}
         while self.graph.groups:
-            if self._failure(_random_half(self.graph, rng)) is None:
+            part = _random_part(self.graph, rng)
+            found = self._culprits(model, part, _families(self.graph.groups))
+            if not found:
                 return
-            found = {}
-            for group in self.graph.groups:
-                mask = np.ones(self.graph.units, dtype=np.bool_)
-                mask[group.units] = _random_half(self.graph, rng)[group.units]
-                failure = self._failure(mask)
-                if failure is not None:
-                    found[group.name] = f"the network breaks when it is pruned: {failure}"
-            if not found:  # only the combination fails: nothing can be trusted
-                found = {
-                    group.name: "pruning several groups together breaks the network" for group in self.graph.groups
-                }
             broken.update(found)
             self.graph = build_graph(self._trace, self.keep, broken)
 
-    def _failure(self, mask: NDArray[np.bool_]) -> str | None:
+    def _culprits(
+        self, model: nn.Module, part: NDArray[np.bool_], families: Sequence[Sequence[ChannelGroup]]
+    ) -> dict[str, str]:
+        """Groups that the network does not survive losing a part of, by bisection, with what happens."""
+        groups = [group for family in families for group in family]
+        failure = self._failure(model, self._only(part, groups))
+        if failure is None:
+            return {}
+        broken = dict.fromkeys((one.name for one in groups), f"the network breaks when it is pruned: {failure}")
+        if len(groups) == 1:
+            return broken
+        if len(families) == 1:
+            # the same layer of each block: what breaks the first and the last is in the code they share
+            ends = (groups[0], groups[-1])
+            if all(self._failure(model, self._only(part, [one])) is not None for one in ends):
+                return broken
+            families = [[group] for group in groups]
+        middle = len(families) // 2
+        found = self._culprits(model, part, families[:middle]) | self._culprits(model, part, families[middle:])
+        # where only the combination fails, none of them can be trusted
+        return found or dict.fromkeys(broken, "pruning several groups together breaks the network")
+
+    def _only(self, part: NDArray[np.bool_], groups: Sequence[ChannelGroup]) -> NDArray[np.bool_]:
+        """The mask that prunes these groups only."""
+        mask = np.ones(self.graph.units, dtype=np.bool_)
+        for group in groups:
+            mask[group.units] = part[group.units]
+        return mask
+
+    def _failure(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> str | None:
         try:
-            difference = self._difference(mask)
+            difference = self._difference(model, mask, removed)
         except Exception as fault:
             return f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}" if str(fault) else type(fault).__name__
         if not difference <= CHECK_TOLERANCE:
@@ -156,9 +226,39 @@ class PrunableNetwork:
         return None
 
 
-def _random_half(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Keep half of every group (at least one channel), at random."""
+def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups whose names differ in numbers only, in the order of their first members."""
+    families: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
+    return list(families.values())
+
+
+def without_constants(model: nn.Module) -> nn.Module:
+    """A copy whose constant tensors (zero-initialised scales, fresh statistics) vary, so that they hide no fault."""
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
+                continue
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            tensor.copy_(0.5 * tensor + 0.2 + 0.6 * noise)
+    return twin
+
+
+def _random_part(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Keep another random share of each group, so that no two sizes agree by chance."""
     mask = np.zeros(graph.units, dtype=np.bool_)
     for group in graph.groups:
-        mask[group.start + rng.permutation(group.size)[: max(1, group.size // 2)]] = True
+        kept = int(rng.integers(max(1, group.size // 4), max(2, group.size)))
+        mask[group.start + rng.permutation(group.size)[:kept]] = True
     return mask
+
+
+def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups whose names differ in numbers only, in the order of their first members."""
+    families: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
+    return list(families.values())

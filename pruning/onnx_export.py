@@ -66,6 +66,17 @@ def _batch_of(inputs: tuple[Any, ...]) -> int | None:
     return None if first is None or first.ndim == 0 or first.shape[0] == 0 else first.shape[0]
 
 
+def batch_shapes(inputs: tuple[Any, ...]) -> Any:
+    """Which dimensions of inputs are the batch, as ``torch.export`` takes it; None where there is no batch."""
+    batch = _batch_of(inputs)
+    symbol = torch.export.Dim("batch")
+
+    def sizes(leaf: Any) -> dict[int, Any] | None:
+        return {0: symbol} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
+
+    return tree_map(sizes, inputs) if batch else None
+
+
 def export_onnx(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
@@ -123,13 +134,7 @@ def onnx_bytes(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool
         return _single_layer(model, inputs[0])
     # torch.export would take a batch of one for a constant
     inputs = with_batch(inputs, 2) if dynamic_batch else inputs
-    batch = _batch_of(inputs)
-    symbol = torch.export.Dim("batch")
-
-    def sizes(leaf: Any) -> dict[int, Any] | None:
-        return {0: symbol} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
-
-    shapes = tree_map(sizes, inputs) if dynamic_batch and batch else None
+    shapes = batch_shapes(inputs) if dynamic_batch else None
     try:
         # what the exporter's libraries deprecate among themselves is no concern of the caller
         with warnings.catch_warnings(), torch.no_grad():

@@ -1,9 +1,9 @@
-"""Pruning plans: for each channel group, the channels it keeps."""
+"""Pruning plans: for each channel group, the channels it keeps; and the residual blocks that are left out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ class PruningPlan:
 
     kept: tuple[tuple[str, tuple[int, ...]], ...]
     """``(group name, kept indices)`` for every prunable group, in graph order."""
+    removed: tuple[str, ...] = ()
+    """Paths of residual blocks that are left out; groups inside them do not matter."""
+
+    def without(self, blocks: Iterable[str]) -> PruningPlan:
+        """The same plan with these residual blocks left out too."""
+        return PruningPlan(self.kept, tuple(sorted({*self.removed, *blocks})))
 
     @classmethod
     def from_mask(cls, graph: ChannelGraph, mask: NDArray[np.bool_]) -> PruningPlan:
@@ -87,7 +93,8 @@ class PruningPlan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; :meth:`from_json` reverses it."""
-        return {"format": FORMAT, "kept": {name: list(indices) for name, indices in self.kept}}
+        content: dict[str, Any] = {"format": FORMAT, "kept": {name: list(indices) for name, indices in self.kept}}
+        return {**content, "removed": list(self.removed)} if self.removed else content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PruningPlan:
@@ -108,7 +115,15 @@ class PruningPlan:
                     "Write it with this version of prunegym."
                 )
         kept: Mapping[str, list[int]] = content["kept"]
-        return cls(tuple((name, tuple(sorted(set(indices)))) for name, indices in kept.items()))
+        removed = content.get("removed", [])
+        if not isinstance(removed, list) or not all(isinstance(path, str) for path in removed):
+            raise PruningError(
+                f"`plan` should list the paths of the blocks left out. Received {str(removed)[:60]}. "
+                "Write it with this version of prunegym."
+            )
+        return cls(
+            tuple((name, tuple(sorted(set(indices)))) for name, indices in kept.items()), tuple(sorted(set(removed)))
+        )
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON.

@@ -10,14 +10,29 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from prunegym.pruning.labels import Field, lifted, support
-from prunegym.pruning.layer_rules import attention, convolution, matrix_product
-from prunegym.pruning.movement_rules import concatenate, expand, nothing, pad, permute, piece, restride, same, view
-from prunegym.pruning.rule_parts import freeze_others, labels_along, pass_on, where
+from prunegym.pruning.cutting_rules import cut, index, index_along, pick
+from prunegym.pruning.layer_rules import convolution
+from prunegym.pruning.movement_rules import (
+    concatenate,
+    expand,
+    flip,
+    nothing,
+    pad,
+    permute,
+    pixel_shuffle,
+    pixel_unshuffle,
+    repeat,
+    restride,
+    same,
+    stack,
+    unfold,
+    view,
+)
+from prunegym.pruning.norm_rules import batch_norm, group_norm, layer_norm, reduction, softmax, spatial
+from prunegym.pruning.product_rules import attention, linear, matrix_product
+from prunegym.pruning.rule_parts import met
 from prunegym.pruning.tracer import Call, TensorRecord, Tracer
 
 Rule: TypeAlias = Callable[[Tracer, Call], None]
@@ -44,100 +59,12 @@ def _is_pointwise(name: str) -> bool:
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Sum, product, activation, ...: labels that meet at one element become one."""
     tensors = [tensor for tensor in call.tensors if tensor.ndim <= call.output.ndim]
-    fields = _met(tracer, tensors, call)
     records = [tracer.record(tensor) for tensor in tensors]
+    parts = [(one.fields, tuple(tensor.shape), one.origin) for one, tensor in zip(records, tensors, strict=True)]
+    fields = met(tracer, call, parts, call.output.ndim)
     origin = next((record.origin for record in records if not record.fields), "a tensor made inside forward")
     parameter = bool(records) and all(record.parameter for record in records)
     tracer.set(call.output, TensorRecord(fields, origin, parameter))
-
-
-def _met(tracer: Tracer, tensors: list[Tensor], call: Call) -> list[Field]:
-    """Unite the fields of tensors that are combined element by element; freeze those that meet no label."""
-    ndim = call.output.ndim
-    merged: list[Field] = []
-    for tensor in tensors:
-        for one in tracer.record(tensor).fields:
-            one = lifted(one, ndim)
-            for index, other in enumerate(merged):
-                if support(one) & support(other):
-                    tracer.book.unite(one, other)
-                    merged[index] = np.broadcast_arrays(other, one)[0]
-                    break
-            else:
-                merged.append(one)
-    for tensor in tensors:
-        record = tracer.record(tensor)
-        own = frozenset().union(*(support(lifted(one, ndim)) for one in record.fields))
-        shape = (1,) * (ndim - tensor.ndim) + tuple(tensor.shape)
-        for one in merged:
-            blocked = [dim for dim in support(one) - own if shape[dim] > 1]
-            if blocked and not support(one) & own:
-                tracer.book.freeze(one, f"{where(tracer, call)} meets {record.origin}, whose size is fixed")
-    return merged
-
-
-def batch_norm(tracer: Tracer, call: Call) -> None:
-    """Batch normalisation acts on each channel alone: its four tensors are tied to dimension 1."""
-    data = call.args[0]
-    source = tracer.record(data)
-    freeze_others(tracer, source, {1}, f"{where(tracer, call)} reads a reshaped channel dimension")
-    channels = labels_along(source, 1)
-    for tensor in call.tensors[1:]:
-        labels = labels_along(tracer.record(tensor), 0)
-        if labels is not None and channels is not None:
-            tracer.book.unite(labels, channels)
-        elif labels is not None:
-            tracer.book.freeze(labels, f"{where(tracer, call)} reads {source.origin}")
-    tracer.note_normalisation(data)
-    pass_on(tracer, call, source.fields, source)
-
-
-def mixing_norm(tracer: Tracer, call: Call) -> None:
-    """Layer and group normalisation compute statistics across channels: removing one changes the others."""
-    source = tracer.record(call.args[0])
-    for tensor in call.tensors:
-        tracer.freeze(tracer.record(tensor).fields, f"{where(tracer, call)} normalises across channels")
-    pass_on(tracer, call, source.fields, source)
-
-
-def spatial(tracer: Tracer, call: Call) -> None:
-    """Pooling, interpolation and other operations on the dimensions after the channels."""
-    source = tracer.record(call.args[0])
-    kept = []
-    for one in source.fields:
-        if support(one) <= {0, 1} and call.output.ndim == one.ndim:
-            kept.append(one)
-        else:
-            tracer.book.freeze(one, f"{where(tracer, call)} pools over channels")
-    pass_on(tracer, call, kept, source)
-
-
-def reduction(tracer: Tracer, call: Call) -> None:
-    """Mean, sum, maximum over dimensions that bear no channels."""
-    data = call.args[0]
-    dims = call.arg(2 if "norm" in call.name else 1, "dim")  # norms take their order first
-    dims = range(data.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    reduced = {dim % data.ndim for dim in dims} if data.ndim else set()
-    source = tracer.record(data)
-    kept = []
-    for one in source.fields:
-        if support(one) & reduced:
-            tracer.book.freeze(one, f"{where(tracer, call)} reduces over channels")
-        elif call.output.ndim == data.ndim:
-            kept.append(one)
-        else:
-            kept.append(one.reshape([size for dim, size in enumerate(one.shape) if dim not in reduced]))
-    pass_on(tracer, call, kept, source)
-
-
-def softmax(tracer: Tracer, call: Call) -> None:
-    """Softmax over a dimension that bears no channels passes labels on."""
-    source = tracer.record(call.args[0])
-    dim = int(call.args[1]) % call.args[0].ndim
-    for one in source.fields:
-        if dim in support(one):
-            tracer.book.freeze(one, f"{where(tracer, call)} normalises across channels")
-    pass_on(tracer, call, source.fields, source)
 
 
 _MATRIX = ("mm", "bmm", "addmm", "baddbmm")
@@ -185,7 +112,7 @@ _REDUCTIONS = (
 )
 _SAME = (
     *("clone", "contiguous", "detach", "alias", "_to_copy", "to", "lift_fresh", "lift_fresh_copy"),
-    *("dropout", "native_dropout", "zeros_like", "ones_like", "empty_like", "full_like"),
+    *("dropout", "native_dropout"),
 )
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -194,7 +121,11 @@ _ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_attention_math",
 )
-_FACTORIES = ("arange", "zeros", "ones", "empty", "full", "scalar_tensor", "rand", "randn", "linspace", "eye")
+_FACTORIES = (
+    *("arange", "zeros", "ones", "empty", "full", "scalar_tensor", "rand", "randn", "linspace", "eye"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"),
+    *("fill", "zero", "normal", "uniform", "bernoulli", "rand_like", "randn_like"),
+)
 
 # element-wise, but not tagged so by PyTorch
 _POINTWISE = (
@@ -214,11 +145,19 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": pad,
     "as_strided": restride,
     "expand": expand,
-    "native_layer_norm": mixing_norm,
-    "native_group_norm": mixing_norm,
-    "_fused_rms_norm": mixing_norm,
-    "_softmax": softmax,
-    "_log_softmax": softmax,
+    "linear": linear,
+    "native_layer_norm": layer_norm,
+    "native_group_norm": group_norm,
+    "_fused_rms_norm": layer_norm,
+    "index": index,
+    "repeat": repeat,
+    "flip": flip,
+    "stack": stack,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "im2col": unfold,
+    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax"), softmax),
+    **dict.fromkeys(("index_select", "gather", "roll", "cumsum", "topk"), index_along),
     **dict.fromkeys(_POINTWISE, pointwise),
     **dict.fromkeys(_MATRIX, matrix_product),
     **dict.fromkeys(_NORMS, batch_norm),
@@ -229,5 +168,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_FACTORIES, nothing),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias"), view),
     **dict.fromkeys(("permute", "transpose", "t"), permute),
-    **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "unbind"), piece),
+    **dict.fromkeys(("slice", "split", "split_with_sizes"), cut),
+    **dict.fromkeys(("select", "unbind"), pick),
 }

@@ -10,15 +10,17 @@ float32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from prunegym.pruning.criteria import Context, Scores, unit_scores
+from prunegym.pruning.criteria import Calibration, Context, Criterion, Scores, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
 from prunegym.pruning.modes import evaluating
@@ -71,7 +73,7 @@ class ScorerSettings:
     precision: str = "auto"
     """`float32`, `bfloat16`, or `auto`: bfloat16 where the device has fast instructions for it."""
     seed: int = 0
-    """Seed of the batches of the recovery steps, the same for every plan."""
+    """Seed of the batches of the recovery steps, the same for every plan, and of criteria that draw numbers."""
 
     def __post_init__(self) -> None:
         if self.precision not in {"auto", "float32", "bfloat16"}:
@@ -89,6 +91,7 @@ class Scorer:
         task: data, loss and score.
         settings: criterion, recovery and split.
         statistics: of the unpruned network; collected here if not given.
+        given: criteria that are made elsewhere, see :class:`.Context`.
         device: where to run.
     """
 
@@ -99,11 +102,13 @@ class Scorer:
         settings: ScorerSettings | None = None,
         *,
         statistics: Statistics | None = None,
+        given: Mapping[str, Criterion] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.network = network
         self.task = task
         self.settings = settings or ScorerSettings()
+        self.given = dict(given or {})
         self.device = torch.device(device)
         network.model.to(self.device)
         self.statistics = statistics or collect_statistics(
@@ -119,7 +124,8 @@ class Scorer:
 
     def criterion_scores(self, criterion: str) -> Scores:
         """Scores of all units ``(units,)`` of the unpruned network by a criterion."""
-        return unit_scores(criterion, Context(self.network.model, self.network.graph, self.statistics))
+        examples = self.settings.statistics_examples
+        return unit_scores(criterion, self._context(self.network.model, self.statistics, None, examples))
 
     def score(self, plan: PruningPlan, *, split: str | None = None, examples: int | None = None) -> Score:
         """Prune by the plan, recover, and run on the settings' split and examples (or others)."""
@@ -138,12 +144,16 @@ class Scorer:
             self._cache[key] = self._measure(model, *key[1:])
         return self._cache[key]
 
+    def forget(self) -> None:
+        """Drop all scores, so that the next search pays for each of its own; batches stay prepared."""
+        self._cache.clear()
+
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """The smaller network right after surgery and compensation, in float32."""
         graph, model = self.network.graph, self.network.model
         mask = plan.mask(graph)
         replaced = compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
-        return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced))
+        return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced), plan.removed)
 
     def recovered(self, plan: PruningPlan, *, quick: bool = False) -> nn.Module:
         """The smaller network after recovery, in float32.
@@ -159,16 +169,41 @@ class Scorer:
         self._recalibrate(model, half=False, examples=QUICK_EXAMPLES if quick else None)
         return model
 
-    def look(self, plan: PruningPlan, examples: int) -> Statistics:
-        """Statistics of the network that a plan leaves, for the next round of pruning."""
-        return collect_statistics(
-            self.recovered(plan, quick=True),
+    def look(self, plan: PruningPlan, examples: int) -> tuple[Statistics, Scores]:
+        """What the network that a plan leaves looks like to the next round of pruning.
+
+        Args:
+            plan: channels that are left.
+            examples: calibration examples to look at.
+
+        Returns:
+            Statistics of the recovered network, and the settings' criterion ``(units,)``; for units that are
+            gone both hold 0.
+        """
+        model, mask = self.recovered(plan, quick=True), plan.mask(self.network.graph)
+        statistics = collect_statistics(
+            model,
             self.network.graph,
             self.task,
-            mask=plan.mask(self.network.graph),
+            mask=mask,
             examples=examples,
             covariances=False,
             device=self.device,
+        )
+        return statistics, unit_scores(self.settings.criterion, self._context(model, statistics, mask, examples))
+
+    def _context(
+        self, model: nn.Module, statistics: Statistics, mask: NDArray[np.bool_] | None, examples: int
+    ) -> Context:
+        """What criteria may look at in one state of the network."""
+        return Context(
+            model,
+            self.network.graph,
+            statistics,
+            mask=mask,
+            calibration=Calibration(task=self.task, examples=examples, device=self.device),
+            given=self.given,
+            seed=self.settings.seed,
         )
 
     def run(self, plan: PruningPlan, split: str | None = None, examples: int | None = None) -> Score:

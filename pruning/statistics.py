@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
-from prunegym.pruning.modes import evaluating
+from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.task import Task, forward
 
 Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
@@ -84,7 +85,8 @@ def collect_statistics(
     """
     observer = _Observer(graph, np.ones(graph.units, dtype=np.bool_) if mask is None else mask, covariances)
     losses = 0.0
-    with evaluating(model), observer.attached(model), _without_weight_gradients(model), torch.enable_grad():
+    # gradients of activations are all that is needed; those of weights would cost another third
+    with evaluating(model), headwise(model), observer.attached(model), differentiating(model), torch.enable_grad():
         for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
             count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
             loss = task.loss(forward(model, inputs), targets)
@@ -94,19 +96,6 @@ def collect_statistics(
             observer.end_batch()
             losses += float(loss.detach()) * count
     return observer.statistics(losses)
-
-
-@contextmanager
-def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients of activations are all that is needed; those of weights would cost another third."""
-    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in states:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, state in states:
-            parameter.requires_grad_(state)
 
 
 def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, Reader]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunegym.pruning.attention import can_be_headwise, lost_channels, make_headwise
+from prunegym.pruning.blocks import emptied, remove_blocks
 from prunegym.pruning.graph import ChannelGraph
 
 
@@ -43,7 +45,13 @@ def sliced_tensors(
     return result
 
 
-def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tensors: Mapping[str, Tensor]) -> nn.Module:
+def rebuilt(
+    model: nn.Module,
+    graph: ChannelGraph,
+    mask: NDArray[np.bool_],
+    tensors: Mapping[str, Tensor],
+    removed: Collection[str] = (),
+) -> nn.Module:
     """A copy of the network with ``tensors`` in place of its own and every size attribute put right.
 
     Args:
@@ -51,6 +59,7 @@ def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tens
         graph: its channel graph.
         mask: units kept ``(units,)``.
         tensors: replacements by name, as from :func:`sliced_tensors`; others are cloned.
+        removed: paths of residual blocks to leave out.
     """
     memo: dict[int, object] = {}
     for name, parameter in model.named_parameters():
@@ -59,19 +68,33 @@ def rebuilt(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], tens
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = tensors[name] if name in tensors else buffer.detach().clone()
     smaller = copy.deepcopy(model, memo)
+    remove_blocks(smaller, removed)
     modules = dict(smaller.named_modules())
     padded = np.append(mask, True)
-    for operation in graph.operations:
-        module = modules.get(operation.module)
-        if operation.groups > 1 and operation.weight is not None and hasattr(module, "groups"):
-            per_group = operation.outputs.reshape(operation.groups, -1)[:, 0]
-            setattr(module, "groups", int(padded[per_group].sum()))  # noqa: B010 (typed as a tensor)
-    for padding in graph.paddings:
+    for padding in (one for one in graph.paddings if one.module in modules):
         amounts = (int(padded[padding.before].sum()), int(padded[padding.after].sum()))
         setattr(modules[padding.module], "channel_padding", amounts)  # noqa: B010
+    set_sizes(smaller, graph, mask)
     for module in modules.values():
         refresh_sizes(module)
     return smaller
+
+
+def set_sizes(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> None:
+    """Make attributes that hold numbers of channels or heads follow the units kept."""
+    modules = dict(model.named_modules())
+    padded = np.append(mask, True)
+    for module in modules.values():
+        if can_be_headwise(module) and lost_channels(module):
+            make_headwise(module)
+    for rule in graph.size_rules:
+        module, count = modules.get(rule.place.module), int(padded[rule.units].sum())
+        if module is None or count == len(rule.units):
+            continue
+        name, index = rule.place.name, rule.place.index
+        before = getattr(module, name)
+        parts = [count if at == index else one for at, one in enumerate(before)] if index is not None else []
+        setattr(module, name, count if index is None else type(before)(parts))
 
 
 def refresh_sizes(module: nn.Module) -> None:
@@ -83,19 +106,25 @@ def refresh_sizes(module: nn.Module) -> None:
         module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
     elif isinstance(module, nn.Linear) and isinstance(weight, Tensor):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         tensor = weight if isinstance(weight, Tensor) else module.running_mean
         if isinstance(tensor, Tensor):
             module.num_features = tensor.shape[0]
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        module.num_channels = weight.shape[0]
 
 
-def prune_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> nn.Module:
-    """The physically smaller network: same class, same interface, fewer channels."""
-    return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask))
+def prune_network(
+    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], removed: Collection[str] = ()
+) -> nn.Module:
+    """The physically smaller network: same class, same interface, fewer channels, and without some blocks."""
+    return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask), removed)
 
 
-def masked_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) -> nn.Module:
-    """The network at full size with every use of a removed channel set to zero.
+def masked_network(
+    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], removed: Collection[str] = ()
+) -> nn.Module:
+    """The network at full size with every use of a removed channel, and every removed block, set to zero.
 
     Only the weights that *read* a removed channel are zeroed, so this computes by other means what the
     smaller network must compute: the check of surgery.
@@ -110,4 +139,6 @@ def masked_network(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_
             gone = torch.from_numpy(np.flatnonzero(~padded[operation.inputs]))
             weight = tensors[operation.weight]
             weight.index_fill_(operation.reads, gone.to(weight.device), 0.0)
+    for path in removed:
+        emptied(twin.get_submodule(path))
     return twin

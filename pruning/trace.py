@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from prunegym.pruning.labels import Field
+from prunegym.pruning.attention import headwise
+from prunegym.pruning.labels import Field, varying
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.rules import rule_for
-from prunegym.pruning.tracer import ChannelPadding, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.size_tags import Place, tagged
+from prunegym.pruning.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Trace:
     """Label of every index of every dimension of each parameter and buffer; None for dimensions of size 1."""
     operations: list[TracedOperation]
     paddings: list[ChannelPadding]
+    sizes: list[SizeAttribute]
     batch_size: int
     unknown_operations: dict[str, str] = field(default_factory=dict)
     """Operations without a rule, with the module path where each was first met."""
@@ -56,7 +59,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     # the fused encoder kernel of nn.TransformerEncoderLayer would hide every projection inside one operation
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.no_grad(), _module_paths(model, tracer.modules), tracer:
+        with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, tracer:
             for leaf in leaves:
                 tracer.set(leaf, TensorRecord([], "the network input"))
             result = model(*inputs)
@@ -66,7 +69,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
                     tracer.note_read(leaf)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-    roots, reasons, produced = tracer.book.resolve()
+    roots, reasons, produced = _resolved(tracer)
     return Trace(
         roots,
         reasons,
@@ -74,10 +77,38 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
         tracer.tensors,
         tracer.operations,
         tracer.paddings,
+        tracer.sizes,
         tracer.batch_size,
         tracer.unknown,
         tracer.folds(),
     )
+
+
+def _resolved(tracer: Tracer) -> tuple[NDArray[np.int64], dict[int, str], NDArray[np.bool_]]:
+    """Close the book; channels and heads that one attribute counts in several places go together."""
+    while True:
+        roots, reasons, produced = tracer.book.resolve()
+        counted: dict[Place, Field] = {}
+        before = tracer.book.unions
+        for one in tracer.sizes:
+            if one.axis not in varying(roots[one.labels]):
+                continue
+            place = tuple(slice(None) if axis == one.axis else 0 for axis in range(one.labels.ndim))
+            labels = one.labels[place]
+            first = counted.setdefault(one.place, labels)
+            # the size of something frozen equals that of something else by chance, or else the check will find it
+            frozen = any(root in reasons for root in (*roots[first].tolist(), *roots[labels].tolist()))
+            if len(first) == len(labels) and not frozen and (roots[first] != roots[labels]).any():
+                tracer.book.unite(first, labels)
+        if tracer.book.unions == before:
+            return roots, reasons, produced
+
+
+@contextmanager
+def _as_traced(model: nn.Module, stack: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """In eval mode, attention by heads, sizes tagged, and the path of the running module on ``stack``."""
+    with evaluating(model), headwise(model), tagged(model), _module_paths(model, stack):
+        yield
 
 
 @contextmanager

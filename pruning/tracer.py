@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunegym.pruning.labels import Field, LabelBook, along
+from prunegym.pruning.labels import Field, LabelBook, along, support
+from prunegym.pruning.size_tags import Place, SizeWatch, Tagged, attributes
 
 
 @dataclass
@@ -29,6 +30,8 @@ class TensorRecord:
     """What made the tensor, for the reason given when a channel meets it and cannot pass."""
     parameter: bool = False
     """True for parameters, buffers, and what is computed from them alone."""
+    unread: list[tuple[Field, str]] = field(default_factory=list)
+    """Labels that are frozen, and why, as soon as anything reads the tensor."""
 
 
 @dataclass
@@ -51,6 +54,8 @@ class TracedOperation:
     output_count: int
     repeats: float
     """Multiply-accumulates per pair of input and output channel, for one example."""
+    batch: tuple[NDArray[np.int64], ...] = ()
+    """Labels of the rows or batches that the operation runs on (heads of attention); its cost shrinks with each."""
     reads: int = 1
     """Dimension of the weight that holds the input channels."""
     groups: int = 1
@@ -67,6 +72,16 @@ class ChannelPadding:
     module: str
     before: NDArray[np.int64]
     after: NDArray[np.int64]
+
+
+@dataclass
+class SizeAttribute:
+    """An attribute that holds a number of channels which ``forward`` uses: it must follow when channels go."""
+
+    place: Place
+    labels: Field
+    """Labels of the dimension whose size it is; a product where the dimension is one of several."""
+    axis: int
 
 
 class Tracer(TorchDispatchMode):
@@ -87,6 +102,8 @@ class Tracer(TorchDispatchMode):
         self.batch_size = batch_size
         self.operations: list[TracedOperation] = []
         self.paddings: list[ChannelPadding] = []
+        self.sizes: list[SizeAttribute] = []
+        self.watch = SizeWatch()
         self.unknown: dict[str, str] = {}
         self.modules: list[tuple[str, nn.Module]] = [("", model)]
         self.tensors: dict[str, list[Field | None]] = {}
@@ -107,6 +124,10 @@ class Tracer(TorchDispatchMode):
     def name_of(self, tensor: Tensor | None) -> str | None:
         """Name of a parameter or buffer; None for anything else."""
         return None if tensor is None else self._names.get(tensor)
+
+    def weight_name(self, tensor: Tensor) -> str | None:
+        """Name of a parameter; None for anything else: only parameters are weights that a reader can lose."""
+        return self.name_of(tensor) if isinstance(tensor, nn.Parameter) else None
 
     def record(self, tensor: Tensor) -> TensorRecord:
         """The labels of a tensor; parameters get theirs when first met."""
@@ -135,6 +156,9 @@ class Tracer(TorchDispatchMode):
         operation = self._outputs.get(tensor)
         if operation is not None:
             self._reads[operation] += 1
+        known: TensorRecord | None = self._records.get(tensor)
+        while known is not None and known.unread:
+            self.book.freeze(*known.unread.pop())
 
     def note_normalisation(self, data: Tensor) -> None:
         """The running module normalises ``data``."""
@@ -153,6 +177,52 @@ class Tracer(TorchDispatchMode):
             if own and self._reads[index] == 1 and runs[one.module] == 1 and self._norm_runs[norm] == 1:
                 pairs.append((one.module, norm))
         return pairs
+
+    def whole(self, field: Field, dim: int, reason: str) -> Field:
+        """An operation needs a dimension whole: the field may not shrink along it.
+
+        Returns:
+            The field without that dimension: its labels there are united, or frozen where it has no other.
+        """
+        if field.shape[dim] == 1:
+            return field
+        first = field.take([0], axis=dim)
+        if first.size == 1:
+            self.book.freeze(field, reason)
+        else:
+            self.book.unite(field, first)
+        return first
+
+    def merged(self, one: Field, other: Field) -> Field:
+        """Unite two fields of the same tensor element by element; what varies in one only is needed whole."""
+        self.book.unite(one, other)
+        for dim in range(one.ndim):
+            if other.shape[dim] == 1:
+                one = one.take([0], axis=dim)
+        return one
+
+    def note_sizes(self, field: Field, shape: tuple[int, ...]) -> None:
+        """Attributes that a view took its sizes from, for the dimensions along which a field varies.
+
+        The view fits the pruned network only if these follow.
+        """
+        for dim in support(field):
+            written = self.watch.at(dim, len(shape))
+            if written == -1:
+                continue
+            places = [written.place] if isinstance(written, Tagged) else self.places_of(shape[dim])
+            self.sizes += [SizeAttribute(place, field, dim) for place in places]
+
+    def places_of(self, size: int) -> list[Place]:
+        """Attributes that a size may come from: as written in the running call, else those of equal value."""
+        if size < 2:
+            return []
+        written = self.watch.places(size)
+        if written:
+            return written
+        elsewhere = {one.place for one in self.watch.sizes if isinstance(one, Tagged)}
+        path, module = self.modules[-1]
+        return [place for place, value in attributes(path, module) if value == size and place not in elsewhere]
 
     def freeze(self, fields: list[Field], reason: str) -> None:
         """Freeze every label of some fields."""

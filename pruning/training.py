@@ -24,7 +24,7 @@ from prunegym.pruning.schedule import TrainingSettings, learning_rate_at
 from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward
 from prunegym.pruning.weights import read_weights
 
-__all__ = ["EpochRow", "Measurement", "distillation_loss", "evaluate_network", "train_network"]
+__all__ = ["EpochRow", "Measurement", "distillation_loss", "evaluate_network", "train_network", "weights_digest"]
 
 #: Of checkpoints; files of another version are refused.
 _CHECKPOINT_VERSION = 1
@@ -115,7 +115,7 @@ def train_network(
         warmup_epochs=min(_LONGEST_WARMUP, epochs / 10) if warmup_epochs is None else warmup_epochs,
         label_smoothing=label_smoothing,
         amp=amp,
-        teacher="" if teacher is None else _digest(teacher),
+        teacher="" if teacher is None else weights_digest(teacher),
         distillation_weight=distillation_weight,
         temperature=temperature,
         seed=seed,
@@ -342,7 +342,7 @@ def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
         model.to(memory_format=memory_format)
 
 
-def _digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Hash a network's weights."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

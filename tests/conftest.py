@@ -27,6 +27,7 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import train_network
+from prunegym.pruning.widths import Widths
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 # no deadlines: a busy machine is not an error. `--hypothesis-profile=thorough` looks longer.
@@ -505,14 +506,26 @@ class KnownScorer:
         return Score(1 - float(np.abs(difference).mean()), 0.0, 1)
 
 
+@pytest.fixture(scope="session")
+def known_scorer(scorer: Scorer) -> Callable[[], KnownScorer]:
+    """Makes known objectives of the trained digits network, to keep half of each group, with its real statistics."""
+
+    def make() -> KnownScorer:
+        known = KnownScorer(scorer.network, scorer.network.graph.sizes // 2)
+        known.statistics = scorer.statistics
+        return known
+
+    return make
+
+
 @pytest.fixture
 def known_problem(zoo: Callable[[str], PrunableNetwork]) -> PruningProblem:
     """Twelve groups, half the MACs, and an objective whose best plan is known to be far from uniform."""
     network = zoo("cifar_resnet20")
     sizes, budget = network.graph.sizes, Budget("macs", 0.5)
-    limit = apply_budget(budget, network.costs, np.ones_like(sizes))
+    widths = Widths.free(sizes)
     asked = np.random.default_rng(7).uniform(0.1, 1.0, len(sizes))
-    best = project(asked, sizes, limit, np.ones_like(sizes), sizes)
+    best = project(asked, apply_budget(budget, network.costs, widths), widths)
     return PruningProblem(KnownScorer(network, best), (budget,))
 
 

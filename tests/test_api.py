@@ -55,6 +55,34 @@ def test_prune_takes_a_task_of_ones_own(toy: PrunableNetwork, task_for: Tasks) -
     assert all(torch.equal(value, before[name]) for name, value in toy.model.state_dict().items())
 
 
+def test_widths_are_those_asked_for(toys: Toys, task_for: Tasks) -> None:
+    """Alignment, fewest channels and bounds, in every function that has to do with them."""
+    network = toys("sequential")
+    asked: Any = {"align": 2, "min_channels": 4, "bounds": {"4": (0.5, 0.75), "9": "..6ch"}}
+
+    result = prunegym.prune(network.model, task_for(network), "macs:0.5", **asked, **FEW)
+    env = prunegym.make_env(network.model, task_for(network), "macs:0.5", **asked, **FEW)
+    inspection = prunegym.inspect(network.model, network.example_inputs, **asked)
+
+    counts = result.plan.counts()
+    assert counts["0"] in (4, 6, 8)
+    assert counts["4"] in (6, 8)
+    assert counts["9"] in (4, 6)
+    widths = env.problem.widths
+    assert widths.smallest.tolist() == [row.smallest for row in inspection.groups] == [4, 6, 4]
+    assert widths.largest.tolist() == [row.largest for row in inspection.groups] == [8, 8, 6]
+
+
+def test_widths_that_leave_nothing_to_prune_make_budgets_impossible(toys: Toys, task_for: Tasks) -> None:
+    """The error says what is within reach, and under which rules."""
+    network = toys("sequential")
+
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"\(align 64\).*still has 100.0%.*macs:1 or more, or loosen these rules"
+    ):
+        prunegym.prune(network.model, task_for(network), "macs:0.5", align=64, **FEW)
+
+
 def test_prune_takes_data_by_name(tmp_path: Path) -> None:
     """Classification is built in; what is saved can be loaded without the model if its source is told."""
     model = prunegym.build_network("digits_vgg", num_classes=10, in_channels=1)

@@ -8,6 +8,7 @@ import pytest
 from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.widths import Widths
 
 Toys = Callable[[str], PrunableNetwork]
 
@@ -64,20 +65,22 @@ def test_text_that_is_no_budget_is_rejected(text: str, message: str) -> None:
 @pytest.mark.parametrize(("kind", "field"), [("macs", "macs"), ("params", "parameters")])
 def test_fraction_is_of_the_unpruned_cost(toys: Toys, kind: str, field: str) -> None:
     """Half the MACs, or half the parameters."""
-    costs = toys("residual").costs
+    network = toys("residual")
+    costs = network.costs
 
-    limit = apply_budget(Budget(kind, 0.5), costs, np.ones(4, dtype=np.int64))
+    limit = apply_budget(Budget(kind, 0.5), costs, Widths.free(network.graph.sizes))
 
     assert (limit.full, limit.most) == (getattr(costs.full, field), getattr(costs.full, field) / 2)
 
 
 def test_limit_holds_up_to_the_last_unit_of_cost(toys: Toys) -> None:
     """Equal is within the budget."""
-    costs = toys("sequential").costs
+    network = toys("sequential")
+    costs = network.costs
     counts = np.array([4, 6, 5])
     budget = Budget("macs", costs.macs(counts) / costs.full.macs)
 
-    limit = apply_budget(budget, costs, np.ones(3, dtype=np.int64))
+    limit = apply_budget(budget, costs, Widths.free(network.graph.sizes))
 
     assert limit.holds(counts)
     assert not limit.holds(counts + np.array([1, 0, 0]))
@@ -88,7 +91,7 @@ def test_absolute_latency_is_in_seconds(toys: Toys) -> None:
     network = toys("sequential")
     latency = Linear(int(network.graph.sizes.sum()))
 
-    limit = apply_budget(Budget.parse("latency:7ms"), network.costs, np.ones(3, dtype=np.int64), latency)
+    limit = apply_budget(Budget.parse("latency:7ms"), network.costs, Widths.free(network.graph.sizes), latency)
 
     assert limit.most == pytest.approx(0.007)
     assert limit.fraction(network.graph.sizes) == pytest.approx(1.0)
@@ -97,31 +100,33 @@ def test_absolute_latency_is_in_seconds(toys: Toys) -> None:
 
 def test_tightened_limit_is_a_share_of_the_unpruned_cost(toys: Toys) -> None:
     """The budget of a round."""
-    costs = toys("sequential").costs
-    limit = apply_budget(Budget("macs", 0.25), costs, np.ones(3, dtype=np.int64))
+    network = toys("sequential")
+    costs = network.costs
+    limit = apply_budget(Budget("macs", 0.25), costs, Widths.free(network.graph.sizes))
 
     assert limit.tightened(0.5).most == costs.full.macs / 2
 
 
 def test_latency_budget_without_table_is_rejected(toys: Toys) -> None:
     """It cannot be predicted from counts alone."""
-    costs = toys("sequential").costs
+    network = toys("sequential")
+    costs = network.costs
 
     with pytest.raises(PruningError, match="`budget` latency:0.5 needs a latency table"):
-        apply_budget(Budget("latency", 0.5), costs, np.ones(3, dtype=np.int64))
+        apply_budget(Budget("latency", 0.5), costs, Widths.free(network.graph.sizes))
 
 
 @pytest.mark.parametrize("text", ["macs:0.001", "params:0.01", "latency:0.1", "latency:1ms"])
 def test_advice_for_an_impossible_budget_is_reachable(toys: Toys, text: str) -> None:
     """The error carries the minimum, and what its message says to ask for is accepted."""
     network = toys("residual")
-    latency, smallest = Linear(int(network.graph.sizes.sum())), np.ones(4, dtype=np.int64)
+    latency, widths = Linear(int(network.graph.sizes.sum())), Widths.free(network.graph.sizes)
 
     with pytest.raises(InfeasibleBudgetError, match=f"Received {text}, but with every group") as caught:
-        apply_budget(Budget.parse(text), network.costs, smallest, latency)
+        apply_budget(Budget.parse(text), network.costs, widths, latency)
 
     advised = str(caught.value).rpartition("Ask for ")[2].removesuffix(" or more.")
-    limit = apply_budget(Budget.parse(advised), network.costs, smallest, latency)
-    assert limit.holds(smallest)
-    reachable = limit.value(smallest) if limit.budget.absolute else limit.fraction(smallest)
+    limit = apply_budget(Budget.parse(advised), network.costs, widths, latency)
+    assert limit.holds(widths.smallest)
+    reachable = limit.value(widths.smallest) if limit.budget.absolute else limit.fraction(widths.smallest)
     assert caught.value.reachable == pytest.approx(reachable)

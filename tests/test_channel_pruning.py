@@ -23,6 +23,7 @@ from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
+from prunegym.pruning.widths import Bound, WidthRules
 
 BUDGETS = ("macs:0.5", "params:0.3", "latency:0.6", "latency:5ms")
 Info = dict[str, Any]
@@ -267,6 +268,35 @@ def test_free_mode_takes_ratios_as_they_are(problem: PruningProblem) -> None:
 
     expected = np.maximum(1, np.floor(keep_ratios(action) * problem.sizes + 0.5))
     assert (info["counts"] == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["budgeted", "free"])
+def test_widths_keep_their_rules_in_every_round(scorer: Scorer, mode: str, rng: np.random.Generator) -> None:
+    """Multiples of the alignment within the bounds, never more than the round before left."""
+    rules = WidthRules(align=4, bounds=(Bound.parse(".*=0.25..0.75"),))
+    problem = PruningProblem(scorer, (Budget("macs", 0.4),), rules=rules)
+    env = ChannelPruningEnv(problem, rounds=3, mode=mode)
+    env.reset(seed=0)
+
+    before = problem.sizes
+    for _ in range(3):
+        *_, info = env.step(rng.uniform(-1, 1, len(problem.sizes)).astype(np.float32))
+        counts = info["counts"]
+        assert (counts % 4 == 0).all()
+        assert (counts <= np.minimum(before, 0.75 * problem.sizes)).all()
+        assert (counts >= 0.25 * problem.sizes).all()
+        before = counts
+
+
+def test_prior_reproduces_the_knapsack_plan_of_aligned_widths(scorer: Scorer) -> None:
+    """The untrained policy is the one-shot baseline under any rules."""
+    problem = PruningProblem(scorer, (Budget("macs", 0.4),), rules=WidthRules(align=4, min_channels=6))
+    env = ChannelPruningEnv(problem, rounds=1)
+    observation, _ = env.reset(seed=0)
+
+    *_, info = env.step(observation["prior"])
+
+    assert (info["counts"] == problem.knapsack_counts(problem.limits[problem.budgets[0]])).all()
 
 
 def test_free_mode_pays_for_what_exceeds_the_budget(problem: PruningProblem) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"prunegym {prunegym.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo"])
+COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "demo")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """For the program and for each command, on standard output."""
     with pytest.raises(SystemExit) as end:
@@ -205,6 +209,51 @@ def test_evaluate_puts_a_policy_beside_the_baselines(
     assert "test_score" in tested[0]
 
 
+def test_compare_leaves_rows_table_and_pictures(
+    run: Run, weights: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given its folder again, it computes nothing and prints the same."""
+    size = ["--evaluations", "8", "--update-evaluations", "2", "--imitation-steps", "1", "--rounds", "1"]
+    searchers = ["--searcher", "uniform", "--searcher", "agent", "--searcher", "agent best"]
+    command = ["compare", *weights, *FEW, *size, *searchers, "--repeats", "2", "--seconds", "1000"]
+    content = run(*command, "--out", tmp_path)
+    again = run(*command, "--out", tmp_path)
+
+    assert again == content == json.loads((tmp_path / "result.json").read_text())
+    assert len(content["rows"]) == 6
+    assert [one["searcher"] for one in content["summary"]] == ["uniform", "agent", "agent best"]
+    assert list(content["at_seconds"]) == ["1000 s"]
+    assert all(Path(file).stat().st_size > 0 for file in content["files"])
+    for name in ("rows.csv", "curves.csv", "table.md", "anytime.svg", "profiles.png", "splits.npz"):
+        assert (tmp_path / name).is_file()
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "minus agent" in out
+    assert "nothing is computed again" in err
+
+
+@pytest.mark.slow
+def test_compare_survives_being_killed(weights: list[str], tmp_path: Path) -> None:
+    """SIGKILL after the first rows: the rest is added to them."""
+    size = ["--evaluations", "40", "--repeats", "3", "--searcher", "uniform", "--searcher", "random"]
+    command = [sys.executable, "-m", "prunegym", "compare", *weights, *FEW, *size, "--out", str(tmp_path / "run")]
+    rows = tmp_path / "run" / "rows.csv"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 3):
+            time.sleep(0.01)
+        process.kill()
+    before = rows.read_text()
+    before = before[: before.rfind("\n") + 1]
+
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+
+    after = rows.read_text()
+    assert 3 < before.count("\n") < 7
+    assert after.startswith(before)
+    assert after.count("\n") == 7
+
+
 def test_transfer_is_zero_shot_and_few_shot(run: Run, policy: list[str], tmp_path: Path) -> None:
     """On a network the policy has not seen."""
     other = ["transfer", "--network", "digits_resnet", *policy, *FEW]
@@ -221,8 +270,8 @@ def test_transfer_is_zero_shot_and_few_shot(run: Run, policy: list[str], tmp_pat
 def test_prune_saves_a_smaller_network(
     run: Run, weights: list[str], policy: list[str], tmp_path: Path
 ) -> None:
-    """By the policy; it can be loaded, and in ONNX Runtime it gives the same."""
-    flags = ["--epochs", "1", "--onnx", "--out", tmp_path]
+    """By the policy; it can be loaded, and in ONNX Runtime and as a program it gives the same."""
+    flags = ["--epochs", "1", "--onnx", "--program", "--out", tmp_path]
     content = run("prune", *weights, *FEW, *policy, *flags)
 
     model = prunegym.load(tmp_path)
@@ -233,6 +282,9 @@ def test_prune_saves_a_smaller_network(
     assert content["onnx_difference"] < 1e-3
     for name in ("plan.json", "result.json", "model.onnx", "metrics.csv", "splits.npz"):
         assert (tmp_path / name).is_file()
+    assert content["program"]["dynamic_batch"]
+    images = torch.randn(5, 1, 8, 8)
+    assert torch.allclose(prunegym.load_program(tmp_path / "model.pt2")(images), model(images), atol=1e-5)
 
 
 @pytest.fixture

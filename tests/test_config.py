@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prunegym.agents import config as configs
+from prunegym.agents.compare_config import CompareConfig
 from prunegym.agents.config import (
     DemoConfig,
     EvaluateConfig,
@@ -20,10 +21,13 @@ from prunegym.agents.config import (
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.criteria import CRITERIA
 from prunegym.pruning.errors import PruningError
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = [getattr(configs, name) for name in configs.__all__]
+ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+#: Commands that prune, or tell what pruning can do.
+WIDE = [InspectConfig, TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]
 #: The least that each command must be told.
 NEEDED: dict[type, dict[str, Any]] = {
     InspectConfig: {"network": "digits_vgg"},
@@ -31,6 +35,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     TrainConfig: {"network": ("digits_vgg",)},
     EvaluateConfig: {"network": ("digits_vgg",)},
     TransferConfig: {"network": ("digits_vgg",), "policy": Path("policy.safetensors")},
+    CompareConfig: {"network": ("digits_vgg",)},
     PruneConfig: {"network": "digits_vgg"},
     DemoConfig: {},
 }
@@ -67,6 +72,7 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"std": float("inf")}, "`--std` should be above 0 and finite"),
         (TrainConfig, {"std": 0.1, "min_std": 0.2}, "`--min-std` should be at most --std, 0.1"),
         (TrainConfig, {"criterion": "taylor_sqared"}, "Did you mean 'taylor_squared'"),
+        (TrainConfig, {"criterion": "encoder_attention"}, "`--policy` should be a policy file with --criterion"),
         (TrainConfig, {"statistics_examples": 1}, "`--statistics-examples` should be at least 2"),
         (TrainConfig, {"recalibration_examples": -1}, "`--recalibration-examples` should be at least 0"),
         (TrainConfig, {"reward_examples": 0}, "`--reward-examples` should be at least 1"),
@@ -84,6 +90,9 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"data_workers": -1}, "`--data-workers` should be at least 0"),
         (TrainConfig, {"image_size": 0}, "`--image-size` should be at least 1"),
         (TrainConfig, {"keep": ("layer[",)}, r"`--keep` should be a regular expression. Received 'layer\['"),
+        (TrainConfig, {"align": 0}, "`--align` should be at least 1. Received 0"),
+        (TrainConfig, {"min_channels": 0}, "`--min-channels` should be at least 1. Received 0"),
+        (InspectConfig, {"bound": ("layer1",)}, "`bound` should be PATTERN=LOW..HIGH.*Received 'layer1'"),
         (EvaluateConfig, {"searcher": ("knapsac",)}, "Did you mean 'knapsack'"),
         (EvaluateConfig, {"searcher": ("policy",)}, "`--policy` should name a policy file .*Train one"),
         (
@@ -111,9 +120,22 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
             {"plan": Path("plan.json"), "searcher": "uniform"},
             "`--plan` should be given without --policy and --searcher",
         ),
+        (PruneConfig, {"plan": Path("p"), "align": 8}, "`--align` should be left out with --plan. Received 8"),
+        (PruneConfig, {"plan": Path("p"), "bound": (".*=0.5",)}, "`--bound` should be left out with --plan"),
         (PruneConfig, {"rounds": 0}, "`--rounds` should be at least 1"),
         (PruneConfig, {"distillation_weight": 1.5}, r"`--distillation-weight` should be in \[0, 1\]"),
         (PruneConfig, {"temperature": 0.0}, "`--temperature` should be above 0"),
+        (CompareConfig, {"searcher": ("agent bets",)}, "`--searcher` should be .*Did you mean 'agent best'"),
+        (CompareConfig, {"searcher": ("policy",)}, "`--policy` should name a policy file .*Train one"),
+        (CompareConfig, {"evaluations": 15}, "`--evaluations` should be at least 16, for one update of the agent"),
+        (CompareConfig, {"evaluations": 17, "workers": 4}, "`--evaluations` should be at least 18"),
+        (CompareConfig, {"evaluations": 0, "searcher": ("random",)}, "`--evaluations` should be at least 1"),
+        (CompareConfig, {"mode": "free"}, "`--mode` should be budgeted in a comparison. Received free. Leave it out"),
+        (CompareConfig, {"repeats": 0}, "`--repeats` should be at least 1"),
+        (CompareConfig, {"finetune_repeats": 0}, "`--finetune-repeats` should be at least 1"),
+        (CompareConfig, {"curve_examples": 0}, "`--curve-examples` should be at least 1"),
+        (CompareConfig, {"finetune_rate": 0.0}, "`--finetune-rate` should be above 0"),
+        (CompareConfig, {"seconds": (1.0, -1.0)}, "`--seconds` should be above 0 and finite. Received -1.0"),
         (DemoConfig, {"seed": -1}, "`--seed` should be at least 0"),
     ],
 )
@@ -191,7 +213,41 @@ def test_evaluate_puts_the_policy_beside_uniform_and_knapsack() -> None:
     assert made(EvaluateConfig, policy=policy, searcher=("random",)).searchers == ("random", "policy")
 
 
-@pytest.mark.parametrize("module", ["options", "config"])
+def test_compare_puts_a_policy_beside_the_searchers() -> None:
+    """Each once, in the order asked for; the agent and its rivals by default."""
+    policy = Path("p")
+
+    assert made(CompareConfig).searchers == ("uniform", "knapsack", "random", "agent", "agent best")
+    assert made(CompareConfig, searcher=("mean", "mean"), policy=policy).searchers == ("mean", "policy")
+    assert made(CompareConfig, searcher=("policy", "uniform"), policy=policy).searchers == ("policy", "uniform")
+
+
+def test_compare_seeds_follow_the_first() -> None:
+    """Those of the fine-tuning too, where there is any."""
+    config = made(CompareConfig, seed=5, repeats=2, epochs=1)
+
+    assert config.seeds == (5, 6)
+    assert config.finetune_seeds == (5, 6, 7)
+    assert made(CompareConfig).finetune_seeds == (None,)
+
+
+def test_compare_numbers_a_network_that_comes_twice() -> None:
+    """With other weights, for instance."""
+    assert made(CompareConfig, network=("a", "b", "a", "a")).labels == ("a", "b", "a#2", "a#3")
+
+
+def test_compare_trains_agents_as_train_would() -> None:
+    """Every flag of a training that both commands have is passed on."""
+    changes = {"evaluations": 99, "rounds": 2, "elites": 7, "criterion": "l1", "update_evaluations": 5, "std": 0.3}
+    config = made(CompareConfig, **changes, policy=Path("p"), out=Path("o"))
+    training = config.training("name", Budget("macs", 0.25), 4, "structure")
+
+    assert {name: getattr(training, name) for name in changes} == changes
+    assert (training.seed, training.features, training.budgets) == (4, "structure", (Budget("macs", 0.25),))
+    assert (training.policy, training.out) == (None, None)  # agents start afresh, in folders of the comparison
+
+
+@pytest.mark.parametrize("module", ["options", "width_options", "config", "compare_config"])
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
     tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))
@@ -222,13 +278,14 @@ def test_help_of_the_searcher_flag_lists_every_searcher(kind: str) -> None:
     [
         ("network", [kind for kind in ALL if kind is not DemoConfig]),
         ("data", [kind for kind in ALL if kind is not DemoConfig]),
-        ("budget", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("policy", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("searcher", [EvaluateConfig, PruneConfig]),
-        ("criterion", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("evaluations", [TrainConfig, EvaluateConfig, TransferConfig, PruneConfig]),
-        ("epochs", [PretrainConfig, PruneConfig]),
-        ("workers", [TrainConfig, TransferConfig]),
+        ("budget", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("policy", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("searcher", [EvaluateConfig, CompareConfig, PruneConfig]),
+        ("criterion", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("evaluations", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
+        ("epochs", [PretrainConfig, CompareConfig, PruneConfig]),
+        ("workers", [TrainConfig, CompareConfig, TransferConfig]),
+        *((flag, WIDE) for flag in ("align", "min_channels", "bound")),
         ("seed", ALL),
         ("out", ALL),
         ("json", ALL),
@@ -239,6 +296,26 @@ def test_shared_flag_is_on_every_command_it_makes_sense_for(flag: str, commands:
     having = [kind for kind in ALL if flag in {one.name for one in fields(kind)}]
 
     assert set(having) == set(commands)
+
+
+def test_help_names_every_criterion_and_no_other() -> None:
+    """Who reads the help knows the pool."""
+    lines = (ROOT / "agents" / "options.py").read_text(encoding="utf-8")
+    text = re.search(r'criterion: str = "taylor"\n    """(.*?)"""', lines, re.DOTALL)
+    assert text is not None
+    names = re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)*", text[1])
+
+    assert set(CRITERIA) <= set(names)
+    assert {name for name in names if "_" in name} <= set(CRITERIA)
+
+
+def test_policy_may_stand_beside_a_searcher_as_the_criterion() -> None:
+    """It chooses the channels, and the searcher how many."""
+    config = PruneConfig(
+        network="n", searcher="uniform", policy=Path("p"), criterion="encoder_attention"
+    )
+
+    assert config.searcher_name == "uniform"
 
 
 @pytest.mark.parametrize("flag", [one.name for one in fields(DataOptions)])

@@ -116,15 +116,17 @@ def test_cost_grows_with_every_group(toys: Toys, data: st.DataObject) -> None:
     assert network.costs.parameters(more) >= network.costs.parameters(counts)
 
 
-def test_attention_is_counted_and_its_channels_are_frozen() -> None:
-    """Products of activations cost too, though they cannot be pruned."""
+def test_attention_is_counted_and_shrinks_with_its_heads() -> None:
+    """Products of activations cost too."""
     network = PrunableNetwork(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8))
 
     # by hand, because PyTorch's counter passes over fused attention on the CPU
     layers = 5 * (8 * 24 + 8 * 8 + 2 * 8 * 16)
     products = 2 * 5 * 5 * 8
-    assert {one.name for one in network.graph.groups} == {"linear1"}
+    assert {one.name: one.size for one in network.graph.groups} == {"linear1": 16, "self_attn": 2}
     assert network.full_cost.macs == layers + products
+    one_head = np.array([1 if one.name == "self_attn" else one.size for one in network.graph.groups])
+    assert network.costs.macs(one_head) == layers - 5 * (8 * 12 + 4 * 8) + products // 2
 
 
 def test_batch_size_of_the_example_does_not_matter(toys: Toys) -> None:

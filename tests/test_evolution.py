@@ -9,6 +9,7 @@ from prunegym.agents.evolution import crossed, evolution, legr, mutated
 from prunegym.agents.search import SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.widths import Bound, WidthRules
 
 
 @given(st.integers(0, 1000), st.integers(1, 30))
@@ -106,6 +107,25 @@ def test_legr_gives_the_tenth_up_where_the_budget_is_out_of_reach(known_problem:
     least = np.ceil(0.1 * problem.sizes).astype(np.int64)
     assert not problem.limits[budget].holds(least)
     assert problem.limits[budget].holds(problem.scorer.network.counts(found.plan))
+
+
+def test_legr_rounds_the_tenth_up_to_what_is_allowed(known_problem: PruningProblem) -> None:
+    """In steps of eight channels; a group that may have no more than a twentieth keeps that."""
+    budget = Budget("macs", 0.5)
+    rules = WidthRules(bounds=(Bound.parse("layer3.1.conv1=..0.05"), Bound.parse("layer3.2.conv1=..0.5")))
+    problem = PruningProblem(known_problem.scorer, (budget,), rules=rules)
+    aligned = PruningProblem(known_problem.scorer, (budget,), rules=WidthRules(align=8))
+    bounded = [group.name for group in known_problem.scorer.network.graph.groups].index("layer3.1.conv1")
+    for one in (problem, aligned):
+        one.scorer.plans.clear()
+        legr(one, budget, SearchSettings(evaluations=12))
+        counts = np.array([one.scorer.network.counts(plan) for plan in one.scorer.plans])
+        if one is aligned:
+            assert (counts % 8 == 0).all()
+            assert (counts >= 8).all()
+        else:
+            assert (counts[:, bounded] == 3).all()
+            assert (np.delete(counts, bounded, axis=1) >= 0.1 * np.delete(one.sizes, bounded)).all()
 
 
 def test_legr_learns(known_problem: PruningProblem) -> None:

@@ -313,13 +313,13 @@ def test_tensor_file_of_another_kind_is_refused(saved: Saved) -> None:
         load_network(saved.folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1}'])
 def test_other_formats_are_refused(saved: Saved, content: str) -> None:
     """Older and newer ones, and what is no recipe at all."""
     (saved.folder / "recipe.json").write_text(content)
 
     with pytest.raises(
-        PruningError, match="should hold a network saved in format 1. Received .* with format"
+        PruningError, match="should hold a network saved in format 2. Received .* with format"
     ):
         load_network(saved.folder)
 

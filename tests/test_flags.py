@@ -9,14 +9,17 @@ import torch
 
 from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup, train
-from prunegym.agents.config import PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.compare_config import CompareConfig
+from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
+from prunegym.agents.running import Reporter
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
-from prunegym.agents.setup import build_problem, build_task, seed_everything
+from prunegym.agents.setup import build_problem, build_problems, build_task, seed_everything
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 
 #: Few images of everything: the numbers do not matter.
@@ -40,6 +43,7 @@ DATA = {
     "data_root": Path("elsewhere"),
     "image_size": 16,
     "split_seed": 3,
+    "reward_split": 50,
     "data_workers": 2,
     "download": True,
 }
@@ -69,6 +73,7 @@ AGENT = {
     "features": "structure",
     "seed": 3,
 }
+WIDTHS = {"align": 8, "min_channels": 12, "bound": ("features.0=0.2..0.6",)}
 SEARCH = {"evaluations": 3, "rounds": 2, "seed": 3}
 #: Flags that are followed in another test of this file, or in the file named.
 ELSEWHERE = {
@@ -79,21 +84,29 @@ ELSEWHERE = {
     "plan": "",
     "searcher": "",
     "keep": "",
+    "leave_out": "test_blocks.py",
     "device": "",
     "onnx": "test_cli.py",
+    "program": "test_cli.py",
     "out": "test_cli.py",
     "json": "test_cli.py",
     "latency": "test_cli.py",
     "test": "test_cli.py",
     "quick": "test_demo.py",
+    "repeats": "test_compare.py",
+    "finetune_repeats": "test_compare.py",
+    "finetune_rate": "",
+    "seconds": "test_cli.py",
+    "curve_examples": "test_compare.py",
 }
 
 
 def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
-    followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *SEARCH, *ELSEWHERE}
+    followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
-    assert {one.name for name in configs.__all__ for one in fields(getattr(configs, name))} == followed
+    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+    assert {one.name for kind in kinds for one in fields(kind)} == followed
 
 
 @pytest.mark.parametrize("flag", SCORING)
@@ -124,6 +137,41 @@ def test_data_flag_reaches_the_reader(flag: str, monkeypatch: pytest.MonkeyPatch
     build_task(DataOptions(**{flag: DATA[flag]}))
 
     assert asked[0] != asked[1]
+
+
+@pytest.mark.parametrize("flag", WIDTHS)
+def test_width_flag_reaches_the_plan(flag: str, problem: PruningProblem) -> None:
+    """The same budget leaves other widths."""
+    budget = Budget("macs", 0.5)
+    options = ProblemOptions(**FEW, **{flag: WIDTHS[flag]})
+    changed = build_problem("digits_vgg", None, options, [budget])
+
+    before, after = (one.uniform_counts(one.limits[budget]) for one in (problem, changed))
+    assert (before != after).any()
+
+
+@pytest.mark.parametrize("flag", WIDTHS)
+def test_width_flag_reaches_the_inspection(flag: str) -> None:
+    """Other budgets are within reach."""
+    contents = [
+        network_commands.run_inspect(InspectConfig(network="digits_vgg", **changes), Reporter()).content
+        for changes in ({}, {flag: WIDTHS[flag]})
+    ]
+
+    assert contents[0]["reachable"] != contents[1]["reachable"]
+
+
+def test_bound_flag_has_to_match_one_of_several_networks() -> None:
+    """Not each of them: they need not have the same layers."""
+    networks = [("digits_vgg", None), ("digits_resnet", None)]
+    budgets = [Budget("macs", 0.9)]
+
+    problems = build_problems(networks, ProblemOptions(**FEW, bound=("features.0=0.75..",)), budgets)
+
+    assert (problems[0].widths.smallest > 1).sum() == 1
+    assert (problems[1].widths.smallest == 1).all()
+    with pytest.raises(PruningError, match="`bound` should match the name of a channel group.*matches none"):
+        build_problems(networks, ProblemOptions(**FEW, bound=("featurs.0=0.75..",)), budgets)
 
 
 def test_device_flag_chooses_the_device() -> None:
@@ -187,6 +235,16 @@ def test_training_flag_reaches_fine_tuning(
         )
 
     assert trained[0] != trained[1]
+
+
+@pytest.mark.parametrize("flag", ["epochs", "batch_size", "amp", "distill", "finetune_rate"])
+def test_training_flag_of_a_comparison_reaches_its_fine_tuning(flag: str) -> None:
+    """Plans are fine-tuned in another way; from there on the flags are those of `prune`."""
+    value = {**FITTING, **DISTILLATION, "finetune_rate": 0.5}[flag]
+    before, after = (CompareConfig(network=("n",), **one).finetuning("n", 0) for one in ({}, {flag: value}))
+
+    assert before != after
+    assert getattr(after, "learning_rate" if flag == "finetune_rate" else flag) == value
 
 
 def agent_state(problem: PruningProblem, folder: Path, **changes: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import InfeasibleBudgetError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.widths import WidthRules, Widths
 from prunegym.pruning.zoo import build_network
 
 Toys = Callable[[str], PrunableNetwork]
@@ -74,11 +75,25 @@ def test_reachable_budget_can_be_asked_for_and_less_cannot(toys: Toys, kind: str
     """The printed number is rounded, and to the safe side."""
     network = toys("sequential")
     least = inspect_network(network).reachable[kind]
-    ones = np.ones(len(network.graph.groups), dtype=np.int64)
+    widths = Widths.free(network.graph.sizes)
 
-    assert apply_budget(Budget(kind, least), network.costs, ones).holds(ones)
+    assert apply_budget(Budget(kind, least), network.costs, widths).holds(widths.smallest)
     with pytest.raises(InfeasibleBudgetError, match="Ask for"):
-        apply_budget(Budget(kind, least - 0.001), network.costs, ones)
+        apply_budget(Budget(kind, least - 0.001), network.costs, widths)
+
+
+def test_rules_of_widths_change_what_is_within_reach(toys: Toys) -> None:
+    """Shares and budgets are those that the rules allow, and the text says what each group may keep."""
+    network = toys("sequential")
+    free, ruled = inspect_network(network), inspect_network(network, rules=WidthRules(align=4))
+
+    assert [(row.smallest, row.largest, row.step) for row in ruled.groups] == [(4, 8, 4), (4, 12, 4), (4, 10, 4)]
+    assert all(one.macs_share < other.macs_share for one, other in zip(ruled.groups, free.groups, strict=True))
+    assert ruled.reachable["macs"] == pytest.approx(
+        network.costs.macs(np.array([4, 4, 4])) / network.full_cost.macs, abs=1e-3
+    )
+    assert "4 to 12 by 4" in ruled.to_text()
+    assert "may keep" not in free.to_text()
 
 
 def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
@@ -91,6 +106,14 @@ def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
     assert inspection.latency_seconds == 10.0
     assert inspection.reachable["latency"] == pytest.approx(0.01 * (1 + len(network.graph.groups)), abs=1e-3)
     assert "1e+04 ms" in inspection.to_text()
+
+
+def test_peak_memory_of_the_unpruned_network_is_told(toys: Toys) -> None:
+    """With the place: here batch normalisation holds 8 channels twice, on 8 x 8 pixels."""
+    inspection = inspect_network(toys("sequential"))
+
+    assert inspection.to_json()["memory"]["bytes"] == 2 * 8 * 8 * 8 * 4
+    assert "0.00391 MiB of activations at most (in 1)" in inspection.to_text()
 
 
 def test_text_and_json_hold_every_group(residual: Inspection) -> None:

@@ -14,6 +14,7 @@ from prunegym.envs.layer_by_layer import FEATURES, LayerByLayerEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.widths import Bound, WidthRules
 
 BUDGETS = ("macs:0.5", "params:0.3", "latency:0.6", "latency:5ms")
 
@@ -48,19 +49,33 @@ def test_documented_features_are_those_of_the_space(live_problem: PruningProblem
     assert LayerByLayerEnv(live_problem).observation_space.shape == (len(FEATURES),)
 
 
-@settings(max_examples=25)
-@given(st.lists(st.floats(0, 1), min_size=6, max_size=6), st.sampled_from(BUDGETS))
-def test_budget_holds_whatever_is_asked(problem: PruningProblem, ratios: list[float], text: str) -> None:
-    """Already before the projection, which only fills it up; no group falls below a fifth."""
+RULES = (
+    WidthRules(),
+    WidthRules(align=4),
+    WidthRules(min_channels=5, bounds=(Bound.parse(".*=..0.8"),)),
+    WidthRules(align=8, bounds=(Bound.parse("conv1=0.5"),)),
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(0, 1), min_size=6, max_size=6), st.sampled_from(BUDGETS), st.sampled_from(RULES))
+def test_budget_holds_whatever_is_asked(
+    problem: PruningProblem, ratios: list[float], text: str, rules: WidthRules
+) -> None:
+    """Already before the projection, which only fills it up; no group falls below a fifth, or out of its rules."""
     budget = Budget.parse(text)
-    env = LayerByLayerEnv(problem, budget, score=lambda counts: 0.0)
-    _, _, info = act(env, ratios)
-    limit = problem.limits[budget]
+    ruled = PruningProblem(problem.scorer, (budget,), problem.latency, rules)
+    env = LayerByLayerEnv(ruled, score=lambda counts: 0.0)
+    observations, _, info = act(env, ratios)
+    limit, allowed = ruled.limits[budget], [one.tolist() for one in ruled.widths.choices()]
 
     assert limit.holds(env.counts)
     assert limit.holds(info["counts"])
     assert limit.value(info["counts"]) >= limit.value(env.counts)
     assert (env.counts >= 0.2 * problem.sizes).all()
+    for counts in (env.counts, info["counts"]):
+        assert all(count in one for count, one in zip(counts.tolist(), allowed, strict=True))
+    assert observations[0][FEATURES.index("reduced")] == 0  # whatever the bounds leave to begin with
 
 
 def test_action_is_bounded_as_in_algorithm_1(live_problem: PruningProblem) -> None:
@@ -88,13 +103,24 @@ def test_ratio_within_the_bounds_is_carried_out(live_problem: PruningProblem) ->
     assert env.counts.tolist() == [6, 3, 4]
 
 
+def test_ratio_is_carried_out_to_the_nearest_width_that_is_allowed(live_problem: PruningProblem) -> None:
+    """Of 2, 4, 6 and, but for the bounded group, 8 channels; halves upwards."""
+    rules = WidthRules(align=2, bounds=(Bound.parse("first=..0.8"),))
+    problem = PruningProblem(live_problem.scorer, (Budget("macs", 0.99),), rules=rules)
+    env = LayerByLayerEnv(problem, score=lambda counts: 0.0)
+    for ratios, counts in (([0, 0.35, 0.4], [6, 6, 4]), ([0.9, 0.1, 0.4], [2, 8, 4]), ([0.125, 0.125, 0.5], [6, 8, 4])):
+        act(env, ratios)
+
+        assert env.counts.tolist() == counts
+
+
 def test_highest_ratio_gives_way_where_the_budget_is_out_of_reach(live_problem: PruningProblem) -> None:
     """One channel of each group is all that some budgets leave."""
     least = live_problem.scorer.network.costs.macs(np.array([1, 1, 1])) / live_problem.scorer.network.full_cost.macs
     problem = PruningProblem(live_problem.scorer, (Budget("macs", least * 1.0001),))
     env = LayerByLayerEnv(problem)
 
-    assert env.floor.tolist() == [1, 1, 1]
+    assert env.widths.smallest.tolist() == [1, 1, 1]
     _, _, info = act(env, [0.0, 0.0, 0.0])
     assert info["counts"].tolist() == [1, 1, 1]
 

@@ -10,6 +10,7 @@ from prunegym.agents.search import SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget, Limit
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.widths import Bound, WidthRules, Widths
 
 
 def chain(counts: np.ndarray) -> float:
@@ -18,21 +19,29 @@ def chain(counts: np.ndarray) -> float:
     return float(2 * first + 3 * first * second + second)
 
 
-@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.floats(0, 1))
-def test_proposals_are_the_widest_that_one_group_can_offer(start: tuple[int, int], share: float) -> None:
-    """By trying every width of each group, the other as it is."""
-    counts, least = np.array(start), np.array([1, 1])
-    target = chain(least) + share * (chain(counts) - chain(least))
-    expected = []
-    for group in range(2):
-        tried = [counts - np.eye(2, dtype=np.int64)[group] * fewer for fewer in range(start[group])]
-        fitting = [one for one in tried if chain(one) <= target]
-        expected += [fitting[0]] if fitting and start[group] > 1 else []
-    if not expected:  # all that each group has
-        both = (np.array([1, start[1]]), np.array([start[0], 1]))
-        expected = [one for group, one in enumerate(both) if start[group] > 1]
+#: The counts that a group of ten channels may keep: any, an even number but at most 8, multiples of 4, or all.
+ALLOWED = {1: [*range(1, 11)], 2: [2, 4, 6, 8], 4: [4, 8, 10], 10: [10]}
 
-    found = proposals(counts, target, Limit(Budget("macs", 0.5), chain, chain(counts), target), least)
+
+@given(st.data(), st.floats(0, 1))
+def test_proposals_are_the_widest_that_one_group_can_offer(data: st.DataObject, share: float) -> None:
+    """By trying every width of each group, the other as it is."""
+    steps = data.draw(st.tuples(*[st.sampled_from(sorted(ALLOWED))] * 2))
+    allowed = [ALLOWED[step] for step in steps]
+    counts = np.array([data.draw(st.sampled_from(one)) for one in allowed])
+    least, most = (np.array([one[end] for one in allowed]) for end in (0, -1))
+    target = chain(least) + share * (chain(counts) - chain(least))
+    expected, all_they_have = [], []
+    for group in range(2):
+        widths = [width for width in reversed(allowed[group]) if width <= counts[group]]
+        tried = [np.where(np.arange(2) == group, width, counts) for width in widths]
+        fitting = [one for one in tried if chain(one) <= target]
+        expected += [fitting[0]] if fitting and len(tried) > 1 else []
+        all_they_have += [tried[-1]] if len(tried) > 1 else []
+    expected = expected or all_they_have
+
+    limit = Limit(Budget("macs", 0.5), chain, chain(counts), target)
+    found = proposals(counts, target, limit, Widths(np.array([10, 10]), least, most, np.array(steps)))
 
     assert [one.tolist() for one in found] == [one.tolist() for one in expected]
 
@@ -95,5 +104,21 @@ def test_latency_of_the_table_is_what_falls(problem: PruningProblem) -> None:
 
 def test_allowance_without_a_proposal_for_each_group_is_refused(known_problem: PruningProblem) -> None:
     """The message says what it takes."""
-    with pytest.raises(PruningError, match=r"at least 12 for searcher netadapt \(one for each of the 12 groups\)"):
+    message = r"at least 12 for searcher netadapt \(one for each of the 12 groups that may be pruned\)"
+    with pytest.raises(PruningError, match=message):
         netadapt(known_problem, known_problem.budgets[0], SearchSettings(evaluations=11))
+
+
+def test_groups_that_may_not_be_pruned_cost_no_evaluation(known_problem: PruningProblem) -> None:
+    """Nor do they make proposals; the search begins at the widest network that the bounds allow."""
+    scorer = known_problem.scorer
+    bounds = (Bound.parse(r".*conv2=1"), Bound.parse(r".*\.conv1=..0.8"))
+    problem = PruningProblem(scorer, known_problem.budgets, rules=WidthRules(align=4, bounds=bounds))
+    fixed = problem.widths.smallest == problem.widths.largest
+    assert fixed.sum() == 3  # the widths of the three stages, which residual sums tie together
+
+    found = netadapt(problem, problem.budgets[0], SearchSettings(evaluations=2 * int((~fixed).sum())))
+
+    counts = np.array([scorer.network.counts(plan) for plan in [*scorer.plans, found.plan]])
+    assert (counts[:, fixed] == problem.sizes[fixed]).all()
+    assert (counts <= problem.widths.largest).all()

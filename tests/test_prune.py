@@ -20,6 +20,7 @@ from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import load_network
 from prunegym.pruning.files import plain
+from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import ScorerSettings
@@ -89,6 +90,24 @@ def test_pruned_network_is_smaller_and_of_the_same_class(result: PruneResult) ->
     assert type(result.model) is type(result.network.model)
     assert count_macs(result.network, result.model) == result.after.macs <= 0.5 * result.before.macs
     assert sum(one.numel() for one in result.model.parameters()) == result.after.parameters
+
+
+def test_peak_memory_is_measured_before_and_after(result: PruneResult) -> None:
+    """Of the networks themselves, in MiB for one example."""
+    inputs = result.network.example_inputs
+    before, after = (peak_memory(model, inputs) for model in (result.network.model, result.model))
+
+    assert result.memory == (before, after)
+    assert after.bytes < before.bytes
+    assert result.to_json()["memory"] == {"before": before.mib, "after": after.mib, "unit": "MiB per example"}
+
+
+def test_result_without_memory_is_still_described(result: PruneResult) -> None:
+    """Of a run that was finished by an earlier version."""
+    content = plain(result.to_json())
+    del content["memory"]
+
+    assert "peak MiB" not in describe(content)
 
 
 def test_epochs_of_zero_leave_fine_tuning_out(problem: PruningProblem, counted: list[str]) -> None:
@@ -223,4 +242,5 @@ def test_text_names_every_stage(result: PruneResult) -> None:
     for words in ("unpruned", "after pruning", "after recovery", "after fine-tuning", "No measurable speed-up"):
         assert words in text
     assert f"{result.after.macs:,}" in text
+    assert f"{result.memory[1].mib:.4g}" in text
     assert content["channels"]["features.0"]["before"] == 16

@@ -144,6 +144,18 @@ def test_folder_of_another_run_is_refused(run: RunFolder, changes: dict[str, Any
     assert sorted((path.name, path.read_bytes()) for path in run.folder.iterdir()) == before
 
 
+def test_run_is_extended_in_the_fields_that_allow_it(run: RunFolder) -> None:
+    """config.json keeps the latest; other fields are compared as ever."""
+    longer = replace(TrainConfig(), steps=20)
+
+    again = create(run.folder, longer, extendable=("steps", "network"), network="vgg")
+
+    assert again.resumed
+    assert again.read_json("config.json")["config"]["steps"] == 20
+    with pytest.raises(PruningError, match="seed was 0 and is 1$|seed was 0 and is 1[;.]"):
+        create(run.folder, longer, extendable=("steps", "network"), seed=1)
+
+
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     """`--out ~` must not fill somebody's home."""
     (tmp_path / "thesis.tex").touch()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
@@ -170,6 +171,16 @@ def test_score_is_computed_once(scorer: Scorer, half_plan: PruningPlan) -> None:
     assert scorer.scored == 1
 
 
+def test_forgotten_score_is_computed_again(scorer: Scorer, half_plan: PruningPlan) -> None:
+    """To the same value: only the memory is gone."""
+    first = scorer.score(half_plan)
+    scorer.forget()
+    again = scorer.score(half_plan)
+
+    assert again == first
+    assert scorer.scored == 2
+
+
 def test_splits_are_cached_apart(scorer: Scorer, half_plan: PruningPlan) -> None:
     """A score on selection images is another score."""
     reward, selection = scorer.score(half_plan), scorer.score(half_plan, split="selection")
@@ -282,6 +293,37 @@ def test_unknown_criterion_is_rejected(trained: PrunableNetwork, digits: Classif
     """With the nearest name."""
     with pytest.raises(PruningError, match="Did you mean 'taylor'"):
         Scorer(trained, digits, ScorerSettings(criterion="tailor", **SMALL))
+
+
+def test_next_round_looks_at_the_network_that_is_left(trained: PrunableNetwork, digits: ClassificationTask) -> None:
+    """Weights, too, are those of the recovered network: filters are smaller where their inputs are gone."""
+    scorer = Scorer(trained, digits, ScorerSettings(criterion="l1", **SMALL))
+    half = np.arange(trained.graph.units) % 2 == 0
+    plan = PruningPlan.from_mask(trained.graph, half)
+    inputs = trained.example_inputs
+    alone = PrunableNetwork(scorer.recovered(plan, quick=True), inputs)
+
+    statistics, scores = scorer.look(plan, examples=16)
+
+    expected = unit_scores("l1", Context(alone.model, alone.graph))
+    np.testing.assert_allclose(scores[half], expected, rtol=1e-6)
+    assert (scores[~half] == 0).all()
+    assert (statistics.taylor[half] > 0).any()
+    assert (statistics.taylor[~half] == 0).all()
+
+
+def test_random_criterion_follows_the_seed(
+    trained: PrunableNetwork, digits: ClassificationTask, statistics: Statistics
+) -> None:
+    """Which channels are drawn is repeatable, and not the same in every group."""
+    one, same, other = (
+        Scorer(trained, digits, ScorerSettings(criterion="random", seed=seed, **SMALL), statistics=statistics)
+        for seed in (0, 0, 1)
+    )
+
+    assert (one.unit_scores == same.unit_scores).all()
+    assert (one.unit_scores != other.unit_scores).all()
+    assert len(np.unique(one.unit_scores)) == trained.graph.units
 
 
 def test_units_are_scored_by_the_chosen_criterion(

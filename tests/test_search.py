@@ -9,12 +9,14 @@ import pytest
 from prunegym.agents import searchers
 from prunegym.agents.search import Search, SearchResult, SearchSettings, checked
 from prunegym.agents.searchers import searcher_named, uniform
+from prunegym.agents.trail import Improvement
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score
+from prunegym.pruning.widths import Bound, WidthRules
 
 SETTINGS = SearchSettings(evaluations=3)
 
@@ -56,6 +58,9 @@ def test_history_is_the_best_score_after_every_evaluation(live_problem: PruningP
 
     assert better > first
     assert result.history == [(2, first), (3, first), (4, better)]
+    assert [(one.evaluations, one.score) for one in result.improvements] == [(2, first), (4, better)]
+    assert result.improvements[-1].plan == result.plan
+    assert 0 < result.improvements[0].seconds < result.improvements[1].seconds <= result.seconds
     assert result.evaluations == 4
     assert live_problem.scorer.score(result.plan).score == better
 
@@ -67,11 +72,21 @@ def test_ratios_that_are_none_are_refused(live_problem: PruningProblem, keep: li
         search_of(live_problem).ask(np.array(keep))
 
 
-@pytest.mark.parametrize("counts", [[0, 4, 4], [4, 4, 9], [4, 4]])
+@pytest.mark.parametrize("counts", [[0, 4, 4], [4, 4, 9], [4, 4], [4.0, 4.0, 4.0]])
 def test_counts_that_are_no_plan_are_refused(live_problem: PruningProblem, counts: list[int]) -> None:
-    """An empty group, more channels than there are, or other groups."""
+    """An empty group, more channels than there are, other groups, or no whole numbers."""
     with pytest.raises(PruningError, match="should keep whole numbers of channels"):
         search_of(live_problem).probe(np.array(counts))
+
+
+@pytest.mark.parametrize("counts", [[4, 4, 6], [2, 4, 4], [8, 4, 4]])
+def test_counts_that_break_the_rules_of_widths_are_refused(live_problem: PruningProblem, counts: list[int]) -> None:
+    """Not aligned, fewer than the fewest, or above a bound; the rules are named."""
+    rules = WidthRules(align=4, min_channels=3, bounds=(Bound.parse("first=..0.5"),))
+    problem = PruningProblem(live_problem.scorer, (Budget("macs", 0.5),), rules=rules)
+
+    with pytest.raises(PruningError, match=r"may keep \(align 4, min-channels 3, bound 'first=..0.5'\)"):
+        search_of(problem).probe(np.array(counts))
 
 
 def test_plan_above_the_budget_is_refused(live_problem: PruningProblem) -> None:
@@ -113,6 +128,7 @@ def broken_by(**changes: object) -> Callable[..., SearchResult]:
         ({"history": [(1, 0.5), (2, 0.4)], "evaluations": 2}, "should report finite best scores that never fall"),
         ({"history": [(2, 0.5)], "evaluations": 1}, "should report one best score per evaluation"),
         ({"history": [(1, 0.5), (1, 0.5)], "evaluations": 1}, "should report one best score per evaluation"),
+        ({"improvements": [Improvement(1, 0.1, PruningPlan(()), 0.5)]}, "should return the plan it improved to last"),
     ],
 )
 def test_result_that_breaks_the_rules_is_refused(
@@ -126,13 +142,17 @@ def test_result_that_breaks_the_rules_is_refused(
 def test_broken_searcher_is_refused_under_its_name(
     live_problem: PruningProblem, toys: Callable[[str], PrunableNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan beyond the budget, below the fewest channels, and of another network."""
+    """A plan beyond the budget, without a block it should have, against each rule of widths, and of another network."""
     graph = live_problem.scorer.network.graph
-    narrow = PruningProblem(live_problem.scorer, live_problem.budgets, smallest=np.array([4, 4, 4]))
+    ruled = [
+        PruningProblem(live_problem.scorer, (Budget("macs", 0.4),), rules=rules)
+        for rules in (WidthRules(min_channels=4), WidthRules(align=2), WidthRules(bounds=(Bound.parse("first=..0.5"),)))
+    ]
     thin = PruningPlan.from_scores(graph, np.array([6, 3, 4]), live_problem.scorer.unit_scores)
     for problem, plan, message in (
         (live_problem, PruningPlan.unpruned(graph), r"Searcher mine should return a plan within macs:0\.26"),
-        (narrow, thin, r"Searcher mine should keep at least \[4, 4, 4\] channels"),
+        (live_problem, thin.without(["second"]), r"Searcher mine should leave out the blocks \[\]. Received \['second"),
+        *((one, thin, r"may keep \((min-channels 4|align 2|bound 'first=..0.5')\).*\[6, 3, 4\]") for one in ruled),
         (live_problem, PruningPlan.unpruned(toys("residual").graph), "`plan` should name exactly"),
     ):
         monkeypatch.setitem(searchers.SEARCHERS, "mine", broken_by(plan=plan))

@@ -11,6 +11,7 @@ from prunegym.agents.search import SearchSettings
 from prunegym.agents.sensitivity import counts_within_loss, rising_curve, sensitivity
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.widths import Bound, WidthRules
 
 
 def curves_of(*scores: list[float]) -> list[np.ndarray]:
@@ -22,14 +23,16 @@ def curves_of(*scores: list[float]) -> list[np.ndarray]:
 def test_common_loss_is_the_smallest_that_the_budget_allows(scores: list[list[float]], data: st.DataObject) -> None:
     """By trying every loss that a curve takes, from the smallest."""
     curves = curves_of(*scores)
-    least = np.ones(len(curves), dtype=np.int64)
-    most = data.draw(st.integers(len(curves), sum(map(len, curves))))
+    steps = [data.draw(st.integers(1, 3)) for _ in curves]
+    choices = [np.arange(1, len(curve) + 1) * step for curve, step in zip(curves, steps, strict=True)]
+    most = data.draw(st.integers(sum(steps), sum(int(one[-1]) for one in choices)))
     for loss in sorted({0.0, *(1 - score for curve in curves for score in curve)}):
-        expected = [1 + next(k for k, score in enumerate(curve) if score >= 1 - loss) for curve in curves]
+        kept = [next(k for k, score in enumerate(curve) if score >= 1 - loss) for curve in curves]
+        expected = [int(one[k]) for one, k in zip(choices, kept, strict=True)]
         if sum(expected) <= most:
             break
 
-    counts = counts_within_loss(curves, least, lambda counts: counts.sum() <= most)
+    counts = counts_within_loss(curves, choices, lambda counts: counts.sum() <= most)
 
     assert counts.tolist() == expected
 
@@ -80,11 +83,31 @@ def test_curves_are_those_of_single_groups(live_problem: PruningProblem) -> None
         counts = sizes.copy()
         counts[group] = count
         curves[group, count - 1] = scorer.score(live_problem.plan(counts)).score
-    counts = counts_within_loss(list(np.maximum.accumulate(curves, axis=1)), np.ones(3, dtype=np.int64), limit.holds)
+    counts = counts_within_loss(list(np.maximum.accumulate(curves, axis=1)), [np.arange(1, 9)] * 3, limit.holds)
 
     found = sensitivity(live_problem, live_problem.budgets[0], SearchSettings(evaluations=23))
 
     assert (scorer.network.counts(found.plan) == live_problem.project(counts / sizes, limit)).all()
+
+
+def test_curves_are_measured_at_widths_that_are_allowed(known_problem: PruningProblem) -> None:
+    """All of them where the allowance permits; a group that may not be pruned has no curve and costs nothing."""
+    scorer = known_problem.scorer
+    rules = WidthRules(align=8, bounds=(Bound.parse(".*=0.25..0.75"), Bound.parse("conv1=0.5")))
+    problem = PruningProblem(scorer, known_problem.budgets, rules=rules)
+    choices = [one.tolist() for one in problem.widths.choices()]
+    assert min(map(len, choices)) == 1
+    found = sensitivity(problem, problem.budgets[0], SearchSettings(evaluations=200))
+
+    first, *measured, _ = np.array([scorer.network.counts(plan) for plan in scorer.plans])
+    expected = [
+        np.where(np.arange(len(choices)) == group, width, first)
+        for group, allowed in enumerate(choices)
+        for width in allowed[:-1]
+    ]
+    assert first.tolist() == [allowed[-1] for allowed in choices]
+    assert sorted(map(tuple, measured)) == sorted(map(tuple, expected))
+    assert found.evaluations == len(expected) + 2
 
 
 def test_allowance_without_a_point_for_each_group_is_refused(known_problem: PruningProblem) -> None:

@@ -9,6 +9,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.scoring import Scorer
+from prunegym.pruning.widths import Bound, WidthRules
 
 
 def test_every_budget_gets_its_limit(problem: PruningProblem) -> None:
@@ -32,20 +33,31 @@ def test_impossible_budget_is_rejected_with_the_reachable_minimum(scorer: Scorer
     assert caught.value.reachable == pytest.approx(least)
 
 
-def test_smallest_widths_are_respected(scorer: Scorer) -> None:
-    """By uniform and knapsack allocation alike."""
-    smallest = scorer.network.graph.sizes // 2
-    problem = PruningProblem(scorer, (Budget("macs", 0.4),), smallest=smallest)
+def test_rules_of_widths_are_kept_by_every_allocation(scorer: Scorer, rng: np.random.Generator) -> None:
+    """Uniform, knapsack and projection of whatever is asked, also after an earlier round."""
+    rules = WidthRules(align=4, min_channels=6, bounds=(Bound.parse(".*=0.25..0.8"),))
+    problem = PruningProblem(scorer, (Budget("macs", 0.4),), rules=rules)
     (limit,) = problem.limits.values()
 
-    assert (problem.uniform_counts(limit) >= smallest).all()
-    assert (problem.knapsack_counts(limit) >= smallest).all()
+    earlier = problem.project(rng.random(len(problem.sizes)), limit.tightened(0.6))
+    later = [problem.uniform_counts(limit, earlier), problem.knapsack_counts(limit, largest=earlier)]
+    for counts in (problem.uniform_counts(limit), problem.knapsack_counts(limit), earlier, *later):
+        assert (counts % 4 == 0).all()
+        assert (counts >= 6).all()
+        assert (counts >= 0.25 * problem.sizes).all()
+        assert (counts <= 0.8 * problem.sizes).all()
+    assert all((counts <= earlier).all() for counts in later)
 
 
-def test_smallest_widths_make_budgets_impossible(scorer: Scorer) -> None:
-    """Half of each group is more than a tenth of the MACs."""
-    with pytest.raises(InfeasibleBudgetError, match="every group at its smallest"):
-        PruningProblem(scorer, (Budget("macs", 0.1),), smallest=scorer.network.graph.sizes // 2)
+def test_rules_of_widths_make_budgets_impossible(scorer: Scorer) -> None:
+    """Half of each group is more than a tenth of the MACs; the error tells the rules and what is within reach."""
+    rules = WidthRules(bounds=(Bound.parse(".*=0.5.."),))
+    costs = scorer.network.costs
+    least = costs.macs(-(-scorer.network.graph.sizes // 2)) / costs.full.macs
+
+    with pytest.raises(InfeasibleBudgetError, match=r"at its smallest \(bound '\.\*=0.5\.\.'\).*or loosen") as caught:
+        PruningProblem(scorer, (Budget("macs", 0.1),), rules=rules)
+    assert caught.value.reachable == pytest.approx(least)
 
 
 def test_plan_keeps_the_best_by_the_criterion(problem: PruningProblem, trained: PrunableNetwork) -> None:
@@ -61,7 +73,7 @@ def test_plan_keeps_the_best_by_the_criterion(problem: PruningProblem, trained: 
 def test_reference_is_the_uniform_plan_at_the_same_budget(problem: PruningProblem) -> None:
     """What every reward is compared with."""
     budget = problem.budgets[0]
-    counts = uniform(problem.sizes, problem.limits[budget], problem.least)
+    counts = uniform(problem.limits[budget], problem.widths)
 
     assert problem.uniform_score(budget) == problem.scorer.score(problem.plan(counts))
 
@@ -79,7 +91,9 @@ def test_knapsack_gives_up_least_important_channels_per_cost(problem: PruningPro
 
 def test_problem_with_one_of_its_budgets_shares_the_scorer(problem: PruningProblem) -> None:
     """And with it every score that was computed."""
-    one = problem.only(problem.budgets[1])
+    ruled = PruningProblem(problem.scorer, problem.budgets[:2], problem.latency, WidthRules(align=4))
+    one = ruled.only(problem.budgets[1])
 
     assert one.budgets == problem.budgets[1:2]
     assert one.scorer is problem.scorer
+    assert (one.widths.step == ruled.widths.step).all()

@@ -96,6 +96,37 @@ def test_training_resumes_from_its_checkpoint(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_training_leaves_the_trail_of_its_plans(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations, seconds and scores rise along it, it ends with the plans returned; a kill cuts no hole into it."""
+    key = f"{half.scorer.network.name} {HALF}"
+    whole = go([half], tmp_path / "whole")
+    checkpoint = Trainer.checkpoint
+
+    def killed(self: Trainer) -> None:
+        checkpoint(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go([half], tmp_path / "run")
+    result = go([half], tmp_path / "run")
+
+    assert [one[::2] for one in result.own_trail[key]] == [one[::2] for one in whole.own_trail[key]]
+    assert [one[::2] for one in result.best_trail[key]] == [one[::2] for one in whole.best_trail[key]]
+    assert result.own_trail[key][0].plan == own_plan(None, half, HALF, CONFIG.rounds)
+    best = result.best_trail[key]
+    assert [one.score for one in best] == sorted({one.score for one in best})
+    for trail, plan in ((best, result.best[key]), (result.own_trail[key], result.own[key])):
+        assert trail[-1].plan == plan
+        assert [one.evaluations for one in trail] == sorted(one.evaluations for one in trail)
+        assert [one.seconds for one in trail] == sorted(one.seconds for one in trail)
+        assert trail[-1].evaluations <= result.evaluations
+        assert 0 < trail[-1].seconds <= result.seconds
+
+
 def test_row_without_checkpoint_is_written_again(half: PruningProblem, tmp_path: Path) -> None:
     """Killed after the row and before the checkpoint: the row does not come twice."""
     go([half], tmp_path / "run")

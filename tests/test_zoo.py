@@ -168,6 +168,19 @@ def test_input_shape_is_the_customary_one(name: str, shape: tuple[int, int, int]
     assert input_shape_of(name, 2, 64) == (2, 64, 64)
 
 
+def test_half_width_network_has_a_quarter_of_the_kernels() -> None:
+    """Every convolution but the first loses half its inputs and half its outputs."""
+    wide, slim = (build_network(name) for name in ("cifar_vgg16", "cifar_vgg16_half"))
+
+    first, *others = zip(
+        (one for one in wide.modules() if isinstance(one, nn.Conv2d)),
+        (one for one in slim.modules() if isinstance(one, nn.Conv2d)),
+        strict=True,
+    )
+    assert first[0].weight.numel() == 2 * first[1].weight.numel()
+    assert all(one.weight.numel() == 4 * other.weight.numel() for one, other in others)
+
+
 @pytest.mark.parametrize("function", [build_network, input_shape_of])
 def test_unknown_network_suggests_the_nearest_name(function: object) -> None:
     """A typing slip is answered with the right name and the way to give one's own."""

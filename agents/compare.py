@@ -1,0 +1,235 @@
+"""Compare searchers: networks x budgets x searchers x seeds, one row per finished piece.
+
+Groups, criterion, recovery, projection, splits and fine-tuning are those of the problem, the same for every searcher.
+A row is on the disk before the next piece begins, so a comparison that is killed at any moment goes on where it was;
+rows that were measured under other conditions are refused, not mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from tqdm import tqdm
+
+from prunegym.agents.compare_config import CompareConfig
+from prunegym.agents.compare_measure import STAGES, Judge
+from prunegym.agents.compare_search import PLAN, Found, Searches
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import check_evaluations
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.files import read_json
+from prunegym.pruning.training import weights_digest
+
+Row: TypeAlias = dict[str, Any]
+Key: TypeAlias = tuple[str, str, str, int, int | None]
+"""Network, budget, searcher, seed of the search, seed of the fine-tuning."""
+
+ROWS = "rows.csv"
+CURVE = "curve.json"
+KEY = ("network", "budget", "searcher", "seed", "finetune_seed")
+#: What a row must share with all others, and with the others of its network or searcher, to stand beside them.
+_SHARED = (
+    "data",
+    "data_fingerprint",
+    "split_seed",
+    "regime",
+    "criterion",
+    "compensate",
+    "statistics_examples",
+    "recalibration_examples",
+    "reward_examples",
+    "recovery_steps",
+    "recovery_rate",
+    "precision",
+    "allowance",
+    "epochs",
+)
+_MEASURED = (
+    "cost",
+    "macs",
+    "counted_macs",
+    "parameters",
+    "latency_ratio",
+    "reward_score",
+    *STAGES,
+    *(f"test_{stage}" for stage in STAGES),
+    "evaluations",
+    "seconds",
+    "plan",
+    "latency",
+)
+COLUMNS = (*KEY, "network_fingerprint", "policy_fingerprint", *_SHARED, *_MEASURED)
+"""Columns of ``rows.csv``."""
+
+
+def compare(
+    problems: Sequence[PruningProblem], config: CompareConfig, run: RunFolder, *, progress: bool = True
+) -> list[Row]:
+    """Compute the rows that the run folder does not hold yet.
+
+    Args:
+        problems: Networks with their budgets, named as in ``config.labels``; those with all their rows may be absent.
+        config: Searchers, seeds, allowance, and what is measured.
+        run: Gets ``rows.csv`` with :data:`COLUMNS`, and the plans.
+        progress: Show bars.
+
+    Returns:
+        The rows of the configuration's grid, in its order.
+
+    Raises:
+        PruningError: The folder holds rows of other networks, data or settings; or the allowance is too small for a
+            searcher, or a searcher fails. What was finished is kept.
+    """
+    known = {problem.scorer.network.name: (problem, identity(problem, config)) for problem in problems}
+    for _, conditions in known.values():
+        check_same(run.read_rows(ROWS), conditions)
+    work = [key for key in unfinished(config, run) if key[0] in known]
+    for network, _, searcher, *_ in work:  # before anything is computed
+        check_evaluations(searcher, known[network][0], config.evaluations)
+    searches = Searches(config, run, progress=progress)
+    judges = {name: Judge(problem, config, run, progress=progress) for name, (problem, _) in known.items()}
+    with tqdm(work, desc="compare", unit="row", disable=not progress) as bar:
+        for key in bar:
+            bar.set_postfix_str(" ".join(map(str, key[:4])))
+            problem, conditions = known[key[0]]
+            row = {**conditions, **_row(key, problem, searches, judges[key[0]])}
+            run.append_row(ROWS, {name: row[name] for name in COLUMNS})
+    return finished(config, run)
+
+
+def _row(key: Key, problem: PruningProblem, searches: Searches, judge: Judge) -> Row:
+    """Search, unless it was done before, and measure what was found."""
+    _, budget_text, searcher, seed, finetune_seed = key
+    budget = Budget.parse(budget_text)
+    found = searches.find(problem, budget, searcher, seed)
+    _draw_curve(found, judge)
+    plan = found.result.plan
+    return {
+        **dict(zip(KEY, key, strict=True)),
+        **dict.fromkeys(_MEASURED),
+        **judge.measure(plan, budget),
+        **judge.finetuned(plan, finetune_seed),
+        "evaluations": found.result.evaluations,
+        "seconds": found.result.seconds,
+        "plan": str(found.folder.path(PLAN).relative_to(searches.run.folder)),
+    }
+
+
+def _draw_curve(found: Found, judge: Judge) -> None:
+    """Score the plans of a search's trail, once, on images that the search has not seen."""
+    if found.folder.path(CURVE).exists():
+        return
+    points = [
+        {
+            "evaluations": one.evaluations,
+            "seconds": one.seconds,
+            "reward_score": one.score,
+            "after_recovery_score": judge.after_recovery(one.plan),
+        }
+        for one in found.trail
+    ]
+    found.folder.write_json(CURVE, points)
+
+
+def curve_rows(rows: Sequence[Mapping[str, Any]], run: RunFolder) -> list[Row]:
+    """The curves of all searches in a table.
+
+    Returns:
+        For each search and each change of its plan: evaluations, seconds, the score of the search, and the score
+        after recovery on the selection split.
+    """
+    searches = {tuple(row[name] for name in KEY[:4]): row["plan"] for row in rows}
+    return [
+        {**dict(zip(KEY, key, strict=False)), **point}
+        for key, plan in searches.items()
+        for point in read_json(run.path(plan).parent / CURVE)
+    ]
+
+
+def _grid(config: CompareConfig) -> Iterator[Key]:
+    """Keys of all rows: rows that share a search come one after the other."""
+    for network in config.labels:
+        for budget in config.budgets:
+            for searcher in config.searchers:
+                for seed in config.seeds:
+                    for finetune_seed in config.finetune_seeds:
+                        yield network, str(budget), searcher, seed, finetune_seed
+
+
+def unfinished(config: CompareConfig, run: RunFolder) -> list[Key]:
+    """Keys of the rows that are still to be computed."""
+    done = {_key(row) for row in run.read_rows(ROWS)}
+    return [key for key in _grid(config) if key not in done]
+
+
+def finished(config: CompareConfig, run: RunFolder) -> list[Row]:
+    """The rows of the grid that are there, in the order of the grid."""
+    rows = {_key(row): row for row in run.read_rows(ROWS)}
+    return [dict(rows[key]) for key in _grid(config) if key in rows]
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    network, budget, searcher, seed, finetune_seed = (row[name] for name in KEY)
+    return str(network), str(budget), str(searcher), int(seed), None if finetune_seed is None else int(finetune_seed)
+
+
+def identity(problem: PruningProblem, config: CompareConfig) -> Row:
+    """What the rows of a problem were measured on and how."""
+    scorer = problem.scorer
+    settings = scorer.settings
+    return {
+        "network": scorer.network.name,
+        "network_fingerprint": weights_digest(scorer.network.model)[:16],
+        "data": scorer.task.name,
+        "data_fingerprint": scorer.task.fingerprint[:16],
+        "split_seed": config.split_seed,
+        "regime": "finetuned" if settings.recovery_steps else "post-training",
+        "criterion": settings.criterion,
+        "compensate": settings.compensate,
+        "statistics_examples": settings.statistics_examples,
+        "recalibration_examples": settings.recalibration_examples,
+        "reward_examples": settings.examples,
+        "recovery_steps": settings.recovery_steps,
+        "recovery_rate": settings.learning_rate,
+        "precision": settings.precision,
+        "allowance": config.evaluations,
+        "epochs": config.epochs,
+        "policy_fingerprint": None if config.policy is None else _file_digest(config),
+    }
+
+
+def _file_digest(config: CompareConfig) -> str:
+    assert config.policy is not None
+    return hashlib.sha256(config.policy.read_bytes()).hexdigest()[:16]
+
+
+def check_same(rows: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> None:
+    """Refuse to add rows to others that they cannot be compared with.
+
+    Args:
+        rows: Rows that are there.
+        now: What new rows are measured on, see :func:`identity`.
+
+    Raises:
+        PruningError: Data, splits, criterion, recovery, reward or allowance differ; or a network or policy of the
+            same name has other weights.
+    """
+    for row in rows:
+        names = list(_SHARED)
+        if row["network"] == now["network"]:
+            names.append("network_fingerprint")
+        if row["searcher"] == "policy" and now["policy_fingerprint"] is not None:
+            names.append("policy_fingerprint")
+        differing = [name for name in names if str(row.get(name)) != str(now[name])]
+        if differing:
+            name = differing[0]
+            raise PruningError(
+                f"`--out` should hold rows that can be compared with new ones. Received rows of {row['network']} whose "
+                f"{name.replace('_', ' ')} is {row.get(name)}; now it is {now[name]} "
+                f"({', '.join(one.replace('_', ' ') for one in differing)} differ). "
+                "Choose another folder, or bring back the earlier network, data and settings."
+            )

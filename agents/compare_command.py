@@ -1,0 +1,59 @@
+"""The command ``prunegym compare``. It returns its result and prints nothing."""
+
+from __future__ import annotations
+
+from prunegym.agents.compare import compare, finished, unfinished
+from prunegym.agents.compare_config import EXTENDABLE, CompareConfig
+from prunegym.agents.compare_report import report, terminal_text
+from prunegym.agents.policy_file import load_policy
+from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.setup import build_problem, build_task, seed_everything
+from prunegym.envs.rewards import PROFILES
+from prunegym.envs.setting import PruningProblem
+
+
+def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
+    """Compare searchers; rows that the folder holds are not computed again, the report is."""
+    seed_everything(config.seed)
+    launch = Launch(config, reporter, config.network, "compare", joined(config.budgets), EXTENDABLE)
+    if config.policy is not None:
+        load_policy(config.policy)  # refused before anything is computed
+    problems = _problems(config, reporter)
+    run = launch.open()
+    if problems:
+        save_splits(problems, run)
+        rows = compare(problems, config, run, progress=reporter.progress)
+    else:
+        reporter.say("all rows are there: nothing is computed again")
+        rows = finished(config, run)
+    content = report(rows, config, run)
+    run.write_json(RESULT, content)
+    return Result(content, terminal_text(content))
+
+
+def _problems(config: CompareConfig, reporter: Reporter) -> list[PruningProblem]:
+    """The networks that rows are missing of, on the same data."""
+    # without --out there is no folder yet, and every row is missing
+    missing = set(config.labels)
+    if config.out is not None:
+        missing = {network for network, *_ in unfinished(config, RunFolder(config.out.expanduser()))}
+    if not missing:
+        return []
+    task = build_task(config)
+    rewarded = PROFILES[config.reward_profile].latency != 0
+    return [
+        build_problem(
+            name,
+            weights,
+            config,
+            config.budgets,
+            keep=config.keep,
+            task=task,
+            label=label,
+            latency=rewarded,
+            progress=reporter.progress,
+        )
+        for label, (name, weights) in zip(config.labels, config.pairs, strict=True)
+        if label in missing
+    ]

@@ -1,0 +1,203 @@
+"""The searches of a comparison, each made once and kept: plan, price and trail.
+
+Below the run folder, ``searches/`` holds one folder per network, budget, searcher and seed, and ``trainings/`` one per
+agent, from whose training several of the searchers come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunegym.agents.compare_config import AGENTS, CompareConfig
+from prunegym.agents.controls import CONTROLS
+from prunegym.agents.policy_file import load_policy
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
+from prunegym.agents.trail import Improvement
+from prunegym.agents.train import CHECKPOINT, POLICY_FILE, TrainResult, train
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.plan import PruningPlan
+
+SEARCHES, TRAININGS = "searches", "trainings"
+PLAN, SEARCH, TRAINING = "plan.json", "search.json", "training.json"
+_LONGEST = 48
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a searcher came to, and where it is kept."""
+
+    result: SearchResult
+    folder: RunFolder
+
+    @property
+    def trail(self) -> list[Improvement]:
+        """What the search would have returned from when on; ends with its plan."""
+        result = self.result
+        trail = list(result.improvements)
+        if not trail or trail[-1].plan != result.plan:
+            trail.append(Improvement(result.evaluations, result.seconds, result.plan))
+        return trail
+
+
+class Searches:
+    """Finds plans, or reads them if they were found before.
+
+    Args:
+        config: Allowance, agents and seeds.
+        run: The run folder.
+        progress: Show bars.
+    """
+
+    def __init__(self, config: CompareConfig, run: RunFolder, *, progress: bool = False) -> None:
+        self.config = config
+        self.run = run
+        self.progress = progress
+        self._warm: set[int] = set()
+
+    def find(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> Found:
+        """The plan of a searcher for one network and budget.
+
+        Every search begins without remembered scores and pays for each of its own in seconds; what all share, the
+        statistics of the unpruned network and the prepared images, is there before.
+
+        Raises:
+            PruningError: The plan breaks the budget, or the searcher lacks something.
+        """
+        network = problem.scorer.network.name
+        stored = self._stored(problem, budget, searcher, self.config.seeds[0])
+        if stored is not None and searcher in WITHOUT_SEED:
+            return stored
+        stored = self._stored(problem, budget, searcher, seed)
+        if stored is not None:
+            return stored
+        result = self._agent(problem, budget, searcher, seed) if searcher in AGENTS else None
+        result = result or self._search(problem, budget, searcher, seed)
+        if not problem.limits[budget].holds(problem.scorer.network.counts(result.plan)):
+            raise PruningError(
+                f"`--searcher` {searcher} should keep the budget {budget}. Received a plan of "
+                f"{problem.limits[budget].fraction(problem.scorer.network.counts(result.plan)):.4f} on {network}. "
+                "Please report this; until then leave the searcher out."
+            )
+        folder = self._folder(SEARCHES, searcher, network, budget, seed)
+        folder.write_json(PLAN, result.plan.to_json())
+        folder.write_json(SEARCH, _search_to_json(result))
+        return Found(result, folder)
+
+    def _search(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
+        """Let a searcher of the registry search."""
+        self._start_afresh(problem, budget)
+        settings = SearchSettings(
+            evaluations=self.config.evaluations, seed=seed, policy=self.config.policy, progress=self.progress
+        )
+        return searcher_named(searcher)(problem, budget, settings)
+
+    def _agent(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
+        """What comes out of the training of an agent."""
+        trained, folder = self.trained(problem, budget, seed, AGENTS[searcher])
+        key = f"{problem.scorer.network.name} {budget}"
+        plan, trail = trained.own[key], trained.own_trail[key]
+        if searcher == "agent best":
+            plan, trail = trained.best[key], trained.best_trail[key]
+        elif searcher in CONTROLS:
+            policy, _ = load_policy(folder.path(POLICY_FILE), device=problem.scorer.device)
+            plan, trail = CONTROLS[searcher](policy, problem, budget, self.config.rounds, seed), []
+        return SearchResult(
+            plan=plan, evaluations=trained.evaluations, seconds=trained.seconds, improvements=trail
+        )
+
+    def trained(
+        self, problem: PruningProblem, budget: Budget, seed: int, features: str
+    ) -> tuple[TrainResult, RunFolder]:
+        """Train an agent on one network and budget, or go on with its training, or read what it came to."""
+        network = problem.scorer.network.name
+        folder = self._folder(TRAININGS, features, network, budget, seed)
+        if not folder.path(TRAINING).exists():
+            self._start_afresh(problem, budget)
+            config = self.config.training(network, budget, seed, features)
+            trained = train([problem.only(budget)], config, folder, progress=self.progress)
+            folder.write_json(TRAINING, _training_to_json(trained))
+            folder.path(CHECKPOINT).unlink(missing_ok=True)  # megabytes, and of no more use
+        return _training_from_json(folder.read_json(TRAINING), folder), folder
+
+    def _start_afresh(self, problem: PruningProblem, budget: Budget) -> None:
+        """Forget all scores, once the images have been prepared."""
+        if id(problem) not in self._warm:
+            problem.uniform_score(budget)
+            self._warm.add(id(problem))
+        problem.scorer.forget()
+
+    def _folder(self, kind: str, name: str, network: str, budget: Budget, seed: int) -> RunFolder:
+        # the names of searchers and budgets stay distinct without colons and blanks; those of networks may not
+        parts = (re.sub("[: ]", "-", name), network, str(budget).replace(":", ""))
+        words = "__".join(map(slug, parts))
+        return self.run.subfolder(kind).subfolder(f"{words}__s{seed}")
+
+    def _stored(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> Found | None:
+        """A search that was finished before."""
+        folder = self._folder(SEARCHES, searcher, problem.scorer.network.name, budget, seed)
+        if not folder.path(SEARCH).exists():
+            return None
+        result = _search_from_json(folder.read_json(SEARCH), PruningPlan.load(folder.path(PLAN)))
+        result.plan.mask(problem.scorer.network.graph)  # refuses the plan of another network
+        return Found(result, folder)
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name; what is lost is made up for by a digest."""
+    cleaned = re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII)[:_LONGEST]
+    return cleaned if cleaned == text else f"{cleaned}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _search_to_json(result: SearchResult) -> dict[str, Any]:
+    return {
+        "evaluations": result.evaluations,
+        "seconds": result.seconds,
+        "history": result.history,
+        "improvements": [one.to_json() for one in result.improvements],
+    }
+
+
+def _search_from_json(content: Mapping[str, Any], plan: PruningPlan) -> SearchResult:
+    return SearchResult(
+        plan=plan,
+        evaluations=content["evaluations"],
+        seconds=content["seconds"],
+        history=[(evaluations, score) for evaluations, score in content["history"]],
+        improvements=[Improvement.from_json(one) for one in content["improvements"]],
+    )
+
+
+def _training_to_json(trained: TrainResult) -> dict[str, Any]:
+    return {
+        "evaluations": trained.evaluations,
+        "seconds": trained.seconds,
+        "own": {key: plan.to_json() for key, plan in trained.own.items()},
+        "best": {key: plan.to_json() for key, plan in trained.best.items()},
+        "own_trail": {key: [one.to_json() for one in trail] for key, trail in trained.own_trail.items()},
+        "best_trail": {key: [one.to_json() for one in trail] for key, trail in trained.best_trail.items()},
+    }
+
+
+def _training_from_json(content: Mapping[str, Any], folder: RunFolder) -> TrainResult:
+    def plans(name: str) -> dict[str, PruningPlan]:
+        return {key: PruningPlan.from_json(plan) for key, plan in content[name].items()}
+
+    def trails(name: str) -> dict[str, list[Improvement]]:
+        return {key: [Improvement.from_json(one) for one in trail] for key, trail in content[name].items()}
+
+    return TrainResult(
+        policy=folder.path(POLICY_FILE),
+        evaluations=content["evaluations"],
+        seconds=content["seconds"],
+        own=plans("own"),
+        best=plans("best"),
+        own_trail=trails("own_trail"),
+        best_trail=trails("best_trail"),
+    )
