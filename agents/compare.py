@@ -85,8 +85,9 @@ def compare(
             searcher, or a searcher fails. What was finished is kept.
     """
     known = {problem.scorer.network.name: (problem, identity(problem, config)) for problem in problems}
+    rows = run.read_rows(ROWS)
     for _, conditions in known.values():
-        check_same(run.read_rows(ROWS), conditions)
+        check_same(rows, conditions)
     work = [key for key in unfinished(config, run) if key[0] in known]
     for network, _, searcher, *_ in work:  # before anything is computed
         check_evaluations(searcher, known[network][0], config.evaluations)
@@ -220,16 +221,16 @@ def check_same(rows: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> Non
     """
     for row in rows:
         names = list(_SHARED)
-        if row["network"] == now["network"]:
+        if row.get("network") == now["network"]:
             names.append("network_fingerprint")
-        if row["searcher"] == "policy" and now["policy_fingerprint"] is not None:
+        if row.get("searcher") == "policy" and now["policy_fingerprint"] is not None:
             names.append("policy_fingerprint")
         differing = [name for name in names if str(row.get(name)) != str(now[name])]
         if differing:
             name = differing[0]
             raise PruningError(
-                f"`--out` should hold rows that can be compared with new ones. Received rows of {row['network']} whose "
-                f"{name.replace('_', ' ')} is {row.get(name)}; now it is {now[name]} "
-                f"({', '.join(one.replace('_', ' ') for one in differing)} differ). "
+                f"`--out` should hold rows that can be compared with new ones. Received rows of "
+                f"{row.get('network')} whose {name.replace('_', ' ')} is {row.get(name)}; now it is {now[name]} "
+                f"(differing: {', '.join(one.replace('_', ' ') for one in differing)}). "
                 "Choose another folder, or bring back the earlier network, data and settings."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunegym.agents.compare import compare, finished, unfinished
+from prunegym.agents.compare import ROWS, check_same, compare, finished, identity, unfinished
 from prunegym.agents.compare_config import EXTENDABLE, CompareConfig
 from prunegym.agents.compare_report import report, terminal_text
 from prunegym.agents.policy_file import load_policy
@@ -20,6 +20,10 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
     if config.policy is not None:
         load_policy(config.policy)  # refused before anything is computed
     problems = _problems(config, reporter)
+    if config.out is not None:
+        rows = RunFolder(config.out.expanduser()).read_rows(ROWS)
+        for problem in problems:
+            check_same(rows, identity(problem, config))  # before config.json is written anew
     run = launch.open()
     if problems:
         save_splits(problems, run)

@@ -109,7 +109,7 @@ class CompareConfig(ProblemOptions, AgentOptions, SeveralNetworks):
         """Refuse an allowance that does not last for one update of an agent: it would be exceeded."""
         if not any(name in AGENTS for name in self.searchers):
             return
-        from prunegym.agents.train import SETTLING
+        from prunegym.agents.settling import SETTLING
 
         workers = self.workers
         least = -(-self.update_evaluations // workers) * workers + 1 + SETTLING

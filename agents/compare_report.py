@@ -107,7 +107,8 @@ def _markdown(
         *_overspent(summary, config),
     ]
     for index, (label, rows) in enumerate(timed.items()):
-        explained = _TIMED if index == 0 else ""
+        some = f" These scores are of {config.curve_examples} images." if config.curve_examples else ""
+        explained = _TIMED + some if index == 0 else ""
         sections += [f"## At {label}", explained, _mark_line(table, config), markdown_table(_timed_rows(rows, table))]
     sections += [
         "## By network and budget",

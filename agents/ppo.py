@@ -8,6 +8,7 @@ starting state (self-imitation, Oh et al., ICML 2018), weighted by rank as in th
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,14 @@ class EpisodeMemory:
         self.capacity = capacity
         self.episodes: dict[bytes, list[Episode]] = {}
 
+    @staticmethod
+    def key(first: Mapping[str, NDArray[Any]]) -> bytes:
+        """What tells a starting state from others, from its observation."""
+        return b"".join(first[name].tobytes() for name in ("state", "prior", "group_mask"))
+
     def add(self, episode: Episode) -> None:
         """Remember an episode if it is among the best from its starting state."""
-        first = episode.observations[0]
-        key = b"".join(first[name].tobytes() for name in ("state", "prior", "group_mask"))
-        kept = self.episodes.setdefault(key, [])
+        kept = self.episodes.setdefault(self.key(episode.observations[0]), [])
         kept.append(episode)
         kept.sort(key=lambda one: -one.value)
         del kept[self.capacity :]

@@ -26,6 +26,7 @@ from prunegym.agents.policy_file import load_policy, save_policy
 from prunegym.agents.ppo import Episode, PruningPPO
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
+from prunegym.agents.settling import SETTLING, confirm, confirmed_plans, reserved
 from prunegym.agents.trail import Improvement
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observer, Padding
@@ -35,9 +36,6 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 
 AgentConfig: TypeAlias = TrainConfig | TransferConfig
-
-SETTLING = 5
-"""Evaluations kept for the end, for each network and budget: the policy is drawn to its best plan until it makes it."""
 
 POLICY_FILE = "policy.safetensors"
 CHECKPOINT = "checkpoint.pt"
@@ -98,7 +96,8 @@ class Trainer:
         self.model = self._model()
         pairs = sum(len(problem.budgets) for problem in self.problems)
         # an update scores its episodes and the policy's own plan for every network and budget
-        self.updates = max(1, (config.evaluations - SETTLING * pairs) // (self.episodes + pairs))
+        per_pair = config.evaluations // pairs
+        self.updates = max(1, (config.evaluations - reserved(per_pair) * pairs) // (self.episodes + pairs))
         self.update = 0
         self.evaluations = 0
         self.seconds = 0.0
@@ -220,18 +219,33 @@ class Trainer:
         return row
 
     def _settle(self) -> None:
-        """Draw the policy to the best plan it has seen until its own plan is as good."""
+        """Look at the best plans again, and draw the policy to the one that stands up until it makes it."""
         if not self.model.imitation_steps:
             return  # plain PPO was asked for
         self._resumed_at = time.perf_counter()
         self.model.progress = 1.0
-        best = float(np.mean([score for score, _ in self.best.values()]))
+        self._confirm()
         for _ in range(SETTLING):
-            if self._score_own() >= best:
+            self._score_own(remember=False)  # what has been chosen stays chosen
+            if all(self.own_trail[key][-1].plan == plan for key, (_, plan) in self.best.items()):
                 break
             self.model.imitate()
         self.seconds = self._elapsed()
         save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
+
+    def _confirm(self) -> None:
+        """Choose among the best plans of each network and budget on more images than the search has seen."""
+        pairs = [(problem, budget) for problem in self.problems for budget in problem.budgets]
+        count = confirmed_plans(self.config.evaluations // len(pairs))
+        for problem, budget in pairs:
+            env = make_env(problem, self.config, self.padding)
+            found = confirm(problem, budget, env, self.model.memory, count)
+            if found is not None:
+                self.evaluations += found.evaluations
+                key = f"{problem.scorer.network.name} {budget}"
+                self.best[key] = (found.score, found.plan)
+                last = Improvement(self.evaluations, self._elapsed(), found.plan, found.score)
+                _append_changed(self.best_trail.setdefault(key, []), last)
 
     def _elapsed(self) -> float:
         """Seconds of training so far, those before an interruption included."""
@@ -253,18 +267,20 @@ class Trainer:
                 found = Improvement(evaluations, self._elapsed(), info["plan"], float(info["score"]))
                 self.best_trail.setdefault(key, []).append(found)
 
-    def _score_own(self) -> float:
+    def _score_own(self, remember: bool = True) -> float:
         """Score the policy's own plans on the reward split; they are evaluations too, and are remembered."""
         scores = []
         for problem in self.problems:
             for budget in problem.budgets:
-                episode, score = self._own_episode(problem, budget)
-                self.model.memory.add(episode)
+                episode, info = self._own_episode(problem, budget)
+                if remember:
+                    self._note_best([info])
+                    self.model.memory.add(episode)
                 self.evaluations += 1
-                scores.append(score)
+                scores.append(float(info["score"]))
         return float(np.mean(scores))
 
-    def _own_episode(self, problem: PruningProblem, budget: Budget) -> tuple[Episode, float]:
+    def _own_episode(self, problem: PruningProblem, budget: Budget) -> tuple[Episode, dict[str, Any]]:
         env = make_env(problem, self.config, self.padding)
         observation, _ = env.reset(options={"budget": budget})
         observations, actions, done = [], [], False
@@ -274,11 +290,9 @@ class Trainer:
             observations.append(observation)
             actions.append(self.model.policy.act(observation))
             observation, value, done, _, info = env.step(actions[-1])
-        self._note_best([info])
         found = Improvement(self.evaluations + 1, self._elapsed(), info["plan"], float(info["score"]))
         _append_changed(self.own_trail.setdefault(f"{info['network']} {info['budget']}", []), found)
-        episode = Episode(observations, np.stack(actions), value)
-        return episode, float(info["score"])
+        return Episode(observations, np.stack(actions), value), info
 
     def checkpoint(self) -> None:
         """Save policy and state, atomically."""

@@ -41,12 +41,15 @@ from prunegym.pruning.export import load_network, save_network
 from prunegym.pruning.network import PrunableNetwork, without_constants
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.trace import trace
+from prunegym.pruning.widths import WidthRules
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 TIMM_LIST = Path(__file__).parent / "coverage_timm.txt"
 CLASSES = 10
 LARGEST_INPUT = 256
-TORCH_PRUNING_SECONDS = 60
+SLOW_SECONDS = 1.0
+SMALLER = (64, 96, 128, 192, 224, 256)
+TORCH_PRUNING_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -85,25 +88,30 @@ def networks() -> list[tuple[str, str]]:
     return [("torchvision", name) for name in torchvision_names] + [("timm", name) for name in timm_names]
 
 
-def build(library: str, name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """A network with random weights, and the shape of its input."""
+def build(library: str, name: str) -> tuple[nn.Module, int]:
+    """A network with random weights, and the side of its default input."""
+    torch.manual_seed(0)
     if library == "torchvision":
-        return build_network(name, num_classes=CLASSES).eval(), input_shape_of(name)
+        return build_network(name, num_classes=CLASSES).eval(), input_shape_of(name)[-1]
     import timm
 
-    torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES)
-    shape = tuple(model.default_cfg["input_size"])
-    smallest = model.default_cfg.get("min_input_size")
-    if shape[-1] > LARGEST_INPUT and smallest:
-        shape = tuple(smallest)
-    if shape[-1] > LARGEST_INPUT and not model.default_cfg.get("fixed_input_size"):
-        for side in (224, 256):
-            with contextlib.suppress(Exception), torch.no_grad():
-                model.eval()(torch.zeros(1, 3, side, side))
-                shape = (3, side, side)
-                break
-    return model.eval(), shape
+    return model.eval(), int(model.default_cfg["input_size"][-1])
+
+
+def example(model: nn.Module, side: int) -> Tensor:
+    """Two images of the default size, or of the smallest that the network takes if those are slow or very large."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 3, side, side, generator=generator)
+    with torch.no_grad():
+        if side <= LARGEST_INPUT and seconds(lambda: model(inputs)) < SLOW_SECONDS:
+            return inputs
+        for smaller in SMALLER:
+            with contextlib.suppress(Exception):
+                few = torch.randn(2, 3, smaller, smaller, generator=generator)
+                model(few)
+                return few
+    return inputs
 
 
 def one_network(library: str, name: str, arguments: Arguments) -> dict[str, Any]:
@@ -112,9 +120,9 @@ def one_network(library: str, name: str, arguments: Arguments) -> dict[str, Any]
     row |= {"library": library, "network": name}
     step = "build"
     try:
-        model, shape = build(library, name)
-        inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        row["input"] = shape[-1]
+        model, side = build(library, name)
+        inputs = example(model, side)
+        row["input"] = inputs.shape[-1]
         work = Work(library, name, model, inputs)
         for name_of_step, run in STEPS:
             step = name_of_step
@@ -150,7 +158,7 @@ def step_trace(work: Work) -> dict[str, Any]:
     """Seconds of one forward pass and of the observed one."""
     with torch.no_grad():
         work.model(work.inputs)
-        forward = min(seconds(lambda: work.model(work.inputs)) for _ in range(3))
+        forward = min(seconds(lambda: work.model(work.inputs)) for _ in range(2))
     observed = seconds(lambda: trace(work.model, (work.inputs,)))
     parameters = sum(one.numel() for one in work.model.parameters())
     return {
@@ -167,10 +175,10 @@ def step_prune(work: Work) -> dict[str, Any]:
     network = PrunableNetwork(without_constants(work.model), work.inputs, name=work.name)
     graph, costs = network.graph, network.costs
     checked = time.perf_counter() - started
-    smallest = np.ones(len(graph.groups), dtype=np.int64)
-    least = costs.macs(smallest) / costs.full.macs
-    limit = apply_budget(Budget("macs", max(0.5, min(1.0, least * 1.001))), costs, smallest)
-    counts = uniform(graph.sizes, limit, smallest)
+    widths = WidthRules().apply(graph)
+    least = costs.macs(widths.smallest) / costs.full.macs
+    limit = apply_budget(Budget("macs", max(0.5, min(1.0, least * 1.001))), costs, widths)
+    counts = uniform(limit, widths)
     plan = PruningPlan.from_scores(graph, counts, unit_scores("l1", Context(network.model, graph)))
     work.network, work.plan = network, plan
     touched = np.array([touches(one) for one in graph.operations])

@@ -11,7 +11,7 @@ Criterion              Keeps the channel whose ...                              
 `l1`, `l2`             filters are large                                                 weights
 `bn_scale`             batch normalisation scale is large                                weights
 `fpgm`                 filters are far from all others                                   weights
-`cosine`               filters point elsewhere than the most similar other one           weights
+`cosine`               filters point elsewhere than the most similar larger one          weights
 `taylor`               reads change the loss, mean absolute                              statistics
 `taylor_squared`       reads change the loss, mean square                                statistics
 `taylor_weight`        making weights change the loss, mean square                       gradients of weights

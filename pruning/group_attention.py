@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from prunegym.pruning.context import Calibration, Context, Scores
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.statistics import Reader, reader_modules
-from prunegym.pruning.task import Inputs, forward
+from prunegym.pruning.task import Inputs, Task, forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,10 @@ def _train(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> No
     """Let the gates learn what the task needs."""
     settings = gates.settings
     optimiser = torch.optim.Adam(gates.parameters(), lr=settings.learning_rate)
-    penalty = settings.penalty * _worth(gates, model, calibration)
+    penalty = None
     for inputs, targets in islice(_again_and_again(calibration, settings.batch_size), settings.steps):
+        if penalty is None:
+            penalty = settings.penalty * _worth(gates, model, calibration.task, inputs, targets)
         outputs = gates.run(model, inputs)
         # gates are positive: their mean is their L1 norm over their number
         loss = calibration.task.loss(outputs, targets) + penalty * gates.open[:, gates.gated].mean()
@@ -95,12 +97,11 @@ def _train(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> No
         optimiser.step()
 
 
-def _worth(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> float:
-    """By how much the loss of the first batch rises when every gate is shut; 0 if it does not."""
-    inputs, targets = next(iter(calibration.batches(gates.settings.batch_size)))
+def _worth(gates: _GatedReads, model: nn.Module, task: Task, inputs: Inputs, targets: Any) -> float:
+    """By how much the loss of a batch rises when every gate is shut; 0 if it does not."""
     with torch.no_grad():
-        shut, open_ = (float(calibration.task.loss(gates.run(model, inputs, gate), targets)) for gate in (0.0, 1.0))
-    return max(shut - open_, 0.0)
+        shut, wide = (float(task.loss(gates.run(model, inputs, gate), targets)) for gate in (0.0, 1.0))
+    return max(shut - wide, 0.0)
 
 
 def _again_and_again(calibration: Calibration, batch_size: int) -> Iterator[tuple[Inputs, Any]]:
@@ -201,7 +202,7 @@ class _GatedReads:
             data = args[0]
             last = isinstance(module, nn.Linear)  # where the channels are; else they are second
             for group in sorted(read & self._waiting):
-                self._decide(group, _pooled(data.detach(), len(self.open), last), units)
+                self._decide(group, _pooled(data.detach().float(), len(self.open), last), units)
             factor = self.open[:, units]  # (B, C)
             if len(data) % len(factor) == 0:
                 # several rows per example (windows, frames) stand one behind another
@@ -210,7 +211,7 @@ class _GatedReads:
                 factor = factor.mean(0, keepdim=True)
             around = [1] * (data.ndim - 2)
             shape = [len(factor), *around, len(units)] if last else [len(factor), len(units), *around]
-            return (data * factor.reshape(shape), *args[1:])
+            return (data * factor.reshape(shape).to(data.dtype), *args[1:])
 
         return gate
 

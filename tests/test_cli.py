@@ -233,6 +233,20 @@ def test_compare_leaves_rows_table_and_pictures(
     assert "nothing is computed again" in err
 
 
+def test_compare_refuses_other_weights_and_leaves_the_folder_alone(
+    run: Run, weights: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder may be extended, but not by rows of a network that was trained otherwise."""
+    flags = [*FEW, "--searcher", "uniform", "--out", str(tmp_path)]
+    run("compare", *weights, *flags, "--repeats", "1")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    assert main(["compare", *NETWORK, *flags, "--repeats", "2"]) == 2
+
+    assert "whose network fingerprint is" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.slow
 def test_compare_survives_being_killed(weights: list[str], tmp_path: Path) -> None:
     """SIGKILL after the first rows: the rest is added to them."""

@@ -297,7 +297,7 @@ def test_finished_rows_need_no_network(half: PruningProblem, tmp_path: Path) -> 
     [
         ({"criterion": "l1"}, "whose criterion is taylor; now it is l1"),
         ({"examples": 60}, "whose reward examples is 150; now it is 60"),
-        ({"recovery_steps": 1}, r"whose regime is post-training; now it is finetuned \(regime, recovery steps differ"),
+        ({"recovery_steps": 1}, r"now it is finetuned \(differing: regime, recovery steps\)"),
         ({"compensate": False}, "whose compensate is True; now it is False"),
     ],
 )

@@ -102,25 +102,25 @@ def test_fpgm_tells_a_filter_from_its_negative() -> None:
     assert score(network, "fpgm", "0")[0] >= 2 * float(model[0].weight[0].detach().norm()) - 1e-6
 
 
-def test_cosine_is_one_minus_the_most_alike(toys: Toys) -> None:
+def test_cosine_is_one_minus_the_most_alike_of_the_larger(toys: Toys) -> None:
     """Spelled out pair by pair."""
     network = toys("residual")
     rows = torch.cat(residual_filters(network), 1).double().numpy()
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    alike = [[rows[i] @ rows[j] for j in range(8) if j != i] for i in range(8)]
+    norm = np.linalg.norm(rows, axis=1)
+    alike = [[rows[i] @ rows[j] / norm[i] / norm[j] for j in range(8) if norm[j] > norm[i]] or [-1] for i in range(8)]
 
     np.testing.assert_allclose(score(network, "cosine", "stem"), [1 - max(row) for row in alike], rtol=1e-9)
 
 
 def test_cosine_sees_direction_only() -> None:
-    """A multiple is replaceable, a negative is the opposite, and a filter of zeros is worth nothing."""
-    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    """A part of another is replaceable, a negative is the opposite, and a filter of zeros is worth nothing."""
+    model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 6.0], [-1.0, -2.0], [0.0, 0.0]]))
+        model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 6.0], [-2.0, -4.0], [0.0, 0.0], [-2.0, -4.0]]))
     network = PrunableNetwork(model, torch.randn(2, 2))
 
-    # nothing points the way of the third; next to it is that of zeros, at a right angle to all
-    np.testing.assert_allclose(score(network, "cosine", "0"), [0, 0, 1, 0], atol=1e-12)
+    # the second is the largest; of the two equal ones the first stays
+    np.testing.assert_allclose(score(network, "cosine", "0"), [0, 2, 2, 0, 0], atol=1e-12)
 
 
 def test_bn_scale_sums_the_scales_of_all_norms(toys: Toys) -> None:

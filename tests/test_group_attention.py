@@ -138,6 +138,17 @@ def test_gates_of_channels_that_the_task_needs_stay_open() -> None:
     assert scores[:2].min() > scores[2:].max() + 0.1
 
 
+def test_networks_of_any_precision_are_gated() -> None:
+    """Gates compute in single precision, whatever the network does."""
+    model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    model.register_forward_pre_hook(lambda _, args: tuple(one.double() for one in args))
+    network = PrunableNetwork(model, torch.randn(2, 2))
+
+    scores = mean_gates(Context(model, network.graph), Calibration(task=Sides(), examples=16))
+
+    assert ((scores > 0) & (scores < 1)).all()
+
+
 def test_same_seed_trains_the_same_gates(toys: Toys, task_for: TaskFor) -> None:
     """And another seed others; nothing is drawn from torch's global generator."""
     network = toys("residual")

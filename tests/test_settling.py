@@ -1,0 +1,77 @@
+"""The end of a training: second looks, and the choice among the best plans."""
+
+import numpy as np
+import pytest
+
+from prunegym.agents.ppo import Episode, EpisodeMemory
+from prunegym.agents.settling import CONFIRMED, CONFIRMING, SETTLING, confirm, confirmed_plans, replayed, reserved
+from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.scoring import Scorer
+
+BUDGET = Budget("macs", 0.4)
+
+
+@pytest.fixture
+def small(scorer: Scorer) -> PruningProblem:
+    """The trained network scored on so few images that luck matters."""
+    settings = scorer.settings.__class__(**{**vars(scorer.settings), "examples": 30})
+    own = Scorer(scorer.network, scorer.task, settings, statistics=scorer.statistics)
+    return PruningProblem(own, (BUDGET,))
+
+
+def remembered(
+    problem: PruningProblem, rng: np.random.Generator, count: int
+) -> tuple[ChannelPruningEnv, EpisodeMemory]:
+    """Random episodes of two rounds, with the scores they got."""
+    env, memory = ChannelPruningEnv(problem, rounds=2), EpisodeMemory()
+    for _ in range(count):
+        observation, _ = env.reset(options={"budget": BUDGET})
+        observations, actions, done, value = [], [], False, 0.0
+        while not done:
+            actions.append(rng.uniform(-0.5, 0.5, env.action_space.shape).astype(np.float32))
+            observations.append(observation)
+            observation, value, done, _, _ = env.step(actions[-1])
+        memory.add(Episode(observations, np.stack(actions), value))
+    return env, memory
+
+
+def test_plan_chosen_is_the_best_on_twice_the_images(small: PruningProblem, rng: np.random.Generator) -> None:
+    """Against scoring all candidates by hand."""
+    env, memory = remembered(small, rng, 8)
+    (episodes,) = memory.episodes.values()
+    plans = [replayed(env, BUDGET, one) for one in episodes[:5]]
+    best = max(plans, key=lambda plan: small.scorer.score(plan, examples=60).score)
+
+    found = confirm(small, BUDGET, env, memory, 5)
+
+    assert found is not None
+    assert small.scorer.score(found.plan, examples=60).score == small.scorer.score(best, examples=60).score
+    assert found.score == small.scorer.score(found.plan).score
+    assert found.evaluations == CONFIRMING * len(set(plans))
+
+
+def test_plan_chosen_is_what_the_policy_imitates(small: PruningProblem, rng: np.random.Generator) -> None:
+    """It leads the memory, whatever its first score was."""
+    env, memory = remembered(small, rng, 8)
+
+    found = confirm(small, BUDGET, env, memory, 8)
+    (elite,), _ = memory.elites(1)
+
+    assert found is not None
+    assert replayed(env, BUDGET, elite) == found.plan
+
+
+def test_nothing_is_chosen_where_there_are_no_further_images(small: PruningProblem, rng: np.random.Generator) -> None:
+    """The first scores are all there is."""
+    env, memory = remembered(small, rng, 3)
+    object.__setattr__(small.scorer.settings, "examples", 10_000)
+
+    assert confirm(small, BUDGET, env, memory, 3) is None
+
+
+def test_evaluations_kept_for_the_end_grow_with_the_allowance() -> None:
+    """Few-shot transfer looks at nothing again."""
+    assert [confirmed_plans(count) for count in (10, 30, 100, 300, 1000)] == [0, 1, 3, 10, CONFIRMED]
+    assert reserved(300) == SETTLING + 10 * CONFIRMING
