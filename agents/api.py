@@ -94,8 +94,9 @@ def prune(
         task: Data, loss and score: an object with the methods of :class:`prunegym.Task`; or data for image
             classification, by name, file or folder.
         budget: What may remain, such as ``macs:0.5``, ``params:0.3``, ``latency:0.7`` or ``latency:12ms``.
-        searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform`` or ``random``; by default the
-            policy if there is one, else the knapsack allocator.
+        searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform``, ``random`` or another of
+            ``prunegym.agents.searchers.SEARCHERS``; by default the policy if there is one, else the knapsack
+            allocator.
         policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.

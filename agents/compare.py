@@ -17,6 +17,7 @@ from prunegym.agents.compare_config import CompareConfig
 from prunegym.agents.compare_measure import STAGES, Judge
 from prunegym.agents.compare_search import PLAN, Found, Searches
 from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import check_evaluations
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -80,14 +81,16 @@ def compare(
         The rows of the configuration's grid, in its order.
 
     Raises:
-        PruningError: The folder holds rows of other networks, data or settings; or a searcher fails. What was
-            finished is kept.
+        PruningError: The folder holds rows of other networks, data or settings; or the allowance is too small for a
+            searcher, or a searcher fails. What was finished is kept.
     """
     known = {problem.scorer.network.name: (problem, identity(problem, config)) for problem in problems}
     rows = run.read_rows(ROWS)
     for _, conditions in known.values():
         check_same(rows, conditions)
     work = [key for key in unfinished(config, run) if key[0] in known]
+    for network, _, searcher, *_ in work:  # before anything is computed
+        check_evaluations(searcher, known[network][0], config.evaluations)
     searches = Searches(config, run, progress=progress)
     judges = {name: Judge(problem, config, run, progress=progress) for name, (problem, _) in known.items()}
     with tqdm(work, desc="compare", unit="row", disable=not progress) as bar:

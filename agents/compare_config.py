@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import tyro
 
 from prunegym.agents.config import AgentOptions, PruneConfig, TrainConfig
-from prunegym.agents.options import (
-    DEFAULT_EVALUATIONS,
-    Names,
-    ProblemOptions,
-    SeveralNetworks,
-    at_least,
-    positive,
-    require,
-)
+from prunegym.agents.option_rules import Names, at_least, positive, require
+from prunegym.agents.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -65,8 +58,8 @@ class CompareConfig(ProblemOptions, AgentOptions, SeveralNetworks):
     rounds: int = 3
     """Rounds of pruning in an episode of the agents."""
     repeats: int = 3
-    """Seeds of each search: --seed and those that follow. What spends no evaluation has no use for a seed: it runs
-    once, and its plan stands for every seed."""
+    """Seeds of each search: --seed and those that follow. What has no use for a seed (allocators, policies,
+    sensitivity, netadapt) runs once, and its plan stands for every seed."""
     seconds: Marks = ()
     """Seconds at which searches are compared too, by what each would have returned by then. By default those of the
     fastest search of each network and budget."""
@@ -170,8 +163,9 @@ class CompareConfig(ProblemOptions, AgentOptions, SeveralNetworks):
 
 
 def _check_known(name: str) -> None:
-    """Refuse an unknown searcher."""
-    from prunegym.agents.searchers import SEARCHERS
+    """Refuse an unknown searcher, and one whose library is missing."""
+    from prunegym.agents.searchers import SEARCHERS, check_library
 
     if name not in SEARCHERS and name not in AGENTS:
         raise unknown_name("--searcher", name, [*SEARCHERS, *AGENTS])
+    check_library(name)

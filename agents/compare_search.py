@@ -16,7 +16,7 @@ from prunegym.agents.compare_config import AGENTS, CompareConfig
 from prunegym.agents.controls import CONTROLS
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
+from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
 from prunegym.agents.trail import Improvement
 from prunegym.agents.train import CHECKPOINT, POLICY_FILE, TrainResult, train
 from prunegym.envs.setting import PruningProblem
@@ -72,8 +72,7 @@ class Searches:
         """
         network = problem.scorer.network.name
         stored = self._stored(problem, budget, searcher, self.config.seeds[0])
-        # an allocator: its plan does not depend on the seed
-        if stored is not None and searcher not in AGENTS and stored.result.evaluations == 0:
+        if stored is not None and searcher in WITHOUT_SEED:
             return stored
         stored = self._stored(problem, budget, searcher, seed)
         if stored is not None:

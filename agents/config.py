@@ -181,9 +181,11 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
     policy: Path | None = None
     """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
-    """Searcher to put beside the policy: uniform, knapsack or random. By default uniform and knapsack."""
+    """Searcher to put beside the policy, by default uniform and knapsack. Without evaluations: uniform,
+    global_magnitude, lamp, global_taylor, knapsack. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt,
+    amc."""
     evaluations: int = 100
-    """Plans that a searcher such as random may score; allocators and policies need none."""
+    """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
     test: bool = False
     """Measure every plan on the test images too. For the end: what was chosen by looking at them is no
     longer an honest result."""
@@ -237,13 +239,14 @@ class SearchOptions(Options):
     """Cost kept: a share of the unpruned network's MACs, parameters or latency (macs:0.5, params:0.3,
     latency:0.7), or a latency in milliseconds (latency:12ms)."""
     searcher: str | None = None
-    """Who makes the plan: policy, knapsack, uniform or random; policy if --policy is given, else knapsack."""
+    """Who makes the plan; policy if --policy is given, else knapsack. Without evaluations: uniform, global_magnitude,
+    lamp, global_taylor, knapsack, policy. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt, amc."""
     policy: Path | None = None
     """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""
     plan: Path | None = None
     """Plan file (plan.json of another run) to carry out instead of searching."""
     evaluations: int = 100
-    """Plans that a searcher such as random may score; allocators and policies need none."""
+    """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with."""
     leave_out: Names = ()
@@ -329,7 +332,7 @@ class DemoConfig(Options):
 
 def _check_searcher(name: str, policy: Path | None, evaluations: int) -> None:
     """Refuse an unknown searcher, and one that lacks what it needs."""
-    from prunegym.agents.searchers import SEARCHERS
+    from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, check_library
 
     if name not in SEARCHERS:
         raise unknown_name("--searcher", name, SEARCHERS)
@@ -338,6 +341,7 @@ def _check_searcher(name: str, policy: Path | None, evaluations: int) -> None:
             "`--policy` should name a policy file where the searcher is policy. Received none. "
             "Train one with `prunegym train`."
         )
-    if name == "random":
+    check_library(name)
+    if name not in WITHOUT_EVALUATIONS:
         remedy = "Give it a number of plans to try."
-        require(evaluations > 0, "evaluations", "at least 1 with searcher random", evaluations, remedy)
+        require(evaluations > 0, "evaluations", f"at least 1 with searcher {name}", evaluations, remedy)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
+from prunegym.agents.searchers import SearchResult, SearchSettings, check_evaluations, searcher_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.network import PrunableNetwork
@@ -46,9 +46,14 @@ def evaluate(problems: Sequence[PruningProblem], settings: EvaluationSettings) -
 
     Returns:
         One row per network, budget and searcher, see :func:`plan_row`.
+
+    Raises:
+        PruningError: The allowance is too small for a searcher.
     """
     names = [name for name in settings.searchers if name != "policy" or settings.policy is not None]
     work = [(problem, budget, name) for problem in problems for budget in problem.budgets for name in names]
+    for problem, _, name in work:  # before anything is computed
+        check_evaluations(name, problem, settings.evaluations)
     rows = []
     for problem, budget, name in tqdm(work, desc="evaluate", unit="plan", disable=not settings.progress):
         search = SearchSettings(evaluations=settings.evaluations, seed=settings.seed, policy=settings.policy)

@@ -23,6 +23,8 @@ _DISTRIBUTIONS = (
     "scipy",
     "scikit-learn",
     "onnxruntime",
+    "optuna",
+    "cma",
 )
 #: Seconds; a git that waits (for a lock, a slow disk) must not hold up the run.
 _GIT_TIMEOUT = 10.0

@@ -1,88 +1,56 @@
-"""Searchers: one protocol, network + budget + evaluations -> plan.
+"""All searchers by name, and the searcher `policy`. Their protocol is in :mod:`prunegym.agents.search`.
 
-All of them choose kept counts per group; which channels of a group stay, recovery, projection and scoring are those of
-the :class:`~prunegym.envs.setting.PruningProblem` they share.
+Searchers of the literature start where their papers start: uniform, random or unpruned. None is given the knapsack
+allocation to start from; only policies are, and an untrained policy makes exactly that plan, so it is in every table.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
 
+from prunegym.agents.allocators import global_magnitude, global_taylor, knapsack, lamp, uniform
+from prunegym.agents.amc import amc
+from prunegym.agents.black_box import cmaes, random, tpe
+from prunegym.agents.evolution import evolution, legr
+from prunegym.agents.netadapt import least_evaluations as least_of_netadapt
+from prunegym.agents.netadapt import netadapt
 from prunegym.agents.policy import PruningPolicy
 from prunegym.agents.policy_file import load_policy
-from prunegym.agents.trail import Improvement, Trail
+from prunegym.agents.search import (
+    ONE_PLAN,
+    LeastEvaluations,
+    Searcher,
+    SearchResult,
+    SearchSettings,
+    checked,
+    missing_library,
+)
+from prunegym.agents.sensitivity import least_evaluations as least_of_sensitivity
+from prunegym.agents.sensitivity import sensitivity
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.plan import PruningPlan
 
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """What a searcher may spend."""
-
-    evaluations: int = 0
-    """Plans it may score; allocators need none."""
-    seed: int = 0
-    policy: Path | None = None
-    """Policy file of the searcher `policy`."""
-    rounds: int | None = None
-    """Rounds of pruning; by default those the policy was trained with, or 1."""
-    progress: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """What a searcher found and what it paid."""
-
-    plan: PruningPlan
-    evaluations: int
-    seconds: float
-    history: list[tuple[int, float]] = field(default_factory=list)
-    """Best score on the reward split after so many evaluations."""
-    improvements: list[Improvement] = field(default_factory=list)
-    """The plans that were best for a while; see :class:`~prunegym.agents.trail.Trail`."""
-
-
-Searcher: TypeAlias = Callable[[PruningProblem, Budget, SearchSettings], SearchResult]
-
-
-def uniform(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
-    """The same keep ratio in every group."""
-    started = time.perf_counter()
-    plan = problem.plan(problem.uniform_counts(problem.limits[budget]))
-    return SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - started)
-
-
-def knapsack(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
-    """Squared Taylor importance per unit of cost, in one pass."""
-    started = time.perf_counter()
-    plan = problem.plan(problem.knapsack_counts(problem.limits[budget]))
-    return SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - started)
-
-
-def random(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
-    """The best of random keep ratios, projected onto the budget."""
-    if settings.evaluations < 1:
-        raise PruningError(
-            f"`--evaluations` should be at least 1 for searcher random. Received {settings.evaluations}. "
-            "Give it a number of plans to try."
-        )
-    trail = Trail()
-    rng = np.random.default_rng(settings.seed)
-    limit = problem.limits[budget]
-    for _ in _progress(range(settings.evaluations), settings, "random search"):
-        plan = problem.plan(problem.project(rng.uniform(0.05, 1.0, len(problem.sizes)), limit))
-        trail.add(plan, problem.scorer.score(plan).score)
-    return SearchResult(**trail.result())
+__all__ = [
+    "SEARCHERS",
+    "WITHOUT_EVALUATIONS",
+    "WITHOUT_SEED",
+    "SearchResult",
+    "SearchSettings",
+    "Searcher",
+    "check_evaluations",
+    "check_library",
+    "own_plan",
+    "policy",
+    "searcher_named",
+]
 
 
 def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
@@ -109,20 +77,70 @@ def own_plan(agent: PruningPolicy | None, problem: PruningProblem, budget: Budge
     return env.plan
 
 
-SEARCHERS: dict[str, Searcher] = {"uniform": uniform, "knapsack": knapsack, "random": random, "policy": policy}
+SEARCHERS: dict[str, Searcher] = {
+    "uniform": uniform,
+    "global_magnitude": global_magnitude,
+    "lamp": lamp,
+    "global_taylor": global_taylor,
+    "knapsack": knapsack,
+    "sensitivity": sensitivity,
+    "random": random,
+    "tpe": tpe,
+    "cmaes": cmaes,
+    "evolution": evolution,
+    "legr": legr,
+    "netadapt": netadapt,
+    "amc": amc,
+    "policy": policy,
+}
+
+WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_taylor", "knapsack", "policy"})
+"""Searchers that score no plan."""
+
+WITHOUT_SEED = WITHOUT_EVALUATIONS | {"sensitivity", "netadapt"}
+"""Searchers that draw no random number: another seed makes no difference."""
+
+LEAST: dict[str, Callable[[PruningProblem], LeastEvaluations]] = {
+    "sensitivity": least_of_sensitivity,
+    "netadapt": least_of_netadapt,
+}
+"""Searchers that one evaluation is not enough for, with how many they need."""
+
+LIBRARIES = {"tpe": "optuna", "cmaes": "cma"}
+"""Packages of the extra `search`, by the searcher that needs them."""
 
 
 def searcher_named(name: str) -> Searcher:
-    """A searcher by name.
+    """A searcher by name; what it returns is checked.
 
     Raises:
         PruningError: there is no such searcher.
     """
     if name not in SEARCHERS:
         raise unknown_name("--searcher", name, SEARCHERS)
-    return SEARCHERS[name]
+    return checked(name, SEARCHERS[name])
 
 
-def _progress(items: Iterable[int], settings: SearchSettings, label: str) -> Iterable[int]:
-    bar: Iterable[int] = tqdm(items, desc=label, unit="plan", disable=not settings.progress)
-    return bar
+def check_evaluations(searcher: str, problem: PruningProblem, evaluations: int) -> None:
+    """Make sure that the allowance is enough for a searcher, as the searcher itself does when it begins.
+
+    Raises:
+        PruningError: it is not.
+    """
+    if searcher in SEARCHERS and searcher not in WITHOUT_EVALUATIONS:
+        least = LEAST[searcher](problem) if searcher in LEAST else ONE_PLAN
+        least.check(searcher, evaluations)
+
+
+def check_library(searcher: str) -> None:
+    """Make sure, without importing it, that the package of a searcher is there.
+
+    Raises:
+        PruningError: it is not.
+    """
+    library = LIBRARIES.get(searcher)
+    if library is None or sys.modules.get(library) is not None:
+        return
+    # a module that is None there is one that may not be imported
+    if library in sys.modules or importlib.util.find_spec(library) is None:
+        raise missing_library(searcher, library)

@@ -41,8 +41,8 @@ class Improvement(NamedTuple):
 class Trail:
     """Takes every plan that a search scores, and keeps the best.
 
-    A searcher makes one when it begins, calls :meth:`add` after each score, and ends with
-    ``SearchResult(**trail.result())``.
+    A searcher makes one when it begins (:class:`~prunegym.agents.search.Search` does), calls :meth:`add` after each
+    score, and ends with ``SearchResult(**trail.result())``.
 
     Args:
         clock: Gives seconds; tests bring their own.
@@ -53,7 +53,7 @@ class Trail:
         self._started = clock()
         self.evaluations = 0
         self.history: list[tuple[int, float]] = []
-        """Best score after each evaluation."""
+        """Best score after each evaluation, from the first plan on that can be returned."""
         self.improvements: list[Improvement] = []
 
     @property
@@ -84,8 +84,14 @@ class Trail:
         self.history.append((self.evaluations, score if better else self.best_score))
         return better
 
+    def step(self) -> None:
+        """Note a score of what the search cannot return, such as a plan above the budget: one evaluation."""
+        self.evaluations += 1
+        if self.history:
+            self.history.append((self.evaluations, self.best_score))
+
     def result(self) -> dict[str, Any]:
-        """The arguments of a :class:`~prunegym.agents.searchers.SearchResult`.
+        """The arguments of a :class:`~prunegym.agents.search.SearchResult`.
 
         Raises:
             RuntimeError: No plan had a finite score.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from prunegym.pruning.allocation import knapsack, project, uniform
+from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
 from prunegym.pruning.cost import CostModel
 from prunegym.pruning.errors import PruningError
@@ -96,6 +96,24 @@ class PruningProblem:
         scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
         group_of = scorer.network.graph.group_of
         return knapsack(scores, group_of, limit, self._within(largest))
+
+    def threshold_counts(
+        self, scores: NDArray[np.float64], limit: Limit, widths: Widths | None = None
+    ) -> NDArray[np.int64]:
+        """The allocation of one threshold on scores ``(units,)`` of the whole network.
+
+        Groups keep counts of ``widths``, by default any that they may.
+
+        Raises:
+            PruningError: a score is not finite.
+        """
+        if not np.isfinite(scores).all():
+            raise PruningError(
+                "`scores` should be finite. Received NaN or infinity. Check the weights of the network, or what makes "
+                "the scores."
+            )
+        group_of = self.scorer.network.graph.group_of
+        return threshold(scores, group_of, limit, self.widths if widths is None else widths)
 
     def uniform_score(self, budget: Budget) -> Score:
         """Score of the uniform plan: what every reward is compared with."""

@@ -256,9 +256,3 @@ def _random_part(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.bo
     return mask
 
 
-def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
-    """Groups whose names differ in numbers only, in the order of their first members."""
-    families: dict[str, list[ChannelGroup]] = {}
-    for group in groups:
-        families.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
-    return list(families.values())

@@ -49,6 +49,24 @@ class Widths:
         """The same, with no more than ``counts`` (what earlier rounds of pruning left)."""
         return replace(self, largest=self.floor(np.minimum(self.largest, counts)))
 
+    def at_least(self, counts: Counts) -> Widths:
+        """The same, with no fewer than ``counts``, rounded up; where that is too many, with the largest only."""
+        multiples = -(-counts // self.step) * self.step
+        return replace(self, smallest=np.clip(multiples, self.smallest, self.largest))
+
+    def choices(self) -> list[Counts]:
+        """For each group the counts it may keep ``(choices,)``, rising; a group with one choice cannot be pruned."""
+        ranges = zip(self.smallest.tolist(), self.largest.tolist(), self.step.tolist(), strict=True)
+        return [
+            np.array([low, *range((low // step + 1) * step, high, step), *([high] if high > low else [])], np.int64)
+            for low, high, step in ranges
+        ]
+
+    def allow(self, counts: Counts) -> NDArray[np.bool_]:
+        """Whether each group may keep its count ``(groups,)``."""
+        allowed: NDArray[np.bool_] = self.floor(counts) == counts
+        return allowed
+
     def floor(self, counts: Counts) -> Counts:
         """The largest allowed count of each group that is at most ``counts``, or its smallest."""
         multiples = np.maximum(counts // self.step * self.step, self.smallest)

@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunegym.envs.setting import PruningProblem
-from prunegym.pruning.budget import Budget
+from prunegym.pruning.allocation import project
+from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.cifar import ZeroPadShortcut
+from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.data import load_data
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.scoring import Score, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import train_network
+from prunegym.pruning.widths import Widths
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 # no deadlines: a busy machine is not an error. `--hypothesis-profile=thorough` looks longer.
@@ -415,6 +418,115 @@ def problem(scorer: Scorer) -> PruningProblem:
     """The trained network with a budget of each kind."""
     budgets = tuple(map(Budget.parse, ("macs:0.5", "params:0.3", "latency:0.6", "latency:5ms")))
     return PruningProblem(scorer, budgets, Stopwatch(scorer.network.graph.sizes))
+
+
+#: Channels of the three groups of :class:`Live` that reach the output.
+LIVE = (6, 3, 4)
+
+
+class Live(nn.Module):
+    """Three layers of eight channels, of which some are read by nobody: what should be kept is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(n, 8, 3, padding=1) for n in (1, 8, 8))
+        self.head = nn.Linear(8, CLASSES)
+        readers = (self.second, self.third, self.head)
+        with torch.no_grad():
+            for layer, reader, live in zip((self.first, self.second, self.third), readers, LIVE, strict=True):
+                dead = torch.arange(8) >= live
+                reader.weight[:, dead] = 0.0
+                layer.weight[dead] *= 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second, self.third):
+            x = F.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+class ImitationTask(RandomTask):
+    """To give the outputs of a network: 1 if a copy of it gives the same, less the more it differs.
+
+    Args:
+        network: what is to be imitated.
+    """
+
+    def __init__(self, network: PrunableNetwork) -> None:
+        super().__init__(((1, 4, 4),), name="imitation", fingerprint="imitation")
+        with torch.no_grad():
+            self.targets = {
+                split: network.model(next(super(ImitationTask, self).batches(split, batch_size=100))[0][0])
+                for split in self.sizes
+            }
+
+    def batches(self, split: str, *, batch_size: int, limit: int | None = None, **_: Any) -> Iterator[Any]:
+        start = 0
+        for inputs, labels in super().batches(split, batch_size=batch_size, limit=limit):
+            yield inputs, self.targets[split][start : start + len(labels)]
+            start += len(labels)
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        # off by one, because the slope would be zero where nothing is pruned
+        return (outputs + 1 - targets).square().mean()
+
+    def score(self, outputs: Any, targets: Tensor) -> Tensor:
+        return 1 / (1 + 1000 * (outputs - targets).norm(dim=1))
+
+
+@pytest.fixture(scope="session")
+def live_problem() -> PruningProblem:
+    """Three groups and a budget that the channels which reach the output cost exactly: the best plan scores 1."""
+    network = PrunableNetwork(made(Live), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)))
+    cost = network.costs.macs(np.array(LIVE))
+    settings = ScorerSettings(precision="float32", compensate=False, recalibration_examples=0, batch_size=100)
+    scorer = Scorer(network, ImitationTask(network), settings)
+    return PruningProblem(scorer, (Budget("macs", (cost + 0.5) / network.full_cost.macs),))
+
+
+class KnownScorer:
+    """A known objective in place of a scorer: how near a plan comes to the best one, which scores 1.
+
+    Args:
+        network: whose plans are scored.
+        best: channels that each group should keep ``(groups,)``.
+    """
+
+    def __init__(self, network: PrunableNetwork, best: NDArray[np.int64]) -> None:
+        self.network, self.best = network, best
+        self.settings = ScorerSettings(criterion="l2")
+        self.unit_scores = self.criterion_scores("l2")
+        self.plans: list[PruningPlan] = []
+
+    def criterion_scores(self, criterion: str) -> NDArray[np.float64]:
+        return unit_scores(criterion, Context(self.network.model, self.network.graph))
+
+    def score(self, plan: PruningPlan) -> Score:
+        self.plans.append(plan)
+        difference = (self.network.counts(plan) - self.best) / self.network.graph.sizes
+        return Score(1 - float(np.abs(difference).mean()), 0.0, 1)
+
+
+@pytest.fixture(scope="session")
+def known_scorer(scorer: Scorer) -> Callable[[], KnownScorer]:
+    """Makes known objectives of the trained digits network, to keep half of each group, with its real statistics."""
+
+    def make() -> KnownScorer:
+        known = KnownScorer(scorer.network, scorer.network.graph.sizes // 2)
+        known.statistics = scorer.statistics
+        return known
+
+    return make
+
+
+@pytest.fixture
+def known_problem(zoo: Callable[[str], PrunableNetwork]) -> PruningProblem:
+    """Twelve groups, half the MACs, and an objective whose best plan is known to be far from uniform."""
+    network = zoo("cifar_resnet20")
+    sizes, budget = network.graph.sizes, Budget("macs", 0.5)
+    widths = Widths.free(sizes)
+    asked = np.random.default_rng(7).uniform(0.1, 1.0, len(sizes))
+    best = project(asked, apply_budget(budget, network.costs, widths), widths)
+    return PruningProblem(KnownScorer(network, best), (budget,))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prunegym.pruning.allocation import knapsack, project, uniform
+from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, Limit, apply_budget
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.widths import WidthRules, Widths
@@ -309,3 +309,115 @@ def test_projection_on_a_real_network_holds_and_is_maximal(
     assert limit.holds(counts)
     assert problem.allows(counts)
     assert problem.maximal(counts)
+
+
+@given(problems(), st.data())
+def test_threshold_is_one_for_all_groups(problem: Small, data: st.DataObject) -> None:
+    """What stays: the least of each group; then, from the best step down, what fits until a group meets the budget."""
+    units = int(problem.sizes.sum())
+    group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
+    scores = np.array(data.draw(st.permutations(range(units))), dtype=np.float64)
+    steps = []
+    for group, allowed in enumerate(problem.allowed):
+        ranked = sorted(scores[group_of == group], reverse=True)
+        steps += [(float(np.mean(ranked[low:high])), group, high) for low, high in pairwise(allowed)]
+    means = [mean for mean, _, _ in steps]
+    assume(len(set(means)) == len(means))  # no ties, which another test is about
+    expected, closed = problem.widths.smallest.copy(), set()
+    for _, group, count in sorted(steps, reverse=True):
+        more = np.where(np.arange(len(expected)) == group, count, expected)
+        if group not in closed and problem.limit.holds(more):
+            expected = more
+        else:
+            closed.add(group)
+
+    counts = threshold(scores, group_of, problem.limit, problem.widths)
+
+    assert counts.tolist() == expected.tolist()
+
+
+@given(problems(), st.integers(0, 1000))
+def test_threshold_is_maximal_and_within_the_budget(problem: Small, seed: int) -> None:
+    """In steps and within bounds, whatever the scores are, equal ones among them."""
+    group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
+    scores = np.random.default_rng(seed).integers(0, 4, len(group_of)).astype(np.float64)
+
+    counts = threshold(scores, group_of, problem.limit, problem.widths)
+
+    assert problem.limit.holds(counts)
+    assert problem.maximal(counts)
+    assert problem.allows(counts)
+
+
+@given(problems())
+def test_threshold_on_equal_scores_prefers_earlier_groups(problem: Small) -> None:
+    """So the result does not depend on how a library sorts."""
+    group_of = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
+    falling = -np.arange(len(group_of), dtype=np.float64)
+
+    equal = threshold(np.zeros(len(group_of)), group_of, problem.limit, problem.widths)
+
+    assert (equal == threshold(falling, group_of, problem.limit, problem.widths)).all()
+
+
+#: Two groups of 24 channels on a device whose latency falls in stairs of 8 channels, the second in dearer ones.
+STAIRS = (1.0, 3.0)
+
+
+def stairs(counts: Counts) -> float:
+    """Latency of the two groups."""
+    return float(sum(height * np.ceil(count / 8) for height, count in zip(STAIRS, counts, strict=True)))
+
+
+def kept_worth(scores: NDArray[np.float64], counts: Counts) -> float:
+    """Importance that is left in groups of equal size."""
+    own = np.sort(scores.reshape(len(counts), -1), axis=1)[:, ::-1]
+    return float(sum(row[:count].sum() for row, count in zip(own, counts, strict=True)))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=48, max_size=48), st.integers(5, 11), st.sampled_from([1, 2, 4]))
+def test_knapsack_keeps_what_latency_gives_for_nothing(scores: list[float], most: int, step: int) -> None:
+    """Nothing is gained by ending between two stairs; and the worth lost against trying all is less than one stair."""
+    values, sizes = np.array(scores), np.array([24, 24])
+    widths = Widths(sizes, np.full(2, step), sizes, np.full(2, step))
+    limit = Limit(Budget("latency", 0.5), stairs, stairs(sizes), float(most))
+
+    counts = knapsack(values, np.repeat([0, 1], 24), limit, widths)
+
+    tried = [np.array(one) for one in product((8, 16, 24), repeat=2) if stairs(np.array(one)) <= most]
+    best = max(kept_worth(values, one) for one in tried)
+    assert (counts % 8 == 0).all()
+    assert limit.holds(counts)
+    assert kept_worth(values, counts) >= best - max(np.sort(row)[-8:].sum() for row in values.reshape(2, 24))
+
+
+def test_knapsack_gives_up_a_level_part_as_a_whole() -> None:
+    """A group whose next channels save nothing by themselves is still the cheapest if a few more do."""
+    scores = np.concatenate([np.full(24, 0.001), np.full(24, 1.0)])
+    limit = Limit(Budget("latency", 0.5), lambda counts: stairs(counts) + 0.05 * counts[1], 12.0, 11.9)
+
+    counts = knapsack(scores, np.repeat([0, 1], 24), limit, Widths.free(np.array([24, 24])))
+
+    assert counts.tolist() == [8, 24]  # two stairs of the first, worth 0.016
+
+
+def test_knapsack_takes_level_parts_in_steps_down_to_a_bound() -> None:
+    """Steps of 3 channels on stairs of 8; the first group may not give up all of its second stair."""
+    scores = np.concatenate([np.full(24, 0.001), np.full(24, 1.0)])
+    limit = Limit(Budget("latency", 0.5), stairs, 12.0, 8.5)
+    widths = Widths(np.array([24, 24]), np.array([9, 3]), np.array([24, 24]), np.array([3, 3]))
+
+    counts = knapsack(scores, np.repeat([0, 1], 24), limit, widths)
+
+    assert counts.tolist() == [15, 15]  # one stair of each: at most 16 channels, in steps of 3
+
+
+def test_knapsack_strips_no_group_where_a_bounded_latency_saves_nothing(rng: np.random.Generator) -> None:
+    """A table never predicts more than the unpruned network took: at first no single step may save anything."""
+    scores = np.concatenate([rng.uniform(1, 2, 24), rng.uniform(0.1, 2, 24), rng.uniform(0.1, 2, 24)])
+    limit = Limit(Budget("latency", 0.9), lambda counts: min(65.0, float(counts.sum())), 65.0, 58.0)
+
+    counts = knapsack(scores, np.repeat([0, 1, 2], 24), limit, Widths.free(np.array([24, 24, 24])))
+
+    assert counts.sum() == 58
+    assert kept_worth(scores, counts) == pytest.approx(np.sort(scores)[-58:].sum())

@@ -15,7 +15,7 @@ from prunegym.agents.compare_config import EXTENDABLE, CompareConfig
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SEARCHERS, SearchResult, SearchSettings, own_plan
+from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -159,6 +159,38 @@ def test_allocator_is_asked_once_for_all_seeds(
     assert asked == [("uniform", 0), ("random", 0), ("random", 1)]
     assert rows[0]["plan"] == rows[1]["plan"]
     assert rows[2]["plan"] != rows[3]["plan"]
+
+
+def test_search_that_draws_nothing_is_made_once_for_all_seeds(half: PruningProblem, tmp_path: Path) -> None:
+    """It would be the same again, at the same price."""
+    rows, run = go(half, tmp_path / "run", config(searcher=("sensitivity", "netadapt")))
+
+    assert [row["searcher"] for row in rows] == ["sensitivity"] * 2 + ["netadapt"] * 2
+    assert rows[0]["plan"] == rows[1]["plan"] != rows[2]["plan"] == rows[3]["plan"]
+    assert len(list(run.path("searches").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", sorted(set(SEARCHERS) - WITHOUT_EVALUATIONS))
+def test_search_has_a_curve_of_what_it_improved_to(half: PruningProblem, tmp_path: Path, name: str) -> None:
+    """Whoever searches: with its price in evaluations and in seconds, up to the plan of the row."""
+    rows, run = go(half, tmp_path / "run", config(searcher=(name,), repeats=1))
+    points = curve_rows(rows, run)
+
+    scores, spent = ([one[key] for one in points] for key in ("reward_score", "evaluations"))
+    assert scores == sorted(set(scores))
+    assert spent == sorted(set(spent))
+    assert scores[-1] == rows[0]["reward_score"]
+    assert 0 < points[0]["seconds"] <= points[-1]["seconds"] <= rows[0]["seconds"]
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "netadapt"])
+def test_allowance_that_one_searcher_cannot_do_with_is_refused_at_once(
+    half: PruningProblem, tmp_path: Path, name: str
+) -> None:
+    """Before the searches that come first in the grid."""
+    with pytest.raises(PruningError, match=f"`--evaluations` should be at least [68] for searcher {name}"):
+        go(half, tmp_path / "run", config(searcher=("random", name), evaluations=5))
+    assert not (tmp_path / "run" / "searches").exists()
 
 
 def test_searches_do_not_profit_from_each_other(

@@ -19,6 +19,7 @@ from prunegym.agents.config import (
     TransferConfig,
 )
 from prunegym.agents.options import DataOptions, ProblemOptions
+from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.criteria import CRITERIA
 from prunegym.pruning.errors import PruningError
@@ -99,6 +100,7 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
             {"searcher": ("random",), "evaluations": 0},
             "`--evaluations` should be at least 1 with searcher random",
         ),
+        (PruneConfig, {"searcher": "netadapt", "evaluations": 0}, "at least 1 with searcher netadapt"),
         (EvaluateConfig, {"evaluations": -1}, "`--evaluations` should be at least 0"),
         (TransferConfig, {"evaluations": -1}, "`--evaluations` should be at least 0"),
         (PretrainConfig, {"epochs": 0}, "`--epochs` should be at least 1"),
@@ -255,6 +257,20 @@ def test_every_field_has_its_help(module: str) -> None:
             told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
 
             assert not is_field or told, f"{node.name}, line {one.lineno}"
+
+
+@pytest.mark.parametrize("kind", ["EvaluateConfig", "SearchOptions"])
+def test_help_of_the_searcher_flag_lists_every_searcher(kind: str) -> None:
+    """Each by its name, among those that need evaluations or those that do not, and no other."""
+    tree = ast.parse((ROOT / "agents" / "config.py").read_text(encoding="utf-8"))
+    node = next(one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name == kind)
+    fields_ = [getattr(getattr(one, "target", None), "id", None) for one in node.body]
+    text = ast.literal_eval(node.body[fields_.index("searcher") + 1].value)
+    without, needing = re.search(r"Without evaluations: ([\w,\s]+)\. With: ([\w,\s]+)\.", text).groups()
+    listed = {*re.findall(r"\w+", without)}, {*re.findall(r"\w+", needing)}
+
+    assert listed[0] | {"policy"} == WITHOUT_EVALUATIONS
+    assert listed[1] == set(SEARCHERS) - WITHOUT_EVALUATIONS
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.searchers import SearchResult
+from prunegym.agents.search import SearchResult
 from prunegym.agents.trail import Improvement, Trail, in_force
 from prunegym.pruning.plan import PruningPlan
 
@@ -44,6 +44,18 @@ def test_trail_ignores_a_score_that_is_no_number() -> None:
 
     assert trail.best == plan(1)
     assert trail.evaluations == 2
+
+
+def test_step_on_the_way_is_paid_for_and_never_the_best() -> None:
+    """Before the first plan that can be returned there is no best score to note."""
+    trail = Trail()
+    trail.step()
+    trail.add(plan(1), 0.2)
+    trail.step()
+
+    assert trail.evaluations == 3
+    assert trail.history == [(2, 0.2), (3, 0.2)]
+    assert [one.evaluations for one in trail.improvements] == [2]
 
 
 def test_trail_becomes_a_search_result() -> None:

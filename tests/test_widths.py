@@ -111,6 +111,38 @@ def test_earlier_rounds_leave_allowed_counts_only(toys: Toys, rules: WidthRules,
     ]
 
 
+@given(rules=rules(), name=st.sampled_from(TOYS), seed=st.integers(0, 100))
+def test_floor_of_a_searcher_leaves_allowed_counts_only(toys: Toys, rules: WidthRules, name: str, seed: int) -> None:
+    """Those from the floor on, or the largest where the floor is above it."""
+    graph = toys(name).graph
+    try:
+        widths = rules.apply(graph)
+    except PruningError:
+        return
+    least = np.random.default_rng(seed).integers(0, graph.sizes + 1)
+
+    assert allowed(widths.at_least(least)) == [
+        [count for count in choices if count >= low] or choices[-1:]
+        for choices, low in zip(allowed(widths), least, strict=True)
+    ]
+
+
+@given(rules=rules(), name=st.sampled_from(TOYS))
+def test_choices_are_the_counts_that_are_allowed(toys: Toys, rules: WidthRules, name: str) -> None:
+    """All of them, rising; every other count is refused."""
+    graph = toys(name).graph
+    try:
+        widths = rules.apply(graph)
+    except PruningError:
+        return
+    counts = allowed(widths)
+
+    assert [one.tolist() for one in widths.choices()] == counts
+    for count in range(int(graph.sizes.max()) + 2):
+        everywhere = np.full(len(graph.groups), count)
+        assert widths.allow(everywhere).tolist() == [count in one for one in counts]
+
+
 def test_units_of_a_grouped_convolution_are_several_channels(toys: Toys) -> None:
     """Its groups are the units: 3 channels of its input, 2 of its output; other layers have one each."""
     graph = toys("grouped").graph

@@ -1,0 +1,264 @@
+"""What searchers share: the protocol, the count of evaluations, and what none of them may do.
+
+A searcher is ``(problem, budget, settings) -> result``. It decides how many channels each group keeps and nothing
+else: which channels of a group stay, recovery, projection onto the budget and scoring are those of the
+:class:`~prunegym.envs.setting.PruningProblem` that all share.
+
+An evaluation is one plan that a searcher asks to be scored. It counts whether or not the scorer remembers the plan:
+else the price of a search would depend on what ran before it, and a searcher that repeats itself would look cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from prunegym.agents.trail import Improvement, Trail
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.plan import PruningPlan
+
+Counts: TypeAlias = NDArray[np.int64]
+
+LOWEST = 0.05
+"""Least keep ratio that random search, TPE and evolution ask for; the projection may still go below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What a searcher may spend."""
+
+    evaluations: int = 0
+    """Plans it may score; allocators need none."""
+    seed: int = 0
+    """Of the one random generator that each searcher has."""
+    policy: Path | None = None
+    """Policy file of the searcher `policy`."""
+    rounds: int | None = None
+    """Rounds of pruning; by default those the policy was trained with, or 1."""
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a searcher found and what it paid."""
+
+    plan: PruningPlan
+    evaluations: int
+    """Plans that were asked to be scored, each time it was asked."""
+    seconds: float
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """Best score on the reward split after so many evaluations, for each evaluation from the first plan within the
+    budget on (searchers that also score plans above the budget, as steps on their way, begin later)."""
+    improvements: list[Improvement] = field(default_factory=list)
+    """The plans that were best for a while, the last of them the result; see :class:`~prunegym.agents.trail.Trail`."""
+
+
+Searcher: TypeAlias = Callable[[PruningProblem, Budget, SearchSettings], SearchResult]
+
+
+@dataclass(frozen=True)
+class LeastEvaluations:
+    """The fewest evaluations that a searcher can do with."""
+
+    number: int
+    reason: str = ""
+    """Why so many, to follow "at least N for searcher NAME"."""
+
+    def check(self, searcher: str, evaluations: int) -> None:
+        """Refuse fewer.
+
+        Raises:
+            PruningError: fewer are allowed.
+        """
+        if evaluations < self.number:
+            raise PruningError(
+                f"`--evaluations` should be at least {self.number} for searcher {searcher}{self.reason}. "
+                f"Received {evaluations}. Allow more plans, or leave the searcher out."
+            )
+
+
+ONE_PLAN = LeastEvaluations(1)
+
+
+class Search:
+    """A search under way: scores what is asked within the allowance, and notes it in a trail.
+
+    Args:
+        name: of the searcher, for messages.
+        problem: what is pruned.
+        budget: what may remain.
+        settings: allowance and seed.
+        least: evaluations that the searcher cannot do without.
+
+    Raises:
+        PruningError: fewer evaluations are allowed than are needed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        problem: PruningProblem,
+        budget: Budget,
+        settings: SearchSettings,
+        *,
+        least: LeastEvaluations = ONE_PLAN,
+    ) -> None:
+        least.check(name, settings.evaluations)
+        self.name = name
+        self.problem = problem
+        self.limit = problem.limits[budget]
+        self.allowed = settings.evaluations
+        self.rng = np.random.default_rng(settings.seed)
+        self.trail = Trail()
+        self._bar = tqdm(total=self.allowed, desc=name, unit="plan", disable=not settings.progress)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations that are spent."""
+        return self.trail.evaluations
+
+    @property
+    def left(self) -> int:
+        """Evaluations that are left."""
+        return self.allowed - self.evaluations
+
+    def project(self, keep: NDArray[np.floating]) -> Counts:
+        """Counts ``(groups,)`` that hold the budget, for asked keep ratios ``(groups,)`` in [0, 1].
+
+        Raises:
+            PruningError: they are not that.
+        """
+        ratios: NDArray[np.float64] = np.asarray(keep, dtype=np.float64)
+        groups = len(self.problem.sizes)
+        if ratios.shape != (groups,) or not ((ratios >= 0) & (ratios <= 1)).all():  # NaN is neither
+            raise PruningError(
+                f"Searcher {self.name} should ask for {groups} keep ratios in [0, 1], one per group. Received "
+                f"{np.array2string(ratios, precision=3, threshold=8)}. This is an error of the searcher."
+            )
+        return self.problem.project(ratios, self.limit)
+
+    def ask(self, keep: NDArray[np.floating]) -> float:
+        """Score of the plan that asked keep ratios ``(groups,)`` are projected to."""
+        return self.score(self.project(keep))
+
+    def score(self, counts: Counts) -> float:
+        """Score of counts ``(groups,)`` within the budget: a plan that may be the result.
+
+        Raises:
+            PruningError: the allowance is spent, the counts are not a plan, or they break the budget.
+        """
+        self._check(counts)
+        if not self.limit.holds(counts):
+            raise PruningError(
+                f"Searcher {self.name} should propose plans within {self.limit.budget}. Received one that keeps "
+                f"{self.limit.fraction(counts):.2%} of the cost. This is an error of the searcher."
+            )
+        plan = self.problem.plan(counts)
+        score = self._run(plan)
+        self.trail.add(plan, score)
+        return score
+
+    def probe(self, counts: Counts) -> float:
+        """Score of any counts ``(groups,)``, also above the budget: a step on the way, never the result."""
+        self._check(counts)
+        score = self._run(self.problem.plan(counts))
+        self.trail.step()
+        return score
+
+    def result(self) -> SearchResult:
+        """The best plan, and what was paid."""
+        self._bar.close()
+        return SearchResult(**self.trail.result())
+
+    def _check(self, counts: Counts) -> None:
+        widths = self.problem.widths
+        whole = counts.shape == widths.sizes.shape and np.issubdtype(counts.dtype, np.integer)
+        if not whole or not widths.allow(counts).all():
+            raise PruningError(
+                f"Searcher {self.name} should keep whole numbers of channels, those that each of the "
+                f"{len(widths.sizes)} groups may keep{_rules(self.problem)}. Received "
+                f"{np.array2string(counts, threshold=8)}. This is an error of the searcher."
+            )
+        if self.left < 1:
+            raise PruningError(
+                f"Searcher {self.name} should score at most {self.allowed} plans. It asked for one more. This is an "
+                "error of the searcher."
+            )
+
+    def _run(self, plan: PruningPlan) -> float:
+        score = self.problem.scorer.score(plan).score
+        self._bar.update()
+        if not np.isfinite(score):
+            raise PruningError(
+                f"`task` should give finite scores. Received {score} for a plan of searcher {self.name}. Check the "
+                "score of the task on a network whose outputs are not finite."
+            )
+        return score
+
+
+def checked(name: str, searcher: Searcher) -> Searcher:
+    """The searcher, with a look at what it returns.
+
+    Raises:
+        PruningError: when it is called and returns a plan of another network or beyond the budget, spends more than
+            it may, or reports scores that are not finite.
+    """
+
+    def search(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
+        result = searcher(problem, budget, settings)
+        check_result(name, result, problem, budget, settings)
+        return result
+
+    return search
+
+
+def check_result(
+    name: str, result: SearchResult, problem: PruningProblem, budget: Budget, settings: SearchSettings
+) -> None:
+    """Refuse a result that breaks the rules of the comparison.
+
+    Raises:
+        PruningError: it does; the message says how.
+    """
+    network, limit = problem.scorer.network, problem.limits[budget]
+    counts = network.counts(result.plan)  # refuses the plan of another network
+    scores = [score for _, score in result.history]
+    spent = [count for count, _ in result.history]
+    fault = ""
+    if not problem.widths.allow(counts).all():
+        fault = f"keep numbers of channels that the groups may keep{_rules(problem)}. Received {counts.tolist()}"
+    elif result.plan.removed != problem.removed:
+        fault = f"leave out the blocks {list(problem.removed)}. Received {list(result.plan.removed)}"
+    elif not limit.holds(counts):
+        fault = f"return a plan within {budget}. Received one that keeps {limit.fraction(counts):.2%} of the cost"
+    elif result.evaluations > settings.evaluations:
+        fault = f"score at most {settings.evaluations} plans. Received a result that took {result.evaluations}"
+    elif not np.isfinite(scores).all() or sorted(scores) != scores:
+        fault = f"report finite best scores that never fall. Received {scores[:8]}"
+    elif sorted(set(spent)) != spent or max(spent, default=0) > result.evaluations:
+        fault = f"report one best score per evaluation. Received them after {spent[:8]} of {result.evaluations}"
+    elif result.improvements and result.improvements[-1].plan != result.plan:
+        fault = "return the plan it improved to last. Received another"
+    if fault:
+        raise PruningError(f"Searcher {name} should {fault}. This is an error of the searcher.")
+
+
+def _rules(problem: PruningProblem) -> str:
+    """The user's rules of widths in brackets, if there are any."""
+    return f" ({problem.widths.rules})" if problem.widths.rules else ""
+
+
+def missing_library(searcher: str, library: str, fault: ImportError | None = None) -> PruningError:
+    """Describe a searcher whose library is not installed; the error is returned, not raised."""
+    return PruningError(
+        f"`--searcher` {searcher} needs the package {library}. Received an environment without it"
+        f"{f' ({fault})' if fault else ''}. Run: pip install 'prunegym[search]'"
+    )

@@ -1,0 +1,73 @@
+"""Random search, TPE and CMA-ES."""
+
+import numpy as np
+import optuna
+import pytest
+
+from prunegym.agents.black_box import cmaes, random, tpe
+from prunegym.agents.evolution import evolution
+from prunegym.agents.netadapt import netadapt
+from prunegym.agents.search import Searcher, SearchSettings
+from prunegym.agents.sensitivity import sensitivity
+from prunegym.envs.setting import PruningProblem
+
+
+def counts_scored(problem: PruningProblem) -> list[list[int]]:
+    """What a known objective was asked for, in order."""
+    return [problem.scorer.network.counts(plan).tolist() for plan in problem.scorer.plans]
+
+
+def test_random_search_scores_projected_uniform_ratios(known_problem: PruningProblem) -> None:
+    """Between 0.05 and 1, from one generator."""
+    rng, (limit,) = np.random.default_rng(3), known_problem.limits.values()
+    random(known_problem, known_problem.budgets[0], SearchSettings(evaluations=4, seed=3))
+
+    expected = [known_problem.project(rng.uniform(0.05, 1, 12), limit).tolist() for _ in range(4)]
+    assert counts_scored(known_problem) == expected
+
+
+def test_random_search_keeps_the_best_it_drew(known_problem: PruningProblem) -> None:
+    """And nothing else."""
+    found = random(known_problem, known_problem.budgets[0], SearchSettings(evaluations=8))
+
+    plans = list(known_problem.scorer.plans)
+    scores = [known_problem.scorer.score(plan).score for plan in plans]
+    assert found.plan == plans[int(np.argmax(scores))]
+    assert [score for _, score in found.history] == np.maximum.accumulate(scores).tolist()
+
+
+def test_cmaes_is_centred_on_the_uniform_allocation(known_problem: PruningProblem) -> None:
+    """The start of its first generation is what this mean says: no group is favoured."""
+    uniform = known_problem.uniform_counts(known_problem.limits[known_problem.budgets[0]])
+    for seed in range(4):
+        cmaes(known_problem, known_problem.budgets[0], SearchSettings(evaluations=11, seed=seed))
+
+    ratios = np.array(counts_scored(known_problem)) / known_problem.sizes
+    assert ratios.mean(axis=0) == pytest.approx(uniform / known_problem.sizes, abs=0.12)
+
+
+def test_optuna_speaks_as_loudly_as_before(known_problem: PruningProblem) -> None:
+    """Its verbosity is put back."""
+    before = optuna.logging.get_verbosity()
+    tpe(known_problem, known_problem.budgets[0], SearchSettings(evaluations=2))
+
+    assert optuna.logging.get_verbosity() == before
+
+
+def mean_best(problem: PruningProblem, searcher: Searcher, evaluations: int) -> float:
+    """Mean over three seeds of the best score of the known objective."""
+    settings = [SearchSettings(evaluations=evaluations, seed=seed) for seed in range(3)]
+    return float(np.mean([searcher(problem, problem.budgets[0], one).history[-1][1] for one in settings]))
+
+
+# generations, and greedy steps that take an evaluation for each of the twelve groups, need more of them
+@pytest.mark.parametrize(
+    ("searcher", "evaluations"), [(tpe, 60), (cmaes, 60), (sensitivity, 60), (evolution, 100), (netadapt, 150)]
+)
+def test_search_beats_random_at_equal_evaluations(
+    known_problem: PruningProblem, searcher: Searcher, evaluations: int
+) -> None:
+    """On an objective that has one optimum, far from uniform, in twelve dimensions."""
+    reached, by_chance = (mean_best(known_problem, one, evaluations) for one in (searcher, random))
+
+    assert reached > by_chance + 0.01
