@@ -22,7 +22,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
     """
 
     # read by nn.TransformerEncoderLayer: its fused kernel takes heads of embed_dim / num_heads for granted
-    _qkv_same_embed_dim = property(lambda self: False)  # type: ignore[assignment]
+    _qkv_same_embed_dim = property(lambda self: False)
 
     def forward(
         self,
@@ -93,7 +93,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+    additive: Tensor = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+    return additive
 
 
 def make_headwise(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.modes import evaluating
 
 
-class RemovedBlock(nn.Identity):
+class RemovedBlock(nn.Module):
     """Stands where a residual block was: gives back its first argument."""
 
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
