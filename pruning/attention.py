@@ -75,7 +75,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
 
     def _heads(self, part: Tensor) -> Tensor:
         """``(B, N, heads * head_dim)`` as ``(B, heads, N, head_dim)``."""
-        return part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = part.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.transpose(1, 2)
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, batched: bool

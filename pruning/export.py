@@ -364,7 +364,7 @@ def _set_attributes(model: nn.Module, attributes: Mapping[str, Any]) -> None:
                 raise _misfit(
                     f"a recipe that sets `{name}` of module '{path}' to {value!r}", "Save the network again."
                 )
-            setattr(modules[path], name, tuple(value) if isinstance(before, tuple) else value)
+            setattr(modules[path], name, tuple(value or ()) if isinstance(before, tuple) else value)
 
 
 def _may_become(name: str, before: Any, value: Any) -> bool:

@@ -17,7 +17,7 @@ needs at least as much; runtimes that fuse operations or work in place can need 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -66,7 +66,7 @@ def peak_memory(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> P
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
     # cloned, because an input that is a part of a larger tensor would bring all of its memory
     inputs = tree_map_only(Tensor, lambda leaf: leaf.to(device, copy=True), with_batch(example_inputs, 1))
-    watch = _Watch([*model.parameters(), *model.buffers()])
+    watch = StorageWatch([*model.parameters(), *model.buffers()])
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # the fused kernel of nn.TransformerEncoderLayer would hide what it holds
     torch.backends.mha.set_fastpath_enabled(False)
@@ -82,7 +82,7 @@ def peak_memory(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> P
 
 
 @dataclass
-class _Life:
+class Life:
     """When a piece of memory is made and needed."""
 
     # while it is held, the address is not given to another storage; the memory itself is free to go
@@ -93,7 +93,7 @@ class _Life:
     """The last operation that needs it; None if nothing does."""
 
 
-class _Watch(TorchDispatchMode):
+class StorageWatch(TorchDispatchMode):
     """Sees every operation of a forward pass, and notes when each piece of memory is made and read.
 
     Args:
@@ -103,10 +103,17 @@ class _Watch(TorchDispatchMode):
     def __init__(self, constants: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.modules: list[str] = [""]
+        self.made: list[Tensor] = []
+        """Tensors whose memory is new; whoever wants to look at them takes them off."""
         self._steps: list[tuple[str, str]] = []
-        self._lives: dict[int, _Life] = {}
-        self._constants = [reference for one in constants if (reference := _storage_of(one)) is not None]
+        self.lives: dict[int, Life] = {}
+        self._constants = [reference for one in constants if (reference := storage_of(one)) is not None]
         self._constant_addresses = {reference.cdata for reference in self._constants}
+
+    @property
+    def steps(self) -> int:
+        """Operations seen so far."""
+        return len(self._steps)
 
     def begin(self, inputs: Sequence[Tensor]) -> None:
         """Note the network's inputs."""
@@ -122,6 +129,7 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation and note what it reads and makes."""
+        self.made.clear()
         result = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         new = [tensor for tensor in outputs if not self._knows(tensor)]
@@ -139,34 +147,47 @@ class _Watch(TorchDispatchMode):
     def peak(self) -> PeakMemory:
         """The largest sum of what lives at an operation."""
         steps = self._steps or [("", "")]  # a network that does nothing still has its input
-        changes = [0] * (len(steps) + 1)
-        for life in self._lives.values():
-            if life.last is not None:
-                changes[life.born] += life.size
-                changes[life.last + 1] -= life.size
-        live = list(accumulate(changes[:-1]))
-        most = max(live)
-        return PeakMemory(most, *steps[live.index(most)])
+        most, step = largest_sum([(life.born, life.last, life.size) for life in self.lives.values()], len(steps))
+        return PeakMemory(most, *steps[step])
 
     def _knows(self, tensor: Tensor) -> bool:
-        reference = _storage_of(tensor)
-        return reference is None or reference.cdata in self._constant_addresses or reference.cdata in self._lives
+        reference = storage_of(tensor)
+        return reference is None or reference.cdata in self._constant_addresses or reference.cdata in self.lives
 
     def _note(self, tensor: Tensor, step: int) -> None:
         """A piece of memory that is new at a step."""
-        reference = _storage_of(tensor)
+        reference = storage_of(tensor)
         if reference is not None and not self._knows(tensor):
-            self._lives[reference.cdata] = _Life(reference, tensor.untyped_storage().nbytes(), step)
+            self.lives[reference.cdata] = Life(reference, tensor.untyped_storage().nbytes(), step)
+            self.made.append(tensor)
 
     def _read(self, tensor: Tensor, step: int) -> None:
         """A piece of memory that is needed at a step."""
-        reference = _storage_of(tensor)
-        life = None if reference is None else self._lives.get(reference.cdata)
+        reference = storage_of(tensor)
+        life = None if reference is None else self.lives.get(reference.cdata)
         if life is not None:
             life.last = step
 
 
-def _storage_of(tensor: Tensor) -> StorageWeakRef | None:
+def largest_sum(lives: Iterable[tuple[int, int | None, int]], steps: int) -> tuple[int, int]:
+    """The largest sum of bytes that live at one step, and the first step where it is reached.
+
+    Args:
+        lives: of each piece of memory the step that makes it, the last that needs it (None if nothing does) and its
+            bytes.
+        steps: number of steps.
+    """
+    changes = [0] * (steps + 1)
+    for born, last, size in lives:
+        if last is not None:
+            changes[born] += size
+            changes[last + 1] -= size
+    live = list(accumulate(changes[:-1]))
+    most = max(live)
+    return most, live.index(most)
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
     """A weak reference to a tensor's memory; None where there is none of the usual kind (sparse tensors)."""
     try:
         return StorageWeakRef(tensor.untyped_storage())

@@ -18,6 +18,8 @@ from prunegym.pruning.blocks import find_blocks
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
 from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph
+from prunegym.pruning.memory import peak_memory
+from prunegym.pruning.memory_model import MemoryModel
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import masked_network, prune_network
@@ -119,6 +121,19 @@ class PrunableNetwork:
     def cost(self, plan: PruningPlan) -> Cost:
         """Exact cost of a plan, without building it."""
         return self.costs_without(plan.removed).cost(self.counts(plan))
+
+    def peak_memory(self, plan: PruningPlan) -> int:
+        """Peak memory of a plan's activations for one example, bytes, without building it (see ``memory.py``).
+
+        Where blocks are left out the network is built and observed.
+        """
+        if plan.removed:
+            return peak_memory(self.pruned(plan), self.example_inputs).bytes
+        return self._memory.bytes(plan.mask(self.graph))
+
+    @cached_property
+    def _memory(self) -> MemoryModel:
+        return MemoryModel(self.model, self.graph, self.example_inputs)
 
     def costs_without(self, removed: Collection[str]) -> CostModel:
         """Costs of the plans that leave these blocks out.

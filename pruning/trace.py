@@ -8,8 +8,8 @@ operation without a rule freezes the labels that enter it; it never stops the tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,12 +46,17 @@ class Trace:
     """Pairs (convolution, batch normalisation) of modules where the second is all that reads the first."""
 
 
-def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
+def trace(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    beside: Callable[[Tracer], AbstractContextManager[Any]] = lambda _: nullcontext(),
+) -> Trace:
     """Run ``model(*inputs)`` once and return everything seen.
 
     Args:
         model: any network; it is run in eval mode without gradients and left as it was found.
         inputs: example inputs; the first dimension of the first tensor is the batch.
+        beside: gives another mode that sees the operations too.
     """
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     tracer = Tracer(model, leaves[0].shape[0] if leaves and leaves[0].ndim else 1, rule_for)
@@ -59,14 +64,14 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     # the fused encoder kernel of nn.TransformerEncoderLayer would hide every projection inside one operation
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, tracer:
+        with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, beside(tracer), tracer:
             for leaf in leaves:
                 tracer.set(leaf, TensorRecord([], "the network input"))
-            result = model(*inputs)
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    tracer.freeze(tracer.record(leaf).fields, "network output")
-                    tracer.note_read(leaf)
+            outputs = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+            for leaf in outputs:
+                tracer.freeze(tracer.record(leaf).fields, "network output")
+                tracer.note_read(leaf)
+            tracer.at_end(outputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     roots, reasons, produced = _resolved(tracer)

@@ -104,6 +104,10 @@ class Tracer(TorchDispatchMode):
         self.paddings: list[ChannelPadding] = []
         self.sizes: list[SizeAttribute] = []
         self.watch = SizeWatch()
+        self.after: Callable[[], None] = lambda: None
+        """Called after every operation, when the labels of its results are known."""
+        self.at_end: Callable[[list[Tensor]], None] = lambda _outputs: None
+        """Called with the outputs of the network."""
         self.unknown: dict[str, str] = {}
         self.modules: list[tuple[str, nn.Module]] = [("", model)]
         self.tensors: dict[str, list[Field | None]] = {}
@@ -231,23 +235,26 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operation, then let its rule carry the labels over."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        call = Call(func, args, kwargs, result)
+        result = func(*args, **(kwargs or {}))
+        self._carry(Call(func, args, kwargs or {}, result))
+        self.after()
+        return result
+
+    def _carry(self, call: Call) -> None:
+        """Let the rule of an operation carry the labels over."""
         for tensor in call.tensors:
             self.note_read(tensor)
-        rule = self._rule_for(func)
+        rule = self._rule_for(call.func)
         place = f"{call.name} in {self.module or 'the network'}"
         if rule is None:
             self.unknown.setdefault(call.name, self.module)
             give_up(self, call, f"no rule for {place}")
-            return result
+            return
         try:
             rule(self, call)
         except Exception as fault:  # arguments that the rule was not made for must not stop the trace
             self.unknown.setdefault(call.name, self.module)
             give_up(self, call, f"the rule for {place} failed ({type(fault).__name__})")
-        return result
 
 
 @dataclass
