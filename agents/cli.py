@@ -14,7 +14,7 @@ from typing import Annotated, TextIO, TypeAlias
 
 import tyro
 
-from prunegym.agents.compare_config import CompareConfig
+from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import (
     DemoConfig,
     EvaluateConfig,
@@ -109,7 +109,8 @@ def parse(arguments: Sequence[str]) -> Config:
 def run(config: Config, reporter: Reporter) -> Result:
     """Run the command that a configuration belongs to."""
     # imported here: `prunegym --help` should not wait for PyTorch
-    from prunegym.agents import agent_commands, compare_command, network_commands
+    from prunegym.agents import agent_commands, network_commands
+    from prunegym.agents.comparison import command as compare_command
     from prunegym.agents.demo import run_demo
 
     match config:

@@ -40,7 +40,7 @@ from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.export import load_network, save_network
 from prunegym.pruning.network import PrunableNetwork, without_constants
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.trace import trace
+from prunegym.pruning.tracing.trace import trace
 from prunegym.pruning.widths import WidthRules
 from prunegym.pruning.zoo import build_network, input_shape_of
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.labels import varying
-from prunegym.pruning.size_tags import Place
-from prunegym.pruning.trace import Trace
-from prunegym.pruning.tracer import TracedOperation
+from prunegym.pruning.tracing.labels import varying
+from prunegym.pruning.tracing.size_tags import Place
+from prunegym.pruning.tracing.trace import Trace
+from prunegym.pruning.tracing.tracer import TracedOperation
 
 Units = NDArray[np.int64]
 

@@ -23,7 +23,7 @@ from prunegym.pruning.memory_model import MemoryModel
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.surgery import masked_network, prune_network
-from prunegym.pruning.trace import trace
+from prunegym.pruning.tracing.trace import trace
 
 CHECK_TOLERANCE = 1e-3
 """Largest difference between a pruned network and its masked twin, as a share of the largest output."""

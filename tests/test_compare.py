@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunegym.agents import compare_measure, compare_search, train
-from prunegym.agents.compare import CURVE, ROWS, compare, curve_rows, identity, unfinished
-from prunegym.agents.compare_config import EXTENDABLE, CompareConfig
+from prunegym.agents import train
+from prunegym.agents.comparison import measure as compare_measure
+from prunegym.agents.comparison import search as compare_search
+from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
+from prunegym.agents.comparison.grid import CURVE, ROWS, compare, curve_rows, identity, unfinished
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder

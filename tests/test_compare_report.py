@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prunegym.agents import compare_pictures, compare_report
-from prunegym.agents.bootstrap import performance_profiles
-from prunegym.agents.compare import compare, curve_rows
-from prunegym.agents.compare_config import CompareConfig
-from prunegym.agents.compare_report import report, terminal_text
-from prunegym.agents.compare_summary import Table, summarise
+from prunegym.agents.comparison import pictures as compare_pictures
+from prunegym.agents.comparison import report as compare_report
+from prunegym.agents.comparison.bootstrap import performance_profiles
+from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.comparison.grid import compare, curve_rows
+from prunegym.agents.comparison.report import report, terminal_text
+from prunegym.agents.comparison.summary import Table, summarise
 from prunegym.agents.runs import RunFolder
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prunegym.agents import config as configs
-from prunegym.agents.compare_config import CompareConfig
+from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import (
     DemoConfig,
     EvaluateConfig,
@@ -247,7 +247,7 @@ def test_compare_trains_agents_as_train_would() -> None:
     assert (training.policy, training.out) == (None, None)  # agents start afresh, in folders of the comparison
 
 
-@pytest.mark.parametrize("module", ["options", "width_options", "config", "compare_config"])
+@pytest.mark.parametrize("module", ["options", "width_options", "config", "comparison/config"])
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
     tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))

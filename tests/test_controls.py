@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents.controls import CONTROLS, own_ratios, play
+from prunegym.agents.comparison.controls import CONTROLS, own_ratios, play
 from prunegym.agents.policy import PruningPolicy
 from prunegym.agents.searchers import own_plan
 from prunegym.envs.channel_pruning import ChannelPruningEnv

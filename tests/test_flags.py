@@ -9,7 +9,7 @@ import torch
 
 from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup, train
-from prunegym.agents.compare_config import CompareConfig
+from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.pruning.labels import LabelBook, along, lifted, reshaped, support
+from prunegym.pruning.tracing.labels import LabelBook, along, lifted, reshaped, support
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 

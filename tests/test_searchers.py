@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunegym.agents.compare_config import CompareConfig
+from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import EvaluateConfig
 from prunegym.agents.searchers import (
     SEARCHERS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.graph import ChannelGraph, build_graph
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.trace import trace
+from prunegym.pruning.tracing.trace import trace
 
 
 class Chain(nn.Module):

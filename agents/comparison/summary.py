@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prunegym.agents.bootstrap import Interval, Runs, difference_interval, mean_interval
-from prunegym.agents.compare_measure import STAGES
+from prunegym.agents.comparison.bootstrap import Interval, Runs, difference_interval, mean_interval
+from prunegym.agents.comparison.measure import STAGES
 
 Row: TypeAlias = Mapping[str, Any]
 Pair: TypeAlias = tuple[str, str]

@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 from torch import bool as torch_bool
 
-from prunegym.pruning.labels import Field, support
-from prunegym.pruning.rule_parts import pass_on, where
-from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, Tracer
+from prunegym.pruning.tracing.labels import Field, support
+from prunegym.pruning.tracing.rule_parts import pass_on, where
+from prunegym.pruning.tracing.tracer import Call, SizeAttribute, TensorRecord, Tracer
 
 
 def cut(tracer: Tracer, call: Call) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.attention import headwise
-from prunegym.pruning.labels import Field, varying
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.rules import rule_for
-from prunegym.pruning.size_tags import Place, tagged
-from prunegym.pruning.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracing.labels import Field, varying
+from prunegym.pruning.tracing.rules import rule_for
+from prunegym.pruning.tracing.size_tags import Place, tagged
+from prunegym.pruning.tracing.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
 
 
 @dataclass

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunegym.agents.compare_config import AGENTS, CompareConfig
-from prunegym.agents.controls import CONTROLS
+from prunegym.agents.comparison.config import AGENTS, CompareConfig
+from prunegym.agents.comparison.controls import CONTROLS
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named

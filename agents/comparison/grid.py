@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from prunegym.agents.compare_config import CompareConfig
-from prunegym.agents.compare_measure import STAGES, Judge
-from prunegym.agents.compare_search import PLAN, Found, Searches
+from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.comparison.measure import STAGES, Judge
+from prunegym.agents.comparison.search import PLAN, Found, Searches
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import check_evaluations
 from prunegym.envs.setting import PruningProblem

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunegym.pruning.labels import Field, LabelBook, along, support
-from prunegym.pruning.size_tags import Place, SizeWatch, Tagged, attributes
+from prunegym.pruning.tracing.labels import Field, LabelBook, along, support
+from prunegym.pruning.tracing.size_tags import Place, SizeWatch, Tagged, attributes
 
 
 @dataclass

@@ -9,11 +9,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunegym.agents.bootstrap import LEVEL, Interval, performance_profiles
-from prunegym.agents.compare import curve_rows
-from prunegym.agents.compare_config import CompareConfig
-from prunegym.agents.compare_pictures import FORMATS, draw_anytime, draw_profiles
-from prunegym.agents.compare_summary import Pair, Table, at_seconds, fastest_seconds, summarise
+from prunegym.agents.comparison.bootstrap import LEVEL, Interval, performance_profiles
+from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.comparison.grid import curve_rows
+from prunegym.agents.comparison.pictures import FORMATS, draw_anytime, draw_profiles
+from prunegym.agents.comparison.summary import Pair, Table, at_seconds, fastest_seconds, summarise
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.tables import format_table, markdown_table
 from prunegym.pruning.files import plain, replacing

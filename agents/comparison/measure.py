@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from prunegym.agents.compare_config import CompareConfig
-from prunegym.agents.compare_search import slug
+from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.comparison.search import slug
 from prunegym.agents.prune import CHECKPOINT, check_cost, count_macs, fine_tune
 from prunegym.agents.runs import RunFolder
 from prunegym.envs.setting import PruningProblem

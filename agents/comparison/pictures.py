@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from prunegym.agents.bootstrap import LEVEL, Profile
-from prunegym.agents.compare_summary import Pair, Table
+from prunegym.agents.comparison.bootstrap import LEVEL, Profile
+from prunegym.agents.comparison.summary import Pair, Table
 from prunegym.agents.pictures import COLOURS
 from prunegym.pruning.files import replacing
 

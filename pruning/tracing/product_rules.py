@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prunegym.pruning.labels import Field, along, support
-from prunegym.pruning.layer_rules import feed, unite_bias
-from prunegym.pruning.rule_parts import only_along, pass_on, where, whole
-from prunegym.pruning.tracer import Call, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracing.labels import Field, along, support
+from prunegym.pruning.tracing.layer_rules import feed, unite_bias
+from prunegym.pruning.tracing.rule_parts import only_along, pass_on, where, whole
+from prunegym.pruning.tracing.tracer import Call, TensorRecord, TracedOperation, Tracer
 
 
 def matrix_product(tracer: Tracer, call: Call) -> None:

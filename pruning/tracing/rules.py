@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from prunegym.pruning.cutting_rules import cut, index, index_along, pick
-from prunegym.pruning.layer_rules import convolution
-from prunegym.pruning.movement_rules import (
+from prunegym.pruning.tracing.cutting_rules import cut, index, index_along, pick
+from prunegym.pruning.tracing.layer_rules import convolution
+from prunegym.pruning.tracing.movement_rules import (
     concatenate,
     expand,
     flip,
@@ -30,10 +30,10 @@ from prunegym.pruning.movement_rules import (
     unfold,
     view,
 )
-from prunegym.pruning.norm_rules import batch_norm, group_norm, layer_norm, reduction, softmax, spatial
-from prunegym.pruning.product_rules import attention, linear, matrix_product
-from prunegym.pruning.rule_parts import met
-from prunegym.pruning.tracer import Call, TensorRecord, Tracer
+from prunegym.pruning.tracing.norm_rules import batch_norm, group_norm, layer_norm, reduction, softmax, spatial
+from prunegym.pruning.tracing.product_rules import attention, linear, matrix_product
+from prunegym.pruning.tracing.rule_parts import met
+from prunegym.pruning.tracing.tracer import Call, TensorRecord, Tracer
 
 Rule: TypeAlias = Callable[[Tracer, Call], None]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prunegym.pruning.labels import Field, along, support
-from prunegym.pruning.rule_parts import freeze_others, labels_along, only_along, pass_on, where, whole
-from prunegym.pruning.size_tags import Place
-from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, Tracer
+from prunegym.pruning.tracing.labels import Field, along, support
+from prunegym.pruning.tracing.rule_parts import freeze_others, labels_along, only_along, pass_on, where, whole
+from prunegym.pruning.tracing.size_tags import Place
+from prunegym.pruning.tracing.tracer import Call, SizeAttribute, TensorRecord, Tracer
 
 
 def batch_norm(tracer: Tracer, call: Call) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prunegym.agents.compare import ROWS, check_same, compare, finished, identity, unfinished
-from prunegym.agents.compare_config import EXTENDABLE, CompareConfig
-from prunegym.agents.compare_report import report, terminal_text
+from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
+from prunegym.agents.comparison.grid import ROWS, check_same, compare, finished, identity, unfinished
+from prunegym.agents.comparison.report import report, terminal_text
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.runs import RunFolder

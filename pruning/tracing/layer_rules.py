@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunegym.pruning.labels import along
-from prunegym.pruning.rule_parts import freeze_others, labels_along, only_along, where
-from prunegym.pruning.size_tags import Place
-from prunegym.pruning.tracer import Call, SizeAttribute, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracing.labels import along
+from prunegym.pruning.tracing.rule_parts import freeze_others, labels_along, only_along, where
+from prunegym.pruning.tracing.size_tags import Place
+from prunegym.pruning.tracing.tracer import Call, SizeAttribute, TensorRecord, TracedOperation, Tracer
 
 
 def convolution(tracer: Tracer, call: Call) -> None:

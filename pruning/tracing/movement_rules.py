@@ -7,10 +7,10 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from prunegym.pruning.labels import Field, along, lifted, reshaped, support
-from prunegym.pruning.rule_parts import met, only_along, pass_on, where
-from prunegym.pruning.size_tags import Tagged
-from prunegym.pruning.tracer import Call, ChannelPadding, TensorRecord, Tracer, give_up
+from prunegym.pruning.tracing.labels import Field, along, lifted, reshaped, support
+from prunegym.pruning.tracing.rule_parts import met, only_along, pass_on, where
+from prunegym.pruning.tracing.size_tags import Tagged
+from prunegym.pruning.tracing.tracer import Call, ChannelPadding, TensorRecord, Tracer, give_up
 
 
 def same(tracer: Tracer, call: Call) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from prunegym.pruning.labels import Field, lifted, support
-from prunegym.pruning.tracer import Call, TensorRecord, Tracer
+from prunegym.pruning.tracing.labels import Field, lifted, support
+from prunegym.pruning.tracing.tracer import Call, TensorRecord, Tracer
 
 
 def where(tracer: Tracer, call: Call) -> str:
