@@ -27,7 +27,7 @@ from prunegym.pruning.export import save_network
 from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
@@ -139,6 +139,7 @@ def carry_out(
     recovered = scorer.recovered(plan)
     model = copy.deepcopy(recovered)
     check_cost(network, model, after)
+    check_outputs(network, plan)
     epochs = fine_tune(model, problem, config, run, progress=progress) if config.epochs else []
     stages = {"unpruned": network.model, "after_pruning": network.pruned(plan), "after_recovery": recovered}
     if config.epochs:
@@ -216,6 +217,21 @@ def check_cost(network: PrunableNetwork, model: nn.Module, expected: Cost) -> No
             f"`plan` should cost what it promises, {expected.macs} MACs and {expected.parameters} "
             f"parameters. Received a network of {macs} MACs and {parameters} parameters. "
             "Please report this network; until then keep the layers concerned with --keep."
+        )
+
+
+def check_outputs(network: PrunableNetwork, plan: PruningPlan) -> None:
+    """Compare the network that a plan leaves with its masked twin on the example inputs.
+
+    Raises:
+        PruningError: They differ: something depends on a number of channels, unseen when the network was traced.
+    """
+    difference = network.check(plan)
+    if not difference <= CHECK_TOLERANCE:
+        raise PruningError(
+            "`plan` should leave a network that computes what the unpruned one does with the removed channels unread. "
+            f"Received one whose outputs differ by {difference:.2g} of their size. Please report this network; until "
+            "then keep the layers concerned with --keep."
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunegym.pruning.blocks import find_blocks
 from prunegym.pruning.cost import Cost, CostModel
@@ -185,8 +185,9 @@ class PrunableNetwork:
         return worst
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
+        device = next((one.device for one in model.parameters()), torch.device("cpu"))
         with evaluating(model), torch.no_grad():
-            outputs = model(*tree_map(lambda leaf: leaf, self.example_inputs))
+            outputs = model(*tree_map_only(Tensor, lambda leaf: leaf.to(device), self.example_inputs))
         return [leaf.double() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
     def _freeze_what_breaks(self) -> None:

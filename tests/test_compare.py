@@ -207,7 +207,7 @@ def test_searches_do_not_profit_from_each_other(
     assert half.scorer.scored - before - first >= QUICK["evaluations"]
 
 
-@pytest.mark.parametrize("rows_written", [0, 1, 3])
+@pytest.mark.parametrize("rows_written", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_interrupted_comparison_goes_on_to_the_same_rows(
     rows_written: int, half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,8 @@ class Silent(nn.Module):
 
 def test_silent_dependence_on_the_width_is_found() -> None:
     """Nothing raises, but the outputs differ from the masked network's."""
-    network = PrunableNetwork(Silent(), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)  # with other weights, all that is left may be zero behind the activation
+    network = PrunableNetwork(Silent(), torch.randn(2, 3, 4, 4))
 
     reasons = {one.name: str(one.frozen) for one in network.graph.frozen}
 

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from prunegym.agents import prune
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
-from prunegym.agents.prune import STAGES, PruneResult, carry_out, count_macs, describe, find_plan
+from prunegym.agents.prune import STAGES, PruneResult, carry_out, check_outputs, count_macs, describe, find_plan
 from prunegym.agents.reload import largest_difference, main, same_in_new_process, save_example
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
@@ -244,3 +245,25 @@ def test_text_names_every_stage(result: PruneResult) -> None:
     assert f"{result.after.macs:,}" in text
     assert f"{result.memory[1].mib:.4g}" in text
     assert content["channels"]["features.0"]["before"] == 16
+
+
+def test_network_that_depends_silently_on_its_widths_is_refused() -> None:
+    """What the check on tracing missed is found before anything is trained or saved."""
+    network = PrunableNetwork(Silent().eval(), torch.randn(2, 3, 4, 4), check=False)
+    mask = np.ones(network.graph.units, dtype=bool)
+    mask[0] = False
+
+    with pytest.raises(PruningError, match="outputs differ by .* --keep"):
+        check_outputs(network, PruningPlan.from_mask(network.graph, mask))
+
+
+class Silent(nn.Module):
+    """Scales by its number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.head(x * x.shape[1]).mean((2, 3))
