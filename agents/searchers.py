@@ -16,6 +16,7 @@ import numpy as np
 from prunegym.agents.allocators import global_magnitude, global_taylor, knapsack, lamp, uniform
 from prunegym.agents.amc import amc
 from prunegym.agents.black_box import cmaes, random, tpe
+from prunegym.agents.dcpa import dcpa
 from prunegym.agents.evolution import evolution, legr
 from prunegym.agents.netadapt import least_evaluations as least_of_netadapt
 from prunegym.agents.netadapt import netadapt
@@ -91,6 +92,7 @@ SEARCHERS: dict[str, Searcher] = {
     "legr": legr,
     "netadapt": netadapt,
     "amc": amc,
+    "dcpa": dcpa,
     "policy": policy,
 }
 
