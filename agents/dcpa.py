@@ -30,14 +30,18 @@ from prunegym.pruning.soft_masks import SoftMasks
 from prunegym.pruning.task import forward
 
 BATCH = 64
-HOT, COLD = 2.0, 0.1
+HOT, COLD = 1.0, 0.1
 """Temperature of the first and the last step; it falls geometrically."""
-LEARNING_RATE, ATTENTION_RATE = 0.05, 0.001
-"""Of the logits that each group and block has of its own, and of the attention network."""
-LIGHT, HEAVY = 1e-3, 2.0
-"""Factor on the distance from the budget, in logs, in the first and the last step; it rises geometrically, so that what
-the loss misses least goes first. The unit is what all channels together are worth: by how much the loss rises when all
-masks are shut."""
+TRAVEL = 15.0
+"""How far the logit that a group or block has of its own can go over all steps: their number times the learning rate,
+which is within RATES."""
+RATES = 0.02, 0.3
+ATTENTION = 0.02
+"""Learning rate of the attention network, as a share of that."""
+LIGHT, HEAVY = 0.01, 30.0
+"""Factor on the excess over the budget, in logs, in the first step and, were it to rise in all, in the last; it rises
+geometrically while the budget is exceeded, so that what the loss misses least goes first. The unit of the loss is what
+all channels together are worth: by how much it rises when all masks are shut."""
 
 
 def dcpa(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
@@ -49,9 +53,9 @@ def dcpa(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> S
     Everything else is our reading. Each group chooses among a few widths, each residual block with an identity
     shortcut whether it stays. A small attention network over groups and blocks gives the logits
     (:class:`~prunegym.agents.layer_attention.LayerAttention`). In each step a soft draw masks the unpruned network;
-    loss of the task plus the distance of the expected cost from the budget are minimised, while the weight of the
-    distance rises and the temperature falls until draws are nearly hard. MACs are differentiated through their exact formula at expected widths; parameters and
-    latency, which come in steps, by their slope. Batch normalisation takes the statistics of the batch, as
+    loss of the task plus the excess of the expected cost over the budget are minimised. The weight of the excess rises
+    while there is one, and the temperature falls until draws are nearly hard. MACs are differentiated through their
+    exact formula at expected widths; parameters and latency, which come in steps, by their slope. Batch normalisation takes the statistics of the batch, as
     recalibration will, unless that is turned off. In the post-training regime the weights are frozen; in the
     fine-tuned one they are trained along with the masks from those inherited, and then dropped: as for every searcher,
     the plan is scored from the inherited weights after recovery. Blocks that are more likely to go than to stay are
@@ -131,7 +135,8 @@ class SoftChoice:
     @torch.no_grad()
     def keep_ratios(self) -> NDArray[np.float64]:
         """Expected keep ratio of each group ``(G,)``."""
-        ratios: NDArray[np.float64] = ((self.counts * self.expected()[0]).sum(1).numpy() / self.problem.sizes).clip(0, 1)
+        counts = (self.counts * self.expected()[0]).sum(1).numpy()
+        ratios: NDArray[np.float64] = (counts / self.problem.sizes).clip(0, 1)
         return ratios
 
     @torch.no_grad()
@@ -170,17 +175,18 @@ def _linear_cost(
 
 
 def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
-    """Minimise loss and distance from the budget, in a copy of the network."""
+    """Minimise loss and excess over the budget, in a copy of the network."""
     scorer, network = choice.problem.scorer, choice.network
     own = [network.own_widths, network.own_depth]
     others = [one for one in network.parameters() if all(one is not mine for mine in own)]
-    rates: list[dict[str, object]] = [{"params": own}, {"params": others, "lr": ATTENTION_RATE}]
-    optimiser = torch.optim.Adam(rates, lr=LEARNING_RATE)
+    rate = float(np.clip(TRAVEL / steps, *RATES))
+    rates: list[dict[str, object]] = [{"params": own}, {"params": others, "lr": ATTENTION * rate}]
+    optimiser = torch.optim.Adam(rates, lr=rate)
     batches = training_batches(scorer.task, BATCH, choice.seed, scorer.device)
     with _supernet(choice) as (model, masks):
         weights = [one for one in model.parameters() if one.requires_grad]
         tuning = torch.optim.SGD(weights, lr=scorer.settings.learning_rate, momentum=0.9) if weights else None
-        worth = 1.0
+        worth, weight = 1.0, LIGHT
         for step, (inputs, targets) in enumerate(tqdm(islice(batches, steps), total=steps, disable=not progress)):
 
             def loss_of(units: Tensor, there: Tensor) -> Tensor:
@@ -192,8 +198,9 @@ def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
                 worth = _worth(choice, loss_of)
             done = step / max(steps - 1, 1)
             taken, there = choice.draw(HOT * (COLD / HOT) ** done)
-            distance = choice.cost(taken, there).clamp(min=1e-6).log().abs()
-            loss = loss_of(choice.masks(taken), there).cpu() / worth + LIGHT * (HEAVY / LIGHT) ** done * distance
+            excess = choice.cost(taken, there).clamp(min=1.0).log()
+            weight *= (HEAVY / LIGHT) ** (float(excess.detach() > 0) / steps)
+            loss = loss_of(choice.masks(taken), there).cpu() / worth + weight * excess
             for one in (optimiser, tuning):
                 if one is not None:
                     one.zero_grad(set_to_none=True)

@@ -22,8 +22,8 @@ from prunegym.pruning.blocks import inside
 CANDIDATES = 8
 """Most widths that a group chooses from, evenly spaced from the least it may keep to the most."""
 WIDTH, HEADS = 32, 4
-START = 2.0
-"""Logit that a block stays, and of the widest candidate, before training: all is there, but where it can move."""
+WIDE, DEEP = 4.0, 2.0
+"""Logit of all channels of a group, and of a block, before training: most is there, and can move."""
 
 
 def candidate_counts(problem: PruningProblem) -> list[Counts]:
@@ -45,17 +45,17 @@ class LayerAttention(nn.Module):
 
     def __init__(self, tokens: Tensor, counts: Tensor, sizes: Tensor) -> None:
         super().__init__()
-        groups, blocks = len(counts), len(tokens) - len(counts)
+        blocks = len(tokens) - len(counts)
         self.tokens, self.absent = tokens, counts == 0
         config = EncoderConfig(tokens.shape[1], 1, 1, 1, width=WIDTH, heads=HEADS)
         self.embedding, self.attention = mlp(tokens.shape[1], WIDTH, WIDTH), TransformerBlock(config)
         self.norm = nn.LayerNorm(WIDTH)
         self.widths, self.depth = nn.Linear(WIDTH, counts.shape[1]), nn.Linear(WIDTH, 1)
-        for head in (self.widths, self.depth):  # the logits before training are those of START alone
+        for head in (self.widths, self.depth):  # the logits before training are those of WIDE and DEEP alone
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.own_widths = nn.Parameter(START * (counts / sizes[:, None]).float())
-        self.own_depth = nn.Parameter(torch.full((blocks,), START))
+        self.own_widths = nn.Parameter(WIDE * (counts / sizes[:, None]).float())
+        self.own_depth = nn.Parameter(torch.full((blocks,), DEEP))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logits of the widths ``(G, K)``, -inf where there is no candidate, and of the blocks ``(B,)``."""

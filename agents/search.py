@@ -6,8 +6,9 @@ and so is the criterion by which channels of a group stay. Two methods of the li
 they are about: `dcpa` leaves out residual blocks, `laasp` chooses criteria.
 
 An evaluation is one plan that a searcher asks to be scored. It counts whether or not the scorer remembers the plan:
-else the price of a search would depend on what ran before it, and a searcher that repeats itself would look cheap. Work that is no scoring of a plan, such as training steps, is paid for in
-evaluations too (:meth:`Search.pay`), at :func:`evaluations_per_step`.
+else the price of a search would depend on what ran before it, and a searcher that repeats itself would look cheap.
+Work that is no scoring of a plan, such as training steps, is paid for in evaluations too (:meth:`Search.pay`), at
+:func:`evaluations_per_step`.
 """
 
 from __future__ import annotations

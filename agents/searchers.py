@@ -18,6 +18,7 @@ from prunegym.agents.amc import amc
 from prunegym.agents.black_box import cmaes, random, tpe
 from prunegym.agents.dcpa import dcpa
 from prunegym.agents.evolution import evolution, legr
+from prunegym.agents.laasp import laasp
 from prunegym.agents.netadapt import least_evaluations as least_of_netadapt
 from prunegym.agents.netadapt import netadapt
 from prunegym.agents.policy import PruningPolicy
@@ -93,6 +94,7 @@ SEARCHERS: dict[str, Searcher] = {
     "netadapt": netadapt,
     "amc": amc,
     "dcpa": dcpa,
+    "laasp": laasp,
     "policy": policy,
 }
 

@@ -1,7 +1,7 @@
-"""Depth: which residual blocks `dcpa` leaves out, and what that is worth beside the knapsack, which only narrows.
+"""Depth: which blocks `dcpa` leaves out, and what that is worth beside the knapsack, which only narrows.
 
-For each budget and seed the search runs with the ordinary options; its plan and that of the one-shot knapsack are scored
-after recovery on the selection split, in float32.
+For each budget and seed the search runs with the ordinary options; its plan and that of the one-shot knapsack are
+scored after recovery on the selection split, in float32.
 
     python benchmarks/depth.py --data cifar10.npz --weights cifar10_resnet56.th
 """
