@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -55,12 +55,12 @@ def dcpa(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> S
     (:class:`~prunegym.agents.layer_attention.LayerAttention`). In each step a soft draw masks the unpruned network;
     loss of the task plus the excess of the expected cost over the budget are minimised. The weight of the excess rises
     while there is one, and the temperature falls until draws are nearly hard. MACs are differentiated through their
-    exact formula at expected widths; parameters and latency, which come in steps, by their slope. Batch normalisation takes the statistics of the batch, as
-    recalibration will, unless that is turned off. In the post-training regime the weights are frozen; in the
-    fine-tuned one they are trained along with the masks from those inherited, and then dropped: as for every searcher,
-    the plan is scored from the inherited weights after recovery. Blocks that are more likely to go than to stay are
-    left out, and expected widths are projected onto the budget. Which channels stay is up to the scorer's criterion.
-    The second stage is ordinary fine-tuning (``prunegym prune --epochs``).
+    exact formula at expected widths; parameters and latency, which come in steps, by their slope. Batch normalisation
+    takes the statistics of the batch, as recalibration will, unless that is turned off. In the post-training regime the
+    weights are frozen; in the fine-tuned one they are trained along with the masks from those inherited, and then
+    dropped: as for every searcher, the plan is scored from the inherited weights after recovery. Blocks that are more
+    likely to go than to stay are left out, and expected widths are projected onto the budget. Which channels stay is up
+    to the scorer's criterion. The second stage is ordinary fine-tuning (``prunegym prune --epochs``).
 
     Training steps are paid for in evaluations (:func:`~prunegym.agents.search.evaluations_per_step`); there are as
     many as the allowance holds beside the evaluation of the plan. With an allowance of 1 nothing is learned. Latency
@@ -183,7 +183,7 @@ def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
     rates: list[dict[str, object]] = [{"params": own}, {"params": others, "lr": ATTENTION * rate}]
     optimiser = torch.optim.Adam(rates, lr=rate)
     batches = training_batches(scorer.task, BATCH, choice.seed, scorer.device)
-    with _supernet(choice) as (model, masks):
+    with supernet(choice.problem, choice.blocks) as (model, masks):
         weights = [one for one in model.parameters() if one.requires_grad]
         tuning = torch.optim.SGD(weights, lr=scorer.settings.learning_rate, momentum=0.9) if weights else None
         worth, weight = 1.0, LIGHT
@@ -211,9 +211,8 @@ def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
 
 
 @torch.no_grad()
-def _worth(choice: SoftChoice, loss_of: object) -> float:
+def _worth(choice: SoftChoice, loss_of: Callable[[Tensor, Tensor], Tensor]) -> float:
     """By how much the loss rises when every channel is masked; next to nothing if it does not."""
-    assert callable(loss_of)
     there = torch.ones(len(choice.blocks))
     units = torch.zeros(len(choice._group_of) + 1)
     units[-1] = 1.0
@@ -221,13 +220,16 @@ def _worth(choice: SoftChoice, loss_of: object) -> float:
 
 
 @contextmanager
-def _supernet(choice: SoftChoice) -> Iterator[tuple[nn.Module, SoftMasks]]:
+def supernet(
+    problem: PruningProblem, blocks: Collection[str] = (), *, frozen: bool = False
+) -> Iterator[tuple[nn.Module, SoftMasks]]:
     """A masked copy of the unpruned network, with batch normalisation by batch where there will be recalibration."""
-    scorer = choice.problem.scorer
+    scorer = problem.scorer
     model = copy.deepcopy(scorer.network.model)
-    remove_blocks(model, choice.problem.removed)
-    masks = SoftMasks(model, scorer.network.graph, choice.blocks)
-    trained = [name for name, _ in model.named_parameters()] if scorer.settings.recovery_steps else []
+    remove_blocks(model, problem.removed)
+    masks = SoftMasks(model, scorer.network.graph, blocks)
+    joint = scorer.settings.recovery_steps > 0 and not frozen
+    trained = [name for name, _ in model.named_parameters()] if joint else []
     with evaluating(model), differentiating(model, trained), masks.attached(), torch.enable_grad():
         if scorer.settings.recalibration_examples:
             for layer in model.modules():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prunegym.agents.encoder import EncoderConfig, TransformerBlock, mlp
 from prunegym.agents.search import Counts
-from prunegym.envs.observation import GROUP_FEATURES, STATE_FEATURES, EpisodeState, Observer
+from prunegym.envs.observation import GROUP_FEATURES, EpisodeState, Observer
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.blocks import inside
 
@@ -73,17 +73,8 @@ def layer_tokens(problem: PruningProblem, blocks: tuple[str, ...]) -> Tensor:
     """
     network, statistics = problem.scorer.network, problem.scorer.statistics
     graph = network.graph
-    blank = np.zeros(len(graph.groups), dtype=np.float32)
     observer = Observer(network, statistics)
-    episode = EpisodeState(
-        mask=np.ones(graph.units, dtype=np.bool_),
-        counts=graph.sizes,
-        statistics=statistics,
-        cost_slope=blank.astype(np.float64),
-        prior=blank,
-        uniform=blank,
-        state=np.zeros(len(STATE_FEATURES), dtype=np.float32),
-    )
+    episode = EpisodeState.bare(graph, statistics)
     groups = np.asarray(observer.observe(episode, observer.padding)["groups"], dtype=np.float32)
     macs = network.costs.operation_macs(graph.sizes)
     rows = [np.append(one, [0.0, 0.0]) for one in groups]

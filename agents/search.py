@@ -2,8 +2,8 @@
 
 A searcher is ``(problem, budget, settings) -> result``. It decides how many channels each group keeps: recovery,
 projection onto the budget and scoring are those of the :class:`~prunegym.envs.setting.PruningProblem` that all share,
-and so is the criterion by which channels of a group stay. Two methods of the literature decide more, which is what
-they are about: `dcpa` leaves out residual blocks, `laasp` chooses criteria.
+and so is the criterion by which channels of a group stay. Some methods of the literature decide more, which is what
+they are about: `dcpa` leaves out residual blocks, `laasp` and `attention` choose channels by criteria of their own.
 
 An evaluation is one plan that a searcher asks to be scored. It counts whether or not the scorer remembers the plan:
 else the price of a search would depend on what ran before it, and a searcher that repeats itself would look cheap.

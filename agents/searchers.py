@@ -15,6 +15,7 @@ import numpy as np
 
 from prunegym.agents.allocators import global_magnitude, global_taylor, knapsack, lamp, uniform
 from prunegym.agents.amc import amc
+from prunegym.agents.attention_pruning import attention
 from prunegym.agents.black_box import cmaes, random, tpe
 from prunegym.agents.dcpa import dcpa
 from prunegym.agents.evolution import evolution, legr
@@ -95,6 +96,7 @@ SEARCHERS: dict[str, Searcher] = {
     "amc": amc,
     "dcpa": dcpa,
     "laasp": laasp,
+    "attention": attention,
     "policy": policy,
 }
 

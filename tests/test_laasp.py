@@ -160,7 +160,7 @@ class Hybrid(nn.Module):
         return self.head(tokens.mean(1))
 
 
-@pytest.mark.parametrize("name", ["laasp", "dcpa"])
+@pytest.mark.parametrize("name", ["laasp", "dcpa", "attention"])
 def test_hybrid_network_is_pruned(name: str, task_for: Callable[..., object]) -> None:
     """Convolutional stem and attention alike; the plan computes what its masked twin does."""
     with torch.random.fork_rng(devices=[]):

@@ -32,7 +32,7 @@ from prunegym.pruning.widths import Bound, Counts, WidthRules
 
 NAMES = [name for name in SEARCHERS if name != "policy"]
 SEARCHING = [name for name in NAMES if name not in WITHOUT_EVALUATIONS]
-LEARNING = ("dcpa",)
+LEARNING = ("dcpa", "attention")
 """Searchers that train on images themselves; what is tested here on known objectives, their own tests do on data."""
 KNOWN = [name for name in NAMES if name not in LEARNING]
 BY_LOSS = (*LEARNING, "laasp")
