@@ -62,19 +62,21 @@ def attention(problem: PruningProblem, budget: Budget, settings: SearchSettings)
     steps = int((search.left - 1) / price)
     gates = AttentionGates(problem, settings.seed)
     mask, statistics = problem.plan(problem.widths.largest).mask(graph), scorer.statistics
+    order = np.zeros(graph.units)
     for number in range(1, rounds + 1):
         gates.look(EpisodeState.bare(graph, statistics, mask))
         gates.train(steps * number // rounds - steps * (number - 1) // rounds)
         scores = gates.scores()
+        order = np.where(mask, number + scores / (1 + scores), order)  # those that went last come before those before
         counts = np.bincount(graph.group_of[mask], minlength=len(graph.groups))
         within = limit if number == rounds else limit.tightened((limit.most / limit.full) ** (number / rounds))
         counts = problem.project(gates.keep_ratios(), within, counts)
-        plan = problem.plan(counts, scores)
+        plan = problem.plan(counts, order)
         mask = plan.mask(graph)
         if number < rounds:
             statistics, _ = scorer.look(plan, ROUND_EXAMPLES)
     search.pay(min(search.left - 1, int(np.ceil(steps * price))))
-    search.score(counts, scores)
+    search.score(search.project(counts / problem.sizes), order)  # fills what the rounds left of the budget
     return search.result()
 
 
@@ -90,10 +92,12 @@ class AttentionGates:
         self._problem = problem
         scorer, graph = problem.scorer, problem.scorer.network.graph
         self._observer = Observer(scorer.network, scorer.statistics)
-        features = (NODE_FEATURES, EDGE_FEATURES, GROUP_FEATURES, STATE_FEATURES)
+        config = EncoderConfig(
+            len(NODE_FEATURES), len(EDGE_FEATURES), len(GROUP_FEATURES), len(STATE_FEATURES), width=WIDTH, heads=HEADS
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._encoder = GraphEncoder(EncoderConfig(*map(len, features), width=WIDTH, heads=HEADS))
+            self._encoder = GraphEncoder(config)
         torch.nn.init.zeros_(self._encoder.pooling.score.weight)  # at first the channels of a group are equal
         self._optimiser = torch.optim.Adam(self._encoder.parameters(), lr=LEARNING_RATE)
         self._batches = iter(training_batches(scorer.task, BATCH, seed, scorer.device))
@@ -147,7 +151,7 @@ class AttentionGates:
         scores = np.zeros(graph.units)
         for group in graph.groups:
             scores[group.units] = with_ties_broken(attention[group.units], taylor[group.units])
-        return np.where(self._episode.mask, scores + 1, 0.0)
+        return np.where(self._episode.mask, scores, 0.0)
 
     @torch.no_grad()
     def keep_ratios(self) -> Scores:

@@ -83,4 +83,5 @@ class SoftMasks:
     def _masked(self, module: nn.Module, data: Tensor, units: Tensor) -> Tensor:
         """Data of a layer with its channels multiplied; unit -1 is the last factor."""
         factor = self.units.to(data)[units.to(data.device)]
-        return data * (factor if isinstance(module, nn.Linear) else factor.view(-1, *[1] * (data.ndim - 2)))
+        masked: Tensor = data * (factor if isinstance(module, nn.Linear) else factor.view(-1, *[1] * (data.ndim - 2)))
+        return masked
