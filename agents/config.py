@@ -183,7 +183,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
     searcher: Names = ()
     """Searcher to put beside the policy, by default uniform and knapsack. Without evaluations: uniform,
     global_magnitude, lamp, global_taylor, knapsack. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt,
-    amc."""
+    amc, dcpa, laasp, attention."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
     test: bool = False
@@ -240,7 +240,8 @@ class SearchOptions(Options):
     latency:0.7), or a latency in milliseconds (latency:12ms)."""
     searcher: str | None = None
     """Who makes the plan; policy if --policy is given, else knapsack. Without evaluations: uniform, global_magnitude,
-    lamp, global_taylor, knapsack, policy. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt, amc."""
+    lamp, global_taylor, knapsack, policy. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt, amc, dcpa,
+    laasp, attention. dcpa may leave residual blocks out; laasp and attention choose channels themselves."""
     policy: Path | None = None
     """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""
     plan: Path | None = None

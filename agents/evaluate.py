@@ -80,7 +80,7 @@ def plan_row(
         "budget": str(budget),
         "searcher": searcher,
         "regime": "finetuned" if settings.recovery_steps else "post-training",
-        "cost": problem.limits[budget].fraction(counts),
+        "cost": problem.limit_of(result.plan, budget).fraction(counts),
         "macs": cost.macs,
         "parameters": cost.parameters,
         "reward_score": problem.scorer.score(result.plan).score,

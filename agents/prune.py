@@ -80,6 +80,7 @@ class PruneResult:
                 group.name: {"before": group.size, "after": kept[group.name]}
                 for group in self.network.graph.groups
             },
+            "blocks_left_out": list(self.plan.removed),
             "search": {"evaluations": self.search.evaluations, "seconds": self.search.seconds},
             "epochs": len(self.epochs),
             "latency": list(self.latency),
@@ -312,5 +313,7 @@ def describe(content: Mapping[str, Any]) -> str:
             }
         )
     lines = [format_table(rows), ""]
+    blocks = content.get("blocks_left_out")  # results of version 0.1.0 have none
+    lines += [f"blocks left out: {', '.join(blocks)}"] if blocks else []
     lines += [f"{one['backend']}: {one['sentence']}" for one in content["latency"]]
     return "\n".join(lines).rstrip()

@@ -1,16 +1,19 @@
 """What searchers share: the protocol, the count of evaluations, and what none of them may do.
 
-A searcher is ``(problem, budget, settings) -> result``. It decides how many channels each group keeps and nothing
-else: which channels of a group stay, recovery, projection onto the budget and scoring are those of the
-:class:`~prunegym.envs.setting.PruningProblem` that all share.
+A searcher is ``(problem, budget, settings) -> result``. It decides how many channels each group keeps: recovery,
+projection onto the budget and scoring are those of the :class:`~prunegym.envs.setting.PruningProblem` that all share,
+and so is the criterion by which channels of a group stay. Some methods of the literature decide more, which is what
+they are about: `dcpa` leaves out residual blocks, `laasp` and `attention` choose channels by criteria of their own.
 
 An evaluation is one plan that a searcher asks to be scored. It counts whether or not the scorer remembers the plan:
 else the price of a search would depend on what ran before it, and a searcher that repeats itself would look cheap.
+Work that is no scoring of a plan, such as training steps, is paid for in evaluations too (:meth:`Search.pay`), at
+:func:`evaluations_per_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -24,8 +27,12 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.recovery import RECOVERY_BATCH
+from prunegym.pruning.scoring import ScorerSettings
 
 Counts: TypeAlias = NDArray[np.int64]
+
+_RUNS_PER_STEP = 3  # forwards, and backwards for as much as two
 
 LOWEST = 0.05
 """Least keep ratio that random search, TPE and evolution ask for; the projection may still go below."""
@@ -114,6 +121,7 @@ class Search:
         least.check(name, settings.evaluations)
         self.name = name
         self.problem = problem
+        self.budget = budget
         self.limit = problem.limits[budget]
         self.allowed = settings.evaluations
         self.rng = np.random.default_rng(settings.seed)
@@ -149,8 +157,28 @@ class Search:
         """Score of the plan that asked keep ratios ``(groups,)`` are projected to."""
         return self.score(self.project(keep))
 
-    def score(self, counts: Counts) -> float:
+    def leave_out(self, blocks: Iterable[str]) -> None:
+        """From now on plans leave these residual blocks out, and the widths of the rest follow the budget."""
+        self.problem = self.problem.without(blocks)
+        self.limit = self.problem.limits[self.budget]
+
+    def pay(self, evaluations: int = 1) -> None:
+        """Count work that is worth so many evaluations and gives no plan that could be the result.
+
+        Raises:
+            PruningError: the allowance does not hold them.
+        """
+        self._check_allowance(evaluations)
+        for _ in range(evaluations):
+            self.trail.step()
+        self._bar.update(evaluations)
+
+    def score(self, counts: Counts, scores: NDArray[np.float64] | None = None) -> float:
         """Score of counts ``(groups,)`` within the budget: a plan that may be the result.
+
+        Args:
+            counts: channels to keep in each group.
+            scores: decide which ``(units,)``, higher = keep; by default those of the scorer's criterion.
 
         Raises:
             PruningError: the allowance is spent, the counts are not a plan, or they break the budget.
@@ -161,7 +189,7 @@ class Search:
                 f"Searcher {self.name} should propose plans within {self.limit.budget}. Received one that keeps "
                 f"{self.limit.fraction(counts):.2%} of the cost. This is an error of the searcher."
             )
-        plan = self.problem.plan(counts)
+        plan = self.problem.plan(counts, scores)
         score = self._run(plan)
         self.trail.add(plan, score)
         return score
@@ -187,9 +215,13 @@ class Search:
                 f"{len(widths.sizes)} groups may keep{_rules(self.problem)}. Received "
                 f"{np.array2string(counts, threshold=8)}. This is an error of the searcher."
             )
-        if self.left < 1:
+        self._check_allowance(1)
+
+    def _check_allowance(self, evaluations: int) -> None:
+        if self.left < evaluations:
+            more = "one more" if evaluations == 1 else f"{evaluations} when {self.left} were left"
             raise PruningError(
-                f"Searcher {self.name} should score at most {self.allowed} plans. It asked for one more. This is an "
+                f"Searcher {self.name} should score at most {self.allowed} plans. It asked for {more}. This is an "
                 "error of the searcher."
             )
 
@@ -202,6 +234,18 @@ class Search:
                 "score of the task on a network whose outputs are not finite."
             )
         return score
+
+
+def evaluations_per_step(settings: ScorerSettings, batch_size: int) -> float:
+    """What one training step costs, in evaluations: by the images that run through the network.
+
+    Running backwards counts as two runs forwards, as it is commonly reckoned. An evaluation runs the images of
+    recalibration and score once, and those of its recovery steps forwards and backwards. That an unpruned network,
+    which is what searchers train, takes longer for an image than a pruned one is not counted.
+    """
+    images = settings.recalibration_examples + settings.examples
+    images += _RUNS_PER_STEP * RECOVERY_BATCH * settings.recovery_steps
+    return _RUNS_PER_STEP * batch_size / images
 
 
 def checked(name: str, searcher: Searcher) -> Searcher:
@@ -228,15 +272,20 @@ def check_result(
     Raises:
         PruningError: it does; the message says how.
     """
-    network, limit = problem.scorer.network, problem.limits[budget]
+    network = problem.scorer.network
     counts = network.counts(result.plan)  # refuses the plan of another network
+    removed = set(result.plan.removed)
+    further = removed - set(problem.removed)
+    known = not further or (problem.latency is None and further <= set(network.blocks))
+    limit = problem.limit_of(result.plan, budget) if known else problem.limits[budget]
     scores = [score for _, score in result.history]
     spent = [count for count, _ in result.history]
     fault = ""
     if not problem.widths.allow(counts).all():
         fault = f"keep numbers of channels that the groups may keep{_rules(problem)}. Received {counts.tolist()}"
-    elif result.plan.removed != problem.removed:
-        fault = f"leave out the blocks {list(problem.removed)}. Received {list(result.plan.removed)}"
+    elif not known or not removed >= set(problem.removed):
+        others = "no others" if problem.latency is not None else "of others only residual blocks"
+        fault = f"leave out the blocks {list(problem.removed)}, and {others}. Received {sorted(removed)}"
     elif not limit.holds(counts):
         fault = f"return a plan within {budget}. Received one that keeps {limit.fraction(counts):.2%} of the cost"
     elif result.evaluations > settings.evaluations:

@@ -15,8 +15,11 @@ import numpy as np
 
 from prunegym.agents.allocators import global_magnitude, global_taylor, knapsack, lamp, uniform
 from prunegym.agents.amc import amc
+from prunegym.agents.attention_pruning import attention
 from prunegym.agents.black_box import cmaes, random, tpe
+from prunegym.agents.dcpa import dcpa
 from prunegym.agents.evolution import evolution, legr
+from prunegym.agents.laasp import laasp
 from prunegym.agents.netadapt import least_evaluations as least_of_netadapt
 from prunegym.agents.netadapt import netadapt
 from prunegym.agents.policy import PruningPolicy
@@ -91,6 +94,9 @@ SEARCHERS: dict[str, Searcher] = {
     "legr": legr,
     "netadapt": netadapt,
     "amc": amc,
+    "dcpa": dcpa,
+    "laasp": laasp,
+    "attention": attention,
     "policy": policy,
 }
 

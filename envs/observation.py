@@ -17,7 +17,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from prunegym.pruning.criteria import Context, filters, unit_scores
-from prunegym.pruning.graph import Operation
+from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.statistics import Statistics
 
@@ -143,6 +143,21 @@ class EpisodeState:
     uniform: NDArray[np.float32]
     state: NDArray[np.float32]
     """Global features, see ``STATE_FEATURES``."""
+
+    @classmethod
+    def bare(cls, graph: ChannelGraph, statistics: Statistics, mask: NDArray[np.bool_] | None = None) -> EpisodeState:
+        """A network without a budget: what is about budget, round and allocations is left blank."""
+        mask = np.ones(graph.units, dtype=np.bool_) if mask is None else mask
+        blank = np.zeros(len(graph.groups), dtype=np.float32)
+        return cls(
+            mask=mask,
+            counts=np.bincount(graph.group_of[mask], minlength=len(graph.groups)),
+            statistics=statistics,
+            cost_slope=blank.astype(np.float64),
+            prior=blank,
+            uniform=blank,
+            state=np.zeros(len(STATE_FEATURES), dtype=np.float32),
+        )
 
 
 class Observer:

@@ -62,6 +62,11 @@ class PruningProblem:
         removed = tuple(sorted({*self.removed, *blocks}))
         return PruningProblem(self.scorer, self.budgets, self.latency, self.rules, removed)
 
+    def limit_of(self, plan: PruningPlan, budget: Budget) -> Limit:
+        """A budget as it applies to a plan, which may leave out more blocks than all plans do."""
+        further = set(plan.removed) - set(self.removed)
+        return (self.without(further) if further else self).limits[budget]
+
     @property
     def costs(self) -> CostModel:
         """Costs of plans, from kept counts."""

@@ -13,8 +13,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from prunegym.pruning.blocks import in_any
 from prunegym.pruning.graph import ChannelGraph, Units
@@ -86,6 +87,22 @@ class CostModel:
         macs = self._repeats * fan_in * outputs
         np.multiply.at(macs, self._batch_row, (self._batch @ counts + self._batch_fixed) / self._batch_full)
         return macs
+
+    def soft_macs(self, counts: Tensor, left: Tensor) -> Tensor:
+        """MACs at real-valued counts, which can be differentiated; at whole ones the same as :meth:`macs`.
+
+        Args:
+            counts: channels kept in each group ``(groups,)`` float64, such as expected ones.
+            left: factor on the MACs of each operation ``(operations,)`` float64, such as how likely its block stays.
+        """
+
+        def widths(matrix: NDArray[np.float64], fixed: NDArray[np.float64]) -> Tensor:
+            return torch.from_numpy(matrix) @ counts + torch.from_numpy(fixed)
+
+        inputs, outputs = widths(self._in, self._in_fixed), widths(self._out, self._out_fixed)
+        macs = torch.from_numpy(self._repeats) * left * inputs * outputs
+        shares = widths(self._batch, self._batch_fixed) / torch.from_numpy(self._batch_full)
+        return macs.scatter_reduce(0, torch.from_numpy(self._batch_row), shares, "prod").sum()
 
     def macs(self, counts: Counts) -> int:
         """MACs for one example."""

@@ -8,9 +8,10 @@ stays open. The mean gate over the calibration examples is the channel's score.
 
 This is our reading of the abstract of Yang et al., "Data-Aware Adaptive Pruning Model Compression Algorithm Based
 on a Group Attention Mechanism and Reinforcement Learning", IEEE Access 2022; the excitation follows Hu et al.,
-"Squeeze-and-Excitation Networks", CVPR 2018. Our own are the offset that each channel has in its gate (channels
-of like activations could not part without it) and one gate for all reads of a channel, because it is removed from
-all of them together.
+"Squeeze-and-Excitation Networks", CVPR 2018. The method's other half, reinforcement learning of how much each
+layer keeps, is the agent: ``prunegym train --criterion group_attention``. Our own are the offset that each channel
+has in its gate (channels of like activations could not part without it) and one gate for all reads of a channel,
+because it is removed from all of them together.
 """
 
 from __future__ import annotations

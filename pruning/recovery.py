@@ -23,6 +23,8 @@ from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.statistics import Statistics, reader_modules
 from prunegym.pruning.task import Inputs, Task, forward
 
+RECOVERY_BATCH = 128
+"""Examples of each recovery step."""
 RIDGE = 1e-3
 """Ridge term of the compensation, as a share of the mean variance of the kept channels."""
 
@@ -161,7 +163,7 @@ def train_steps(
     *,
     steps: int,
     learning_rate: float = 0.02,
-    batch_size: int = 128,
+    batch_size: int = RECOVERY_BATCH,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     seed: int = 0,
@@ -198,7 +200,7 @@ def train_steps(
     # dropout draws from the global generator: seeded here, and left as it was
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        batches = _training_batches(task, batch_size, seed, device)
+        batches = training_batches(task, batch_size, seed, device)
         for step, (inputs, targets) in enumerate(islice(batches, steps)):
             loss = task.loss(forward(model, inputs), targets)
             value = float(loss.detach())
@@ -216,10 +218,14 @@ def train_steps(
     return value
 
 
-def _training_batches(
+def training_batches(
     task: Task, batch_size: int, seed: int, device: torch.device | str
 ) -> Iterator[tuple[Inputs, Any]]:
-    """Training batches without end."""
+    """Training batches without end, always the same for a seed.
+
+    Raises:
+        PruningError: there are none.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         empty = True

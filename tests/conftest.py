@@ -483,6 +483,23 @@ def live_problem() -> PruningProblem:
     return PruningProblem(scorer, (Budget("macs", (cost + 0.5) / network.full_cost.macs),))
 
 
+class PlainImitationTask(ImitationTask):
+    """The same with a loss that is least where the score is greatest, for searchers that learn from losses."""
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean()
+
+
+@pytest.fixture(scope="session")
+def loss_problem(live_problem: PruningProblem) -> PruningProblem:
+    """The same toy, budget and best plan, where the loss says what the score says; channels are kept by norm."""
+    network = live_problem.scorer.network
+    settings = ScorerSettings(
+        criterion="l2", precision="float32", compensate=False, recalibration_examples=0, examples=60, batch_size=100
+    )
+    return PruningProblem(Scorer(network, PlainImitationTask(network), settings), live_problem.budgets)
+
+
 class KnownScorer:
     """A known objective in place of a scorer: how near a plan comes to the best one, which scores 1.
 
@@ -498,12 +515,14 @@ class KnownScorer:
         self.plans: list[PruningPlan] = []
 
     def criterion_scores(self, criterion: str) -> NDArray[np.float64]:
-        return unit_scores(criterion, Context(self.network.model, self.network.graph))
+        by_weights = "l2" if criterion == "taylor" else criterion  # there are no data
+        return unit_scores(by_weights, Context(self.network.model, self.network.graph))
 
-    def score(self, plan: PruningPlan) -> Score:
+    def score(self, plan: PruningPlan, **_: Any) -> Score:
         self.plans.append(plan)
         difference = (self.network.counts(plan) - self.best) / self.network.graph.sizes
-        return Score(1 - float(np.abs(difference).mean()), 0.0, 1)
+        distance = float(np.abs(difference).mean())
+        return Score(1 - distance, distance, 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,18 @@ def test_missing_runtime_is_told_and_no_failure(result: PruneResult, monkeypatch
     rows = prune.measure_speed(result.network, result.model, LatencyOptions(), torch.device("cpu"))
 
     assert "pip install" in rows[1]["sentence"]
+
+
+def test_blocks_left_out_are_told(result: PruneResult) -> None:
+    """In the result and its text, where there are any; results of earlier versions know of none."""
+    content = plain(result.to_json())
+    assert content["blocks_left_out"] == []
+    assert "blocks left out" not in describe(content)
+    shallow = replace(result, plan=result.plan.without(["layer2.1", "layer3.0"]))
+    assert "blocks left out: layer2.1, layer3.0" in describe(plain(shallow.to_json()))
+    del content["blocks_left_out"]
+
+    assert "blocks left out" not in describe(content)
 
 
 def test_text_names_every_stage(result: PruneResult) -> None:

@@ -151,7 +151,7 @@ def test_broken_searcher_is_refused_under_its_name(
     thin = PruningPlan.from_scores(graph, np.array([6, 3, 4]), live_problem.scorer.unit_scores)
     for problem, plan, message in (
         (live_problem, PruningPlan.unpruned(graph), r"Searcher mine should return a plan within macs:0\.26"),
-        (live_problem, thin.without(["second"]), r"Searcher mine should leave out the blocks \[\]. Received \['second"),
+        (live_problem, thin.without(["second"]), r"Searcher mine should leave out the blocks \[\].*Received \['second"),
         *((one, thin, r"may keep \((min-channels 4|align 2|bound 'first=..0.5')\).*\[6, 3, 4\]") for one in ruled),
         (live_problem, PruningPlan.unpruned(toys("residual").graph), "`plan` should name exactly"),
     ):

@@ -65,7 +65,7 @@ class Judge:
             expected = network.cost(plan)
             check_cost(network, model, expected)
             self._rows[key] = {
-                "cost": self.problem.limits[budget].fraction(network.counts(plan)),
+                "cost": self.problem.limit_of(plan, budget).fraction(network.counts(plan)),
                 "macs": expected.macs,
                 "counted_macs": count_macs(network, model),
                 "parameters": sum(one.numel() for one in model.parameters()),

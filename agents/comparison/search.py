@@ -79,10 +79,11 @@ class Searches:
             return stored
         result = self._agent(problem, budget, searcher, seed) if searcher in AGENTS else None
         result = result or self._search(problem, budget, searcher, seed)
-        if not problem.limits[budget].holds(problem.scorer.network.counts(result.plan)):
+        limit, counts = problem.limit_of(result.plan, budget), problem.scorer.network.counts(result.plan)
+        if not limit.holds(counts):
             raise PruningError(
                 f"`--searcher` {searcher} should keep the budget {budget}. Received a plan of "
-                f"{problem.limits[budget].fraction(problem.scorer.network.counts(result.plan)):.4f} on {network}. "
+                f"{limit.fraction(counts):.4f} on {network}. "
                 "Please report this; until then leave the searcher out."
             )
         folder = self._folder(SEARCHES, searcher, network, budget, seed)
