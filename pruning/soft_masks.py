@@ -76,7 +76,8 @@ class SoftMasks:
     def _blending(self, path: str) -> Any:
         def blend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             there = self.blocks[path].to(output)
-            return there * output + (1 - there) * args[0]
+            blended: Tensor = there * output + (1 - there) * args[0]
+            return blended
 
         return blend
 
