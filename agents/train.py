@@ -102,6 +102,7 @@ class Trainer:
         self.evaluations = 0
         self.seconds = 0.0
         self.best: dict[str, tuple[float, PruningPlan]] = {}
+        self._own_envs: dict[int, ChannelPruningEnv] = {}
         self.own_trail: dict[str, list[Improvement]] = {}
         self.best_trail: dict[str, list[Improvement]] = {}
         self._resumed_at = time.perf_counter()
@@ -238,7 +239,7 @@ class Trainer:
         pairs = [(problem, budget) for problem in self.problems for budget in problem.budgets]
         count = confirmed_plans(self.config.evaluations // len(pairs))
         for problem, budget in pairs:
-            env = make_env(problem, self.config, self.padding)
+            env = self._env_of(problem)
             found = confirm(problem, budget, env, self.model.memory, count)
             if found is not None:
                 self.evaluations += found.evaluations
@@ -281,7 +282,7 @@ class Trainer:
         return float(np.mean(scores))
 
     def _own_episode(self, problem: PruningProblem, budget: Budget) -> tuple[Episode, dict[str, Any]]:
-        env = make_env(problem, self.config, self.padding)
+        env = self._env_of(problem)
         observation, _ = env.reset(options={"budget": budget})
         observations, actions, done = [], [], False
         value = 0.0
@@ -293,6 +294,13 @@ class Trainer:
         found = Improvement(self.evaluations + 1, self._elapsed(), info["plan"], float(info["score"]))
         _append_changed(self.own_trail.setdefault(f"{info['network']} {info['budget']}", []), found)
         return Episode(observations, np.stack(actions), value), info
+
+    def _env_of(self, problem: PruningProblem) -> ChannelPruningEnv:
+        """The environment in which the policy plays without noise, made once."""
+        key = id(problem)
+        if key not in self._own_envs:
+            self._own_envs[key] = make_env(problem, self.config, self.padding)
+        return self._own_envs[key]
 
     def checkpoint(self) -> None:
         """Save policy and state, atomically."""
