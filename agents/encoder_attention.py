@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.agents.policy import PruningPolicy
-from prunegym.envs.observation import STATE_FEATURES, EpisodeState, Observer
+from prunegym.envs.observation import EpisodeState, Observer
 from prunegym.pruning.criteria import ENCODER_ATTENTION, Context, Scores
 from prunegym.pruning.graph import ChannelGroup
 from prunegym.pruning.network import PrunableNetwork
@@ -41,17 +41,7 @@ class EncoderAttention:
         graph = context.graph
         if self._observer is None:
             self._observer = Observer(self._network, statistics)
-        mask = np.ones(graph.units, dtype=np.bool_) if context.mask is None else context.mask
-        blank = np.zeros(len(graph.groups), dtype=np.float32)
-        episode = EpisodeState(
-            mask=mask,
-            counts=np.bincount(graph.group_of[mask], minlength=len(graph.groups)),
-            statistics=statistics,
-            cost_slope=blank.astype(np.float64),
-            prior=blank,
-            uniform=blank,
-            state=np.zeros(len(STATE_FEATURES), dtype=np.float32),
-        )
+        episode = EpisodeState.bare(graph, statistics, context.mask)
         attention = self._agent.attention(self._observer.observe(episode, self._observer.padding))
         per_unit = attention.bins[0].double().cpu().numpy().ravel()[self._observer.bin_of]
         scores = np.zeros(graph.units)
