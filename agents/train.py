@@ -26,7 +26,8 @@ from prunegym.agents.policy_file import load_policy, save_policy
 from prunegym.agents.ppo import Episode, PruningPPO
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
-from prunegym.agents.settling import SETTLING, confirm, confirmed_plans, reserved
+from prunegym.agents.second_look import confirmed_plans
+from prunegym.agents.settling import SETTLING, confirm, reserved
 from prunegym.agents.trail import Improvement
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observer, Padding
