@@ -1,8 +1,8 @@
 """A second look: the best plans of a search are scored on further images before one is returned.
 
 The best of hundreds of scores is partly luck with the reward images. So the best few plans are scored again on twice as
-many images of the reward split, and the best on those is the result. Every searcher that scores plans ends so, the agent
-too (:mod:`prunegym.agents.settling`), and pays for it out of its allowance.
+many images of the reward split, and the best on those is the result. Every searcher that chooses among plans ends so,
+the agent too (:mod:`prunegym.agents.settling`), and pays for it out of its allowance.
 """
 
 from __future__ import annotations

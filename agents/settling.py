@@ -19,6 +19,7 @@ from prunegym.pruning.plan import PruningPlan
 SETTLING = 5
 """Evaluations kept for the end, for each network and budget: the policy is drawn to its best plan until it makes it."""
 
+
 def reserved(evaluations: int) -> int:
     """Evaluations kept for the end, for each network and budget."""
     return SETTLING + CONFIRMING * confirmed_plans(evaluations)

@@ -189,9 +189,7 @@ def test_search_ends_with_a_second_look(scorer: Scorer) -> None:
     assert result.improvements[-1].score == scores[result.plan]
 
 
-@pytest.mark.parametrize(
-    ("evaluations", "examples", "choosing"), [(59, 30, True), (90, 10_000, True), (90, 30, False)]
-)
+@pytest.mark.parametrize(("evaluations", "examples", "choosing"), [(59, 30, True), (90, 10_000, True), (90, 30, False)])
 def test_there_is_no_second_look_without_a_choice(
     scorer: Scorer, evaluations: int, examples: int, choosing: bool
 ) -> None:
