@@ -53,6 +53,11 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
         run.write_json(RESULT, content)
+    if config.html is not None:
+        from prunegym.agents.report.report import write_page
+
+        write_page(config.html, inspection.to_html(), argument="--html")
+        reporter.say(f"page: {config.html}")
     return Result(content, inspection.to_text())
 
 

@@ -71,9 +71,7 @@ def pareto(
     groups: dict[tuple[str, str], list[tuple[Scored, float]]] = {}
     for row, cost in priced:
         groups.setdefault((row.searcher, row.budget), []).append((row, cost))
-    points = {
-        key: (fmean(cost for _, cost in some), [row.score for row, _ in some]) for key, some in groups.items()
-    }
+    points = {key: (fmean(cost for _, cost in some), [row.score for row, _ in some]) for key, some in groups.items()}
     searchers = list(dict.fromkeys(name for name, _ in groups))
     figure = new_figure(NARROW, 3.3 + 0.2 * -(-(len(searchers) + 1) // 3))
     axes = figure.subplots()

@@ -160,7 +160,7 @@ def _read(folder: Path, name: str) -> Run:
         asked=asked,
         environment=_optional(folder / "env.json", {}),
         result=_optional(folder / RESULT, None),
-        networks=_optional(folder / NETWORKS, []),
+        networks=_networks(folder, command),
         attention=_attention(folder),
         plans=_plans(folder, rows),
         rows=rows,
@@ -189,6 +189,13 @@ def _plans(folder: Path, rows: Sequence[Record]) -> dict[str, dict[str, Record]]
 def _optional(path: Path, otherwise: Any) -> Any:
     """Content of a JSON file; a file that is absent is no error, one that is damaged is."""
     return read_json(path, argument="RUN") if path.is_file() else otherwise
+
+
+def _networks(folder: Path, command: str) -> list[Record]:
+    """Channel graphs; the result of ``inspect`` is one."""
+    if command == "inspect" and (folder / RESULT).is_file():
+        return [read_json(folder / RESULT, argument="RUN")]
+    return list(_optional(folder / NETWORKS, []))
 
 
 def _attention(folder: Path) -> list[Record]:

@@ -6,7 +6,7 @@ taller, never denser. Each function draws one figure, to be called within :func:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prunegym.agents.pictures import COLOURS, INK, LINE, MUTED, new_figure
 from prunegym.agents.report.gather import Record
-from prunegym.agents.report.network_charts import ROW, name_width, shorten
+from prunegym.agents.report.network_charts import ROW, name_width, short_names
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -36,8 +36,8 @@ class Column:
     """A bar and a text for each group."""
 
     title: str
-    shares: Sequence[float]
-    """Lengths of the bars, 0 to 1."""
+    shares: Sequence[float | None]
+    """Lengths of the bars, 0 to 1; no bar for None."""
     texts: Sequence[str]
     colour: str = COLOURS[0]
 
@@ -70,6 +70,7 @@ def channel_graph(
     layers: Mapping[tuple[int, int], Sequence[str]],
     columns: Sequence[Column],
     *,
+    frozen: Collection[int] = (),
     links: Floats | None = None,
     between: Floats | None = None,
 ) -> Figure:
@@ -79,13 +80,15 @@ def channel_graph(
         names: Groups.
         layers: As of :func:`layers_between`.
         columns: Beside the names.
+        frozen: Numbers of the groups that are not pruned.
         links: ``(G, G)`` attention along the edges of the graph; makes the arcs of layers thicker.
         between: ``(G, G)`` attention between the groups in the transformer, row looks at column; arcs to the left.
     """
     left = _EDGE + (_ARCS if between is not None else 0.0)
-    bars = left + max(name_width(names), 0.5) + _GAP
+    shown = short_names(names)
+    bars = left + max(name_width(shown), 0.5) + _GAP
     right = bars + len(columns) * (_COLUMN + _GAP)
-    width, height = right + _ARCS + _EDGE, _HEAD + ROW * len(names) + 0.1
+    width, height = right + (_ARCS if layers else 0.0) + _EDGE, _HEAD + ROW * len(names) + 0.1
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -96,12 +99,13 @@ def channel_graph(
         stripe = (left - 0.04, y[row] - ROW / 2)
         axes.add_patch(Rectangle(stripe, right - left + 0.04, ROW, color=LINE, alpha=0.25, linewidth=0))
     _head(axes, left, "group", "left")
-    for place, name in zip(y, names, strict=True):
-        axes.text(left, place, shorten(name), va="center", ha="left", color=INK)
+    for index, name in enumerate(shown):
+        axes.text(left, y[index], name, va="center", ha="left", color=MUTED if index in frozen else INK)
     for index, column in enumerate(columns):
         _draw_column(axes, bars + index * (_COLUMN + _GAP), y, column)
-    _head(axes, right, "layers between", "left")
-    _draw_layers(axes, right, y, layers, links)
+    if layers:
+        _head(axes, right, "layers between", "left")
+        _draw_layers(axes, right, y, layers, links)
     if between is not None:
         _head(axes, left - 0.12, "looks at", "right")
         _draw_looks(axes, left - 0.08, y, between)
@@ -116,9 +120,10 @@ def _draw_column(axes: Any, x: float, y: Floats, column: Column) -> None:
     """Bars with their texts behind them."""
     _head(axes, x, column.title, "left")
     for place, share, text in zip(y, column.shares, column.texts, strict=True):
-        axes.add_patch(Rectangle((x, place - 0.06), 0.4, 0.12, color=LINE, alpha=0.8, linewidth=0))
-        length = 0.4 * min(max(share, 0.0), 1.0)
-        axes.add_patch(Rectangle((x, place - 0.06), length, 0.12, color=column.colour, linewidth=0))
+        if share is not None:
+            axes.add_patch(Rectangle((x, place - 0.06), 0.4, 0.12, color=LINE, alpha=0.8, linewidth=0))
+            length = 0.4 * min(max(share, 0.0), 1.0)
+            axes.add_patch(Rectangle((x, place - 0.06), length, 0.12, color=column.colour, linewidth=0))
         axes.text(x + 0.46, place, text, va="center", ha="left", color=MUTED, fontsize=8.5)
 
 
@@ -127,13 +132,18 @@ def _draw_layers(
 ) -> None:
     """Arcs from the group that is read to the one that is made; those that lead back up are dashed."""
     strongest = 1.0 if links is None else max(float(links.max()), 1e-9)
+    longest = max(abs(made - read) for read, made in layers)
     for (read, made), paths in layers.items():
         width = 1.1 + 0.4 * (min(len(paths), 4) - 1)
         if links is not None:
             width = 0.5 + 3.0 * max(links[made, read], links[read, made]) / strongest
         down = made > read
         colour = COLOURS[0] if down else COLOURS[1]
-        _arc(axes, x, y[read] + 0.03, y[made] - 0.03, 1.0, colour, width, "-" if down else (0, (3, 1.5)), 0.85)
+        style = "-" if down else (0, (3, 1.5))
+        reach = _reach(abs(made - read), longest)
+        _arc(
+            axes, x, (y[read] + 0.03, y[made] - 0.03), reach, color=colour, linewidth=width, linestyle=style, alpha=0.85
+        )
 
 
 def _draw_looks(axes: Any, x: float, y: Floats, between: Floats) -> None:
@@ -144,21 +154,25 @@ def _draw_looks(axes: Any, x: float, y: Floats, between: Floats) -> None:
         for seen in np.argsort(-row, kind="stable")[: min(_LOOKS, len(row) - 1)]:
             weight = float(row[seen]) / strongest
             if weight > 0:
-                _arc(axes, x, y[looking], y[seen], -1.0, COLOURS[3], 0.4 + 1.8 * weight, "-", 0.25 + 0.65 * weight)
+                reach = -_reach(abs(int(seen) - looking), len(others) - 1)
+                style = {"color": COLOURS[3], "linewidth": 0.4 + 1.8 * weight, "alpha": 0.25 + 0.65 * weight}
+                _arc(axes, x, (y[looking], y[seen]), reach, **style)
                 axes.plot(x, y[seen], "o", color=COLOURS[3], markersize=4.5)
 
 
-def _arc(
-    axes: Any, x: float, start: float, end: float, side: float, colour: str, width: float, style: Any, alpha: float
-) -> None:
-    """A curve that bows out the further the longer it is."""
-    rows = abs(end - start) / ROW
+def _reach(rows: int, longest: int) -> float:
+    """Inches that an arc over so many rows bows out: further the longer it is, so that arcs tell apart."""
+    most = min(_ARCS, 0.25 + 0.16 * longest**0.75)
+    return 0.2 + (most - 0.2) * ((rows - 1) / max(longest - 1, 1)) ** 0.6
+
+
+def _arc(axes: Any, x: float, ends: tuple[float, float], reach: float, *, color: str, **style: Any) -> None:
+    """A curve between two heights."""
     # a Bezier curve with both handles at d reaches three quarters of d
-    reach = side * min(_ARCS, 0.22 + 0.16 * rows**0.75) / 0.75 * 0.95
-    points = [(x, start), (x + reach, start), (x + reach, end), (x, end)]
+    handle = x + reach / 0.75
+    points = [(x, ends[0]), (handle, ends[0]), (handle, ends[1]), (x, ends[1])]
     curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
-    patch = PathPatch(curve, facecolor="none", edgecolor=colour, linewidth=width, linestyle=style, alpha=alpha)
-    axes.add_patch(patch)
+    axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=color, **style))
 
 
 def attention_matrix(names: Sequence[str], between: Floats) -> Figure:
@@ -168,7 +182,7 @@ def attention_matrix(names: Sequence[str], between: Floats) -> Figure:
         names: Groups.
         between: ``(1 + G, 1 + G)``, the first token being the global one.
     """
-    tokens = [GLOBAL, *names]
+    tokens = [GLOBAL, *short_names(names)]
     count, left, top = len(tokens), name_width(tokens, 8.5) + 0.45, 0.62
     width = left + max(_CELL * count, 1.2) + _EDGE
     figure = new_figure(width, top + _CELL * count + _EDGE)
@@ -184,7 +198,7 @@ def attention_matrix(names: Sequence[str], between: Floats) -> Figure:
             _draw_cells(axes, left + _CELL * cells[:, 1], top + _CELL * cells[:, 0], level / _LEVELS)
     for index, name in enumerate(tokens):
         middle = top + _CELL * (index + 0.5)
-        axes.text(left - 0.08, middle, f"{shorten(name)}  {index}", va="center", ha="right", color=INK, fontsize=8.5)
+        axes.text(left - 0.08, middle, f"{name}  {index}", va="center", ha="right", color=INK, fontsize=8.5)
         if index % 5 == 0 or count <= 12:
             axes.text(
                 left + _CELL * (index + 0.5), top - 0.06, str(index), va="bottom", ha="center", color=MUTED, fontsize=8

@@ -40,16 +40,21 @@ def _pruned_cards(run: Run, result: Record) -> Iterator[Card]:
     stage = next(one for one in reversed(tuple(WORDS)) if scores.get(one) is not None)
     gap = difference([scores[stage]], [scores["unpruned"]], run.examples.get("test"))
     detail = f"{WORDS[stage]}, test images; {percent(scores['unpruned'])} unpruned"
-    tone = "bad" if gap.tone == "bad" else "good"
-    yield Card("accuracy", percent(scores[stage]), detail, tone)
+    yield Card("accuracy", percent(scores[stage]), detail, "bad" if gap.tone == "bad" else "good")
     for name, cost in (("MACs", result["macs"]), ("parameters", result["parameters"])):
         share = cost["after"] / max(cost["before"], 1)
         yield Card(f"{name} kept", percent(share), f"{amount(cost['after'])} of {amount(cost['before'])}")
     for row in result.get("latency", ()):
         if row.get("speed_up"):
             after = row["after"]
-            detail = f"{row['backend']}, batch {after.get('batch_size')}, {plural(after.get('threads', 1), 'thread')}"
-            yield Card("speed-up", f"{row['speed_up']:.2f}×", detail, speed_tone(row))
+            tone = speed_tone(row)
+            conditions = (
+                f"{row['backend']}, batch {after.get('batch_size')}, {plural(after.get('threads', 1), 'thread')}"
+            )
+            if tone == "even":
+                yield Card("speed-up", "none", f"{row['speed_up']:.2f}× lies within the noise; {conditions}", tone)
+            else:
+                yield Card("speed-up", f"{row['speed_up']:.2f}×", conditions, tone)
 
 
 def _plans(scores: Scores) -> Iterator[Headline]:

@@ -17,7 +17,7 @@ from prunegym.agents.report.charts import NARROW, Marks
 from prunegym.agents.report.gather import Record
 
 #: Characters of a name that fit beside a chart.
-LONGEST_NAME = 26
+LONGEST_NAME = 32
 ROW = 0.235
 """Inches of a row."""
 #: Layers that are shown of the slowest.
@@ -34,9 +34,21 @@ def shorten(name: str, longest: int = LONGEST_NAME) -> str:
     return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
 
 
+def short_names(names: Sequence[str], longest: int = LONGEST_NAME) -> list[str]:
+    """Names that are short enough; those that are not lose the path that they have in common first."""
+    long = [name.split(".") for name in names if len(name) > longest]
+    common = 0
+    while len(long) > 1 and all(len(one) > common + 1 and one[common] == long[0][common] for one in long):
+        common += 1
+    prefix = "".join(f"{part}." for part in long[0][:common]) if long else ""
+    return [
+        shorten(f"…{name[len(prefix) :]}" if prefix and name.startswith(prefix) else name, longest) for name in names
+    ]
+
+
 def name_width(names: Sequence[str], size: float = 9.5) -> float:
-    """Inches that the longest of some names takes, as wide as letters get on average."""
-    return 0.0086 * size * max((len(shorten(name)) for name in names), default=1)
+    """Inches that the longest of some (short) names takes, as wide as letters get on average."""
+    return 0.0086 * size * max((len(name) for name in names), default=1)
 
 
 def kept_channels(sizes: Mapping[str, int], plans: Mapping[str, Mapping[str, int]], marks: Marks) -> Figure:
@@ -71,7 +83,7 @@ def kept_channels(sizes: Mapping[str, int], plans: Mapping[str, Mapping[str, int
     for place, name in enumerate(names):
         text = f"{plans[first].get(name, sizes[name])} of {sizes[name]}"
         axes.text(102, place, text, va="center", ha="left", fontsize=8.5, color=MUTED)
-    _rows(axes, [shorten(name) for name in names])
+    _rows(axes, short_names(names))
     axes.set(xlim=(0, 128), xlabel="channels kept, %")
     axes.set_xticks([0, 25, 50, 75, 100])
     handles, labels = axes.get_legend_handles_labels()
@@ -96,7 +108,7 @@ def time_by_kind(before: Record, after: Record) -> Figure:
         axes.barh([0, 1], widths, left=left, height=0.6, color=colour, edgecolor=SURFACE, linewidth=0.8, label=kind)
         left += widths
     for place, total in enumerate(left):
-        axes.text(total, place, f" {total:.3g} ms", va="center", ha="left", color=INK)
+        axes.text(total, place, f"  {total:.3g} ms", va="center", ha="left", color=INK)
     _rows(axes, ["before", "after"])
     axes.set(xlim=(0, 1.2 * max(left.max(), 1e-9)), xlabel="milliseconds per run")
     figure.legend(loc="outside lower center", ncols=2)
@@ -115,7 +127,7 @@ def slowest_layers(before: Record, after: Record) -> Figure:
         (0.19, [1e3 * later.get(one["module"], 0.0) for one in slowest], COLOURS[0], "after"),
     ):
         axes.barh(places + offset, values, height=0.36, color=colour, label=label)
-    _rows(axes, [shorten(one["module"] or "the network itself") for one in slowest])
+    _rows(axes, short_names([one["module"] or "the network itself" for one in slowest]))
     axes.set(xlabel="milliseconds per run", xlim=(0, None))
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -161,9 +161,9 @@ def _graph_blocks(
 
 
 def cost_columns(groups: Sequence[Record]) -> list[Column]:
-    """Channels, and what pruning a group alone can save."""
+    """Channels, and what pruning a group alone can save; frozen groups save nothing."""
     widest = max((np.log2(max(group["channels"], 1)) for group in groups), default=1.0)
-    most = max((group["macs_share"] for group in groups), default=1.0)
+    most = max((group.get("macs_share", 0.0) for group in groups), default=1.0)
     return [
         Column(
             "channels",
@@ -172,8 +172,8 @@ def cost_columns(groups: Sequence[Record]) -> list[Column]:
         ),
         Column(
             "MACs",
-            [group["macs_share"] / max(most, 1e-9) for group in groups],
-            [percent(group["macs_share"]) for group in groups],
+            [group["macs_share"] / max(most, 1e-9) if "macs_share" in group else None for group in groups],
+            [percent(group["macs_share"]) if "macs_share" in group else "frozen" for group in groups],
         ),
     ]
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from prunegym.agents.report.svg import Picture
 from prunegym.agents.report.template import PAGE, SCRIPT, STYLE
 from prunegym.agents.report.verdict import Sentence, Tone
 
 
+def breakable(text: str) -> Markup:
+    """A cell whose long names may be broken where their parts meet."""
+    return Markup(re.sub(r"(__|[/+])", r"\1<wbr>", str(escape(text))))
+
+
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; a command in it, if any, is set apart."""
+    """A paragraph (or one in small type); a command in it, if any, is set apart."""
 
     text: str
     command: str | None = None
@@ -118,9 +127,8 @@ class Page:
 
     def render(self) -> str:
         """The page as HTML."""
-        from jinja2 import Environment, StrictUndefined
-
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.filters["breakable"] = breakable
         grouped: dict[str, list[Sentence]] = {}
         for sentence in self.sentences:
             grouped.setdefault(sentence.about, []).append(sentence)

@@ -76,8 +76,13 @@ def build_page(runs: Sequence[Run], gallery: Gallery) -> Page:
     )
 
 
-def write_page(path: Path, html: str) -> None:
+def write_page(path: Path, html: str, *, argument: str = "--out") -> None:
     """Write a page, replacing what is there in one step; its folder is made.
+
+    Args:
+        path: The file.
+        html: The page.
+        argument: What chose the place, for the error message.
 
     Raises:
         PruningError: It could not be written.
@@ -86,6 +91,6 @@ def write_page(path: Path, html: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise write_failure(path, error) from error
-    with replacing(path) as temporary:
+        raise write_failure(path, error, argument) from error
+    with replacing(path, argument=argument) as temporary:
         temporary.write_text(html, encoding="utf-8")

@@ -100,7 +100,8 @@ class Scores:
         found: dict[Field, list[Scored]] = {}
         for row in self.rows:
             found.setdefault(row.where, []).append(row)
-        return found
+        order = ("selection", "test")  # what was chosen by, before what was read at the end
+        return dict(sorted(found.items(), key=lambda item: order.index(item[0].split)))
 
     def unpruned_score(self, where: Field) -> float | None:
         """Score of the unpruned network on the images of a field."""

@@ -12,7 +12,7 @@ from prunegym.agents.report import charts
 from prunegym.agents.report.charts import Marks
 from prunegym.agents.report.gather import Record, Run, Training
 from prunegym.agents.report.page import Block, Folded, Heading, Pictures, Section, Table, Text
-from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher
+from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of
 from prunegym.agents.report.svg import Gallery, Picture
 from prunegym.agents.report.verdict import difference
 from prunegym.agents.report.words import (
@@ -40,7 +40,7 @@ def asked(runs: Sequence[Run]) -> Section:
             {
                 "run": run.label,
                 "network": ", ".join(run.network_names),
-                "data": str(config.get("data") or ""),
+                "data": data_of(run) if config.get("data") else "",
                 "budget": ", ".join(texts(config.get("budget"))),
                 "regime": str(config.get("regime") or ""),
                 "searcher": ", ".join(texts(config.get("searcher"))) or str(run.asked.get("searcher") or ""),
@@ -88,7 +88,7 @@ def reached(runs: Sequence[Run]) -> Section:
     rows = [row for row in rows if any(value for name, value in row.items() if name)]
     caption = "Accuracy on the test images, which were read once, at the end; latency before and after side by side."
     conditions = dict.fromkeys(f"{row['backend']}: {_conditions(row)}" for _, one in done for row in _measured(one))
-    notes = [Text(f"Measured in {condition}.") for condition in conditions]
+    notes = [Text(f"Measured in {condition}.", kind="small") for condition in conditions]
     return Section("reached", "What was reached", [Table.of(rows, caption), *notes])
 
 
@@ -307,4 +307,3 @@ def _searches(run: Run, marks: Marks, gallery: Gallery) -> Iterator[Picture]:
                 f"{pair[0]} at {pair[1]}: what each search would have returned, had it been stopped; accuracy after "
                 "recovery on the selection images, with the range over seeds.",
             )
-

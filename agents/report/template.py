@@ -4,6 +4,8 @@ PAGE = """\
 {%- macro block(one) %}
 {% if one.kind == "text" %}
 <p>{{ one.text }}{% if one.command %} <code class="command">{{ one.command }}</code>{% endif %}</p>
+{% elif one.kind == "small" %}
+<p class="caption">{{ one.text }}</p>
 {% elif one.kind == "heading" %}
 <h3>{{ one.text }}</h3>
 {% elif one.kind == "table" %}
@@ -21,7 +23,7 @@ PAGE = """\
 {% for row in one.rows %}
 <tr>
 {% for cell in row %}
-<td{% if loop.index0 in one.numbers %} class="number"{% endif %}>{{ cell }}</td>
+<td{% if loop.index0 in one.numbers %} class="number"{% endif %}>{{ cell | breakable }}</td>
 {% endfor %}
 </tr>
 {% endfor %}
