@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -138,7 +138,12 @@ def collect(runs: Sequence[Run]) -> Scores:
     rows: dict[tuple[Any, ...], Scored] = {}
     for run in runs:
         for row in _rows_of(run):
-            rows.setdefault((row.where, row.budget, row.searcher, row.identity), row)
+            key = (row.where, row.budget, row.searcher, row.identity)
+            known = rows.setdefault(key, row)
+            if known.score != row.score:  # something else than what tells runs apart here was different
+                rows.setdefault((*key, row.run), row)
+            elif known.latency_ratio is None:
+                rows[key] = replace(known, latency_ratio=row.latency_ratio, latency_of=row.latency_of)
     return Scores(tuple(rows.values()), _unpruned(runs))
 
 
@@ -182,11 +187,7 @@ def _common(run: Run, row: Record) -> dict[str, Any]:
 
 def _evaluated(run: Run, row: Record) -> Iterator[Scored]:
     """A row of ``train``, ``evaluate`` or ``transfer``: scores after recovery."""
-    learned = row["searcher"] in LEARNED
-    policy = (run.result or {}).get("policy") or run.config.get("policy")
-    identity = _settings(run) + (str(Path(str(policy)).resolve()) if learned and policy else f"s{run.asked['seed']}")
-    if row["searcher"] in SIMPLE:
-        identity = _settings(run)
+    identity = _identity(run, row["searcher"])
     for split in ("selection", "test"):
         if row.get(f"{split}_score") is not None:
             yield Scored(
@@ -211,7 +212,7 @@ def _compared(run: Run, row: Record) -> Iterator[Scored]:
             epochs = int(row.get("epochs") or 0) if tuned else 0
             # a plan that stands for several seeds is one run; so is one search that is fine-tuned with several seeds,
             # until it is fine-tuned
-            plan = "" if row["searcher"] in SIMPLE else str(row["plan"])
+            plan = "" if row["searcher"] in SIMPLE else f"{run.name} {row['plan']}"
             seeds = f"{plan} f{row['finetune_seed']}" if tuned else plan
             yield Scored(
                 where=_field(run, row["network"], split, stage, row["regime"], epochs),
@@ -241,11 +242,20 @@ def _pruned(run: Run, result: Record) -> Iterator[Scored]:
         yield Scored(
             where=_field(run, result["network"], "test", stage, result["regime"], epochs),
             score=float(score),
-            identity=_settings(run) + f"s{run.asked['seed']}",
+            identity=_identity(run, result["searcher"]) + (f" f{run.asked['seed']}" if epochs else ""),
             latency_ratio=1 / latency["speed_up"] if latency else None,
             latency_of=_conditions(latency["sentence"]) if latency else None,
             **_common(run, row),
         )
+
+
+def _identity(run: Run, searcher: str) -> str:
+    """What makes another plan of a searcher: settings, and the policy file or the seed."""
+    policy = (run.result or {}).get("policy") or run.config.get("policy")
+    if searcher in SIMPLE:
+        return _settings(run)
+    learned = searcher in LEARNED and policy
+    return _settings(run) + (str(Path(str(policy)).resolve()) if learned else f"s{run.asked['seed']}")
 
 
 def _settings(run: Run) -> str:

@@ -14,11 +14,10 @@ from prunegym.agents.report.gather import Record, Run, Training
 from prunegym.agents.report.page import Block, Folded, Heading, Pictures, Section, Table, Text
 from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of
 from prunegym.agents.report.svg import Gallery, Picture
-from prunegym.agents.report.verdict import difference
+from prunegym.agents.report.verdict import difference, speed_tone
 from prunegym.agents.report.words import (
     amount,
     duration,
-    milliseconds,
     option_rows,
     percent,
     plural,
@@ -86,7 +85,10 @@ def reached(runs: Sequence[Run]) -> Section:
         for name in measures
     ]
     rows = [row for row in rows if any(value for name, value in row.items() if name)]
-    caption = "Accuracy on the test images, which were read once, at the end; latency before and after side by side."
+    caption = (
+        "Accuracy on the test images, which were read once, at the end. Latency: median and quartiles, before and "
+        "after side by side."
+    )
     conditions = dict.fromkeys(f"{row['backend']}: {_conditions(row)}" for _, one in done for row in _measured(one))
     notes = [Text(f"Measured in {condition}.", kind="small") for condition in conditions]
     return Section("reached", "What was reached", [Table.of(rows, caption), *notes])
@@ -121,23 +123,21 @@ def _measured(result: Record) -> list[Record]:
 
 
 def _latency(row: Record) -> str:
-    """Medians, and the ratio of neighbouring runs."""
-    before, after = (milliseconds(row[side]["median_seconds"]) for side in ("before", "after"))
-    return f"{before} → {after} ({row['speed_up']:.2f}×)"
+    """Medians with quartiles, and the ratio of neighbouring runs."""
+    before, after = (
+        f"{1e3 * row[side]['median_seconds']:.3g} ({1e3 * row[side]['lower_quartile_seconds']:.3g} to "
+        f"{1e3 * row[side]['upper_quartile_seconds']:.3g})"
+        for side in ("before", "after")
+    )
+    noise = ", within the noise" if speed_tone(row) == "even" else ""
+    return f"{before} → {after} ms, {row['speed_up']:.2f}×{noise}"
 
 
 def _conditions(row: Record) -> str:
-    """What a latency is of, and how much it varied."""
+    """What a latency is of."""
     after = row["after"]
-    spread = [
-        f"quartiles {side} {1e3 * row[side]['lower_quartile_seconds']:.3g} to "
-        f"{1e3 * row[side]['upper_quartile_seconds']:.3g} ms"
-        for side in ("before", "after")
-    ]
     parts = [after.get("device_name"), after.get("runtime"), plural(int(after.get("threads") or 1), "thread")]
-    return ", ".join(
-        [*(str(one) for one in parts if one), f"batch {after.get('batch_size')}", str(after.get("dtype")), *spread]
-    )
+    return ", ".join([*(str(one) for one in parts if one), f"batch {after.get('batch_size')}", str(after.get("dtype"))])
 
 
 def front(runs: Sequence[Run], scores: Scores, marks: Marks, gallery: Gallery) -> Section:

@@ -81,13 +81,18 @@ def difference(ours: Sequence[float], theirs: Sequence[float], examples: int | N
 
 
 def verdicts(runs: Sequence[Run], scores: Scores) -> list[Sentence]:
-    """All sentences of a page, those about gains first asked: plans, then speed, then accuracy, then warnings.
+    """All sentences of a page: about plans, then speed, then accuracy; warnings last, but for the gravest.
 
     Args:
         runs: As of :func:`.gather.gather`.
         scores: As of :func:`.scores.collect`.
     """
-    found = [one for where, rows in scores.fields.items() for one in _about_plans(where, rows, scores.examples(where))]
+    found: list[Sentence] = []
+    if any(run.is_quick for run in runs):
+        text = "A quick demonstration: far too little was done for its figures to mean anything."
+        found.append(Sentence("bad", "Before all else", text))
+    for where, rows in scores.fields.items():
+        found += _about_plans(where, rows, scores.examples(where))
     for run in runs:
         if run.command == "prune" and run.result is not None:
             found += _about_speed(run, run.result)
@@ -260,8 +265,6 @@ def _about_accuracy(run: Run, result: Record) -> Iterator[Sentence]:
 def _warnings(runs: Sequence[Run]) -> Iterator[Sentence]:
     """What a reader must know before believing a figure."""
     about = "The runs themselves"
-    if any(run.is_quick for run in runs):
-        yield Sentence("bad", about, "A quick demonstration: far too little was done for its figures to mean anything.")
     unfinished = [run.label for run in runs if run.result is None and not run.plans]
     if unfinished:
         text = f"Not finished: {joined(unfinished)}. Repeat the command with --out and the folder to continue."
