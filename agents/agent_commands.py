@@ -8,6 +8,7 @@ from typing import Any
 from prunegym.agents.config import EvaluateConfig, TrainConfig, TransferConfig
 from prunegym.agents.evaluate import EvaluationSettings, evaluate, measure_unpruned, plan_row
 from prunegym.agents.policy_file import load_policy
+from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
@@ -46,6 +47,7 @@ def run_train(config: TrainConfig, reporter: Reporter) -> Result:
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
+        save_networks(problems, run)
         trained = train(problems, config, run, progress=reporter.progress)
         rows = _rows_beside_baselines(problems, trained, run)
         content = {
@@ -76,6 +78,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
         run = launch.open()
         if problems:
             save_splits(problems, run)
+            save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
         settings = EvaluationSettings(
             searchers=config.searchers,
             policy=config.policy,
@@ -84,7 +87,10 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
             test=config.test,
             progress=reporter.progress,
         )
-        rows = evaluate(problems, settings) if problems else unpruned
+        rows = evaluate(problems, settings, run) if problems else unpruned
+        if config.policy is not None:
+            policy, metadata = load_policy(config.policy, device=config.torch_device)
+            save_attention(policy, problems, int(metadata.get("rounds", 1)), run)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))
@@ -96,11 +102,13 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
     launch = Launch(config, reporter, config.network, "transfer", joined(config.budgets))
     content = launch.finished()
     if content is None:
-        load_policy(config.policy)
+        policy, _ = load_policy(config.policy, device=config.torch_device)
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
+        save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
         rows = transfer(problems, config, run, test=config.test, progress=reporter.progress)
+        save_attention(policy, problems, config.rounds, run)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))

@@ -30,7 +30,7 @@ from prunegym.pruning.widths import bound_texts
 #: Patterns of module paths, with the least and most that their groups keep.
 Bounds: TypeAlias = Mapping[str, str | float | tuple[float, float]]
 
-__all__ = ["inspect", "load", "make_env", "prune", "save"]
+__all__ = ["inspect", "load", "make_env", "prune", "report", "save"]
 
 
 def inspect(
@@ -220,6 +220,33 @@ def load(folder: str | Path, model: nn.Module | None = None, *, allow_code: bool
         PruningError: A file is missing, damaged or of another version, or ``model`` is another network.
     """
     return load_network(Path(folder).expanduser(), model=model, allow_code=allow_code)
+
+
+def report(
+    runs: Sequence[str | Path] | str | Path, *, out: str | Path | None = None, pictures: str | Path | None = None
+) -> Path:
+    """Write one self-contained HTML page about runs: what was asked and reached, rivals, graph, attention, time.
+
+    Args:
+        runs: Run folders of ``prunegym train``, ``evaluate``, ``transfer``, ``prune``, ``compare`` or ``demo``.
+        out: The page; by default ``report.html`` in the folder of the only run, or in the working directory if there
+            are several.
+        pictures: Folder that gets every picture as PNG and SVG too.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        PruningError: A folder is absent, damaged or of something else, or a file could not be written.
+    """
+    from prunegym.agents.report.report import report as write
+
+    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    return write(
+        [Path(one) for one in folders],
+        None if out is None else Path(out),
+        pictures=None if pictures is None else Path(pictures).expanduser(),
+    )
 
 
 def as_task(task: Task | DataSplits | str) -> Task:

@@ -24,6 +24,7 @@ from prunegym.agents.config import (
     TrainConfig,
     TransferConfig,
 )
+from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.running import Reporter, Result
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain
@@ -36,6 +37,7 @@ Config: TypeAlias = (
     | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
     | Annotated[TransferConfig, tyro.conf.subcommand("transfer")]
     | Annotated[PruneConfig, tyro.conf.subcommand("prune")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
 )
 
@@ -128,6 +130,10 @@ def run(config: Config, reporter: Reporter) -> Result:
             return agent_commands.run_transfer(config, reporter)
         case PruneConfig():
             return network_commands.run_prune(config, reporter)
+        case ReportConfig():
+            from prunegym.agents.report.command import run_report
+
+            return run_report(config, reporter)
         case DemoConfig():
             return run_demo(config, reporter)
 

@@ -130,6 +130,8 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     network's own."""
     latency: bool = False
     """Measure the latency too, and the least that pruning can reach."""
+    html: Path | None = None
+    """Write a page with the channel graph to this file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from prunegym.agents.records import note_plan
+from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, check_evaluations, searcher_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -37,12 +39,15 @@ class EvaluationSettings:
     progress: bool = True
 
 
-def evaluate(problems: Sequence[PruningProblem], settings: EvaluationSettings) -> list[Row]:
+def evaluate(
+    problems: Sequence[PruningProblem], settings: EvaluationSettings, run: RunFolder | None = None
+) -> list[Row]:
     """Score the searchers' plans on every network and budget.
 
     Args:
         problems: networks with their budgets.
         settings: searchers, policy file and splits. Searcher `policy` is left out where there is no policy file.
+        run: a run folder that the plans are kept in.
 
     Returns:
         One row per network, budget and searcher, see :func:`plan_row`.
@@ -58,6 +63,8 @@ def evaluate(problems: Sequence[PruningProblem], settings: EvaluationSettings) -
     for problem, budget, name in tqdm(work, desc="evaluate", unit="plan", disable=not settings.progress):
         search = SearchSettings(evaluations=settings.evaluations, seed=settings.seed, policy=settings.policy)
         result = searcher_named(name)(problem, budget, search)
+        if run is not None:
+            note_plan(run, name, problem, budget, result.plan)
         rows.append(plan_row(problem, budget, name, result, test=settings.test))
     return rows
 

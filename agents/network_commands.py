@@ -7,6 +7,7 @@ from prunegym.agents.inspect import inspect_network
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
 from prunegym.agents.prune import carry_out, describe, find_plan, save
+from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.reload import EXAMPLE, save_example
 from prunegym.agents.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
 from prunegym.agents.runs import RunFolder
@@ -52,6 +53,11 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
         run.write_json(RESULT, content)
+    if config.html is not None:
+        from prunegym.agents.report.report import write_page
+
+        write_page(config.html, inspection.to_html(), argument="--html")
+        reporter.say(f"page: {config.html}")
     return Result(content, inspection.to_text())
 
 
@@ -101,6 +107,10 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
             check_exportable(network.model, with_batch(network.example_inputs, 1))
         run = launch.open()
         save_splits([problem], run)
+        save_networks([problem], run, splits=())
+        if config.searcher_name == "policy" and config.policy is not None:
+            policy, metadata = load_policy(config.policy, device=config.torch_device)
+            save_attention(policy, [problem], config.rounds or int(metadata.get("rounds", 1)), run)
         found = _find_plan_once(problem, budget, config, run, progress)
         source = network_source(config.network, task.data)
         result = carry_out(problem, found, config, run=run, source=source, progress=progress)

@@ -27,6 +27,7 @@ from prunegym.pruning.export import save_network
 from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.modes import evaluating
+from prunegym.pruning.module_times import TimeProfile, compare_module_times
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
@@ -61,6 +62,8 @@ class PruneResult:
     epochs: tuple[EpochRow, ...] = field(default=(), repr=False)
     latency: tuple[dict[str, Any], ...] = ()
     """Per runtime: latency before and after, measured side by side, and what can be said of it."""
+    module_times: dict[str, TimeProfile] | None = field(default=None, repr=False)
+    """Where the time goes ``before`` and ``after``, where latency was measured."""
     source: Mapping[str, Any] = field(default_factory=lambda: {"constructor": None}, repr=False)
     """How to build the unpruned network, for :func:`save`."""
 
@@ -84,6 +87,8 @@ class PruneResult:
             "search": {"evaluations": self.search.evaluations, "seconds": self.search.seconds},
             "epochs": len(self.epochs),
             "latency": list(self.latency),
+            "module_times": self.module_times
+            and {name: profile.to_json() for name, profile in self.module_times.items()},
         }
 
 
@@ -166,6 +171,7 @@ def carry_out(
         search=found,
         epochs=tuple(epochs),
         latency=tuple(measure_speed(network, model, config, scorer.device)) if latency else (),
+        module_times=time_modules(network, model, config, scorer.device) if latency else None,
         source=source or {"constructor": None},
     )
 
@@ -273,6 +279,14 @@ def measure_speed(
             }
         )
     return rows
+
+
+def time_modules(
+    network: PrunableNetwork, model: nn.Module, options: LatencyOptions, device: torch.device
+) -> dict[str, TimeProfile]:
+    """Where the time of a network goes before and after, in PyTorch."""
+    models = {"before": network.model, "after": model}
+    return compare_module_times(models, network.example_inputs, options.latency_settings(device, "torch"))
 
 
 def save(result: PruneResult, folder: Path) -> None:

@@ -24,6 +24,7 @@ from prunegym.agents.config import TrainConfig, TransferConfig
 from prunegym.agents.policy import PruningPolicy
 from prunegym.agents.policy_file import load_policy, save_policy
 from prunegym.agents.ppo import Episode, PruningPPO
+from prunegym.agents.records import ATTENTION, attention_records
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
 from prunegym.agents.second_look import confirmed_plans
@@ -358,6 +359,8 @@ class Trainer:
             "best": {key: plan.to_json() for key, (_, plan) in self.best.items()},
         }
         self.folder.write_json("plan.json", plans)
+        looked = [attention_records(self.model.policy, self._env_of(problem)) for problem in self.problems]
+        self.folder.write_json(ATTENTION, [record for records in looked for record in records])
         return TrainResult(
             policy=self.folder.path(POLICY_FILE),
             evaluations=self.evaluations,

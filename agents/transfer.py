@@ -7,6 +7,7 @@ from typing import Any
 
 from prunegym.agents.config import TransferConfig
 from prunegym.agents.evaluate import plan_row
+from prunegym.agents.records import note_plan
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.train import train
@@ -44,6 +45,7 @@ def transfer(
             for name in ("uniform", "knapsack", "policy"):
                 result = searcher_named(name)(problem, budget, SearchSettings(policy=config.policy))
                 label = "zero-shot" if name == "policy" else name
+                note_plan(run, label, problem, budget, result.plan)
                 rows.append(plan_row(problem, budget, label, result, test=test))
     if config.evaluations:
         for problem in problems:
@@ -62,5 +64,6 @@ def _few_shot(
     rows = []
     for label, plans in (("few-shot", adapted.own), ("few-shot best", adapted.best)):
         found = SearchResult(plan=plans[key], evaluations=adapted.evaluations, seconds=adapted.seconds)
+        note_plan(run, label, problem, budget, found.plan)
         rows.append(plan_row(problem, budget, label, found, test=test))
     return rows

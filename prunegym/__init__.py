@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunegym.agents.api import inspect, load, make_env, prune, save
+    from prunegym.agents.api import inspect, load, make_env, prune, report, save
     from prunegym.agents.prune import PruneResult
     from prunegym.pruning.data import load_data
     from prunegym.pruning.errors import InfeasibleBudgetError, PruningError, UnsupportedLayerError
@@ -35,6 +35,7 @@ __all__ = [
     "load_program",
     "make_env",
     "prune",
+    "report",
     "save",
 ]
 
@@ -55,6 +56,7 @@ _HOME = {
     "load_program": "prunegym.pruning.program",
     "make_env": "prunegym.agents.api",
     "prune": "prunegym.agents.api",
+    "report": "prunegym.agents.api",
     "save": "prunegym.agents.api",
 }
 
