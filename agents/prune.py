@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
-from prunegym.agents.pretrain import complete_rows
+from prunegym.agents.pretrain import METRICS, append_epoch, complete_rows
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table
@@ -33,7 +34,6 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
 
 CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.csv"
 #: Names of the scores of a result, in the order in which they come about.
 STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
 
@@ -183,20 +183,13 @@ def fine_tune(
     rows = train_network(
         model,
         scorer.task,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        batch_size=config.batch_size,
-        weight_decay=config.weight_decay,
-        label_smoothing=config.label_smoothing,
-        amp=config.amp,
+        config.training_settings(config.seed),
         teacher=scorer.network.model if config.distill else None,
-        distillation_weight=config.distillation_weight,
-        temperature=config.temperature,
         device=scorer.device,
-        seed=config.seed,
         checkpoint=None if run is None else run.path(CHECKPOINT),
+        checkpoint_minutes=config.checkpoint_minutes,
         progress=progress,
-        on_epoch=None if run is None else lambda row: run.append_row(METRICS, vars(row)),
+        on_epoch=None if run is None else partial(append_epoch, run),
     )
     if run is not None:
         complete_rows(run, METRICS, rows)
