@@ -22,8 +22,8 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.data import DataSplits, load_data
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import load_network
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.saving import load_network
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
 

@@ -24,13 +24,14 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import save_network
 from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.saving import save_network
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
 
 CHECKPOINT = "checkpoint.pt"
@@ -61,8 +62,13 @@ class PruneResult:
     epochs: tuple[EpochRow, ...] = field(default=(), repr=False)
     latency: tuple[dict[str, Any], ...] = ()
     """Per runtime: latency before and after, measured side by side, and what can be said of it."""
-    source: Mapping[str, Any] = field(default_factory=lambda: {"constructor": None}, repr=False)
+    source: Mapping[str, Any] = field(default_factory=lambda: NO_SOURCE, repr=False)
     """How to build the unpruned network, for :func:`save`."""
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What rebuilds the pruned network around its tensors."""
+        return Blueprint.of_pruned(self.network, self.plan, self.model, self.source)
 
     def to_json(self) -> dict[str, Any]:
         """The result without the networks, in what JSON holds."""
@@ -166,7 +172,7 @@ def carry_out(
         search=found,
         epochs=tuple(epochs),
         latency=tuple(measure_speed(network, model, config, scorer.device)) if latency else (),
-        source=source or {"constructor": None},
+        source=source or NO_SOURCE,
     )
 
 
