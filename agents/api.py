@@ -22,8 +22,8 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.data import DataSplits, load_data
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import load_network
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.saving import load_network
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
 
@@ -74,7 +74,7 @@ def prune(
     policy: str | Path | None = None,
     evaluations: int = 100,
     epochs: int = 0,
-    learning_rate: float = 0.01,
+    learning_rate: float | None = None,
     keep: Sequence[str] = (),
     align: int = 1,
     min_channels: int = 1,
@@ -100,7 +100,7 @@ def prune(
         policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.
-        learning_rate: Of fine-tuning.
+        learning_rate: Of fine-tuning, at its highest; by default 0.01 with SGD and 0.001 with AdamW.
         keep: Regular expressions of module paths whose channels are not to be pruned.
         align: Widths of pruned layers are multiples of this where possible; a group of fewer channels is not pruned.
         min_channels: Fewest channels that each group keeps.

@@ -24,19 +24,15 @@ from prunegym.agents.setup import (
 )
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.export import export_onnx
+from prunegym.pruning.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.program import check_exportable, export_program
 
 PLAN = "plan.json"
 SEARCH = "search.json"
 """What the search for the plan took."""
-ONNX = "model.onnx"
-PROGRAM = "model.pt2"
 #: Images whose outputs are kept with a pruned network, so that whoever loads it can compare.
 _EXAMPLES = 16
 
@@ -91,8 +87,9 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         # what would fail at the end had better fail now
         if config.policy is not None:
             load_policy(config.policy)
-        if config.onnx:
-            require_onnx()
+        formats = [name for name, wanted in (("onnx", config.onnx), ("program", config.program)) if wanted]
+        if formats:
+            check_formats(formats)
         # a given plan is carried out whatever it costs
         budget = Budget("macs", 1.0) if config.plan is not None else Budget.parse(config.budget)
         task = build_task(config)
@@ -103,8 +100,7 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         if config.plan is not None:
             find_plan(problem, budget, config)
         if config.program:
-            network = problem.scorer.network
-            check_exportable(network.model, with_batch(network.example_inputs, 1))
+            check_program(problem.scorer.network.model, problem.scorer.network.example_inputs)
         run = launch.open()
         save_splits([problem], run)
         save_networks([problem], run, splits=())
@@ -118,16 +114,19 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         inputs, _ = next(iter(task.batches("calibration", batch_size=_EXAMPLES, limit=_EXAMPLES)))
         save_example(run.path(EXAMPLE), result.model, inputs)
         content = {"folder": str(run.folder), **plain(result.to_json())}
-        example = with_batch(result.network.example_inputs, 1)
-        if config.onnx:
-            content["onnx_difference"] = export_onnx(result.model, example, run.path(ONNX))
-        if config.program:
-            content["program"] = plain(export_program(result.model, example, run.path(PROGRAM)))
+        if formats:
+            written = export_network(
+                result.model,
+                result.network.example_inputs,
+                run.folder,
+                formats,
+                blueprint=result.blueprint,
+            )
+            content["exports"] = plain(written)
         run.write_json(RESULT, content)
     lines = [describe(content), f"load it with prunegym.load('{content['folder']}')"]
-    if program := content.get("program"):
-        lines.append(f"or without its code with prunegym.load_program('{program['path']}')")
-        lines += [program["warning"]] if program["warning"] else []
+    for one in content.get("exports", []):
+        lines += [f"or with {one['load']}", *([one["warning"]] if one["warning"] else [])]
     return Result(content, "\n".join(lines))
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prunegym.agents.config import FittingOptions
 from prunegym.agents.runs import RunFolder
+from prunegym.agents.training_options import TrainingOptions
 from prunegym.pruning.files import replacing
 from prunegym.pruning.task import Task
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
@@ -35,7 +36,7 @@ class PretrainResult:
 def pretrain(
     model: nn.Module,
     task: Task,
-    config: FittingOptions,
+    config: TrainingOptions,
     run: RunFolder,
     *,
     seed: int = 0,
@@ -59,17 +60,12 @@ def pretrain(
     rows = train_network(
         model,
         task,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        batch_size=config.batch_size,
-        weight_decay=config.weight_decay,
-        label_smoothing=config.label_smoothing,
-        amp=config.amp,
+        config.training_settings(seed),
         device=device,
-        seed=seed,
         checkpoint=run.path(CHECKPOINT),
+        checkpoint_minutes=config.checkpoint_minutes,
         progress=progress,
-        on_epoch=lambda row: run.append_row(METRICS, vars(row)),
+        on_epoch=partial(append_epoch, run),
     )
     complete_rows(run, METRICS, rows)
     save_weights(run.path(WEIGHTS), model)
@@ -77,6 +73,11 @@ def pretrain(
     return PretrainResult(
         weights=run.path(WEIGHTS), epochs=len(rows), test_score=measured.score, test_loss=measured.loss
     )
+
+
+def append_epoch(run: RunFolder, row: EpochRow) -> None:
+    """Add an epoch to the table of a run: a function of a module, so that other processes can be told to."""
+    run.append_row(METRICS, vars(row))
 
 
 def complete_rows(run: RunFolder, name: str, rows: list[EpochRow]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
-from prunegym.agents.pretrain import complete_rows
+from prunegym.agents.pretrain import METRICS, append_epoch, complete_rows
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table
@@ -23,7 +24,6 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import save_network
 from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.modes import evaluating
@@ -31,10 +31,11 @@ from prunegym.pruning.module_times import TimeProfile, compare_module_times
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.saving import save_network
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
 
 CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.csv"
 #: Names of the scores of a result, in the order in which they come about.
 STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
 
@@ -64,8 +65,13 @@ class PruneResult:
     """Per runtime: latency before and after, measured side by side, and what can be said of it."""
     module_times: dict[str, TimeProfile] | None = field(default=None, repr=False)
     """Where the time goes ``before`` and ``after``, where latency was measured."""
-    source: Mapping[str, Any] = field(default_factory=lambda: {"constructor": None}, repr=False)
+    source: Mapping[str, Any] = field(default_factory=lambda: NO_SOURCE, repr=False)
     """How to build the unpruned network, for :func:`save`."""
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What rebuilds the pruned network around its tensors."""
+        return Blueprint.of_pruned(self.network, self.plan, self.model, self.source)
 
     def to_json(self) -> dict[str, Any]:
         """The result without the networks, in what JSON holds."""
@@ -172,7 +178,7 @@ def carry_out(
         epochs=tuple(epochs),
         latency=tuple(measure_speed(network, model, config, scorer.device)) if latency else (),
         module_times=time_modules(network, model, config, scorer.device) if latency else None,
-        source=source or {"constructor": None},
+        source=source or NO_SOURCE,
     )
 
 
@@ -189,20 +195,13 @@ def fine_tune(
     rows = train_network(
         model,
         scorer.task,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        batch_size=config.batch_size,
-        weight_decay=config.weight_decay,
-        label_smoothing=config.label_smoothing,
-        amp=config.amp,
+        config.training_settings(config.seed),
         teacher=scorer.network.model if config.distill else None,
-        distillation_weight=config.distillation_weight,
-        temperature=config.temperature,
         device=scorer.device,
-        seed=config.seed,
         checkpoint=None if run is None else run.path(CHECKPOINT),
+        checkpoint_minutes=config.checkpoint_minutes,
         progress=progress,
-        on_epoch=None if run is None else lambda row: run.append_row(METRICS, vars(row)),
+        on_epoch=None if run is None else partial(append_epoch, run),
     )
     if run is not None:
         complete_rows(run, METRICS, rows)

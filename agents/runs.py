@@ -25,7 +25,7 @@ Scalar: TypeAlias = bool | int | float | str | None
 #: Where run folders are made unless ``--out`` says otherwise, relative to the working directory.
 DEFAULT_PARENT = Path("runs")
 #: Configuration fields that do not change what is computed, so that a run may be resumed with another value.
-NOT_COMPARED = frozenset({"out", "json", "progress"})
+NOT_COMPARED = frozenset({"out", "json", "progress", "checkpoint_minutes"})
 #: Characters; four such parts and the time stay below the 255 bytes of a file name.
 _LONGEST_PART = 56
 #: Numbers exactly as Python writes them: ``12e4`` in a commit hash or a label such as ``007`` stay text.

@@ -28,7 +28,7 @@ from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
-from prunegym.pruning.training import train_network
+from prunegym.pruning.training import TrainingSettings, train_network
 from prunegym.pruning.widths import Widths
 from prunegym.pruning.zoo import build_network, input_shape_of
 
@@ -385,7 +385,7 @@ def digits() -> ClassificationTask:
 def trained(digits: ClassificationTask) -> PrunableNetwork:
     """A residual network that has learned something of the digits: pruning hurts it, and unevenly."""
     model = build_network("digits_resnet")
-    train_network(model, digits, epochs=4, seed=0, progress=False)
+    train_network(model, digits, TrainingSettings(epochs=4))
     return PrunableNetwork(model.eval(), torch.zeros(2, 1, 8, 8), name="digits_resnet")
 
 

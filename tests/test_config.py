@@ -107,6 +107,13 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (PretrainConfig, {"batch_size": 0}, "`--batch-size` should be at least 1"),
         (PretrainConfig, {"weight_decay": -0.1}, "`--weight-decay` should be at least 0"),
         (PretrainConfig, {"label_smoothing": 1.0}, r"`--label-smoothing` should be in \[0, 1\)"),
+        (PretrainConfig, {"warmup": 1.5}, r"`--warmup` should be in \[0, 1\], a share of the epochs. Received 1.5"),
+        (PretrainConfig, {"accumulate": 0}, "`--accumulate` should be at least 1"),
+        (PretrainConfig, {"devices": 0}, "`--devices` should be at least 1"),
+        (PretrainConfig, {"clip_grad": 0.0}, "`--clip-grad` should be above 0"),
+        (PretrainConfig, {"ema": 1.0}, r"`--ema` should be in \(0, 1\)"),
+        (PretrainConfig, {"checkpoint_minutes": -1.0}, "`--checkpoint-minutes` should be at least 0"),
+        (PretrainConfig, {"learning_rate": 0.0}, "`--learning-rate` should be above 0"),
         (PruneConfig, {"epochs": -1}, "`--epochs` should be at least 0"),
         (PruneConfig, {"budget": "latency:fast"}, "`budget` should be KIND:NUMBER"),
         (PruneConfig, {"searcher": "policy"}, "`--policy` should name a policy file"),
@@ -247,7 +254,7 @@ def test_compare_trains_agents_as_train_would() -> None:
     assert (training.policy, training.out) == (None, None)  # agents start afresh, in folders of the comparison
 
 
-@pytest.mark.parametrize("module", ["options", "width_options", "config", "comparison/config"])
+@pytest.mark.parametrize("module", ["options", "width_options", "training_options", "config", "comparison/config"])
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
     tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))
