@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, MUTED, LINE, SURFACE = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
 """Text, less important text, grids and frames, and what is behind them."""
 FORMATS = (".png", ".svg")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -61,7 +61,9 @@ def one_look() -> Iterator[None]:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches; to be drawn and saved within :func:`one_look`."""
     # not pyplot, which keeps global state and asks for a display
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
+    # room at the sides: a label below the last tick reaches beyond the axes
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.05)
     FigureCanvasAgg(figure)
     return figure
 

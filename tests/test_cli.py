@@ -70,7 +70,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"prunegym {prunegym.__version__}\n"
 
 
-COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "demo")
+COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "report", "demo")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -13,6 +13,7 @@ from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
+from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.running import Reporter
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
@@ -107,6 +108,9 @@ ELSEWHERE = {
     "finetune_rate": "",
     "seconds": "test_cli.py",
     "curve_examples": "test_compare.py",
+    "html": "test_report.py",
+    "runs": "test_report.py",
+    "pictures": "test_report.py",
 }
 
 
@@ -114,7 +118,7 @@ def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
     followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
-    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig, ReportConfig]
     assert {one.name for kind in kinds for one in fields(kind)} == followed
 
 

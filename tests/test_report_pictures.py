@@ -79,7 +79,7 @@ def test_layer_that_keeps_its_channels_is_no_edge(toys: Callable[[str], Prunable
 
 def test_text_stays_text_and_is_escaped() -> None:
     """It can be searched and copied, and says what it said."""
-    label = "a$b_c$ <b> & \"d\""
+    label = 'a$b_c$ <b> & "d"'
 
     assert label in drawn(lambda: line(label))
 
@@ -203,9 +203,7 @@ def test_slowest_modules_come_first() -> None:
 def test_learning_curve_shows_both_plans_and_references() -> None:
     """Seeds lie over each other under one label."""
     rows = [{"evaluations": n, "score_mean": 0.4, "best": 0.6, "own": 0.5} for n in (10, 20)]
-    trainings = [
-        charts.Training(label="", network="n", budget="b", seed=seed, metrics=rows) for seed in range(2)
-    ]
+    trainings = [charts.Training(label="", network="n", budget="b", seed=seed, metrics=rows) for seed in range(2)]
 
     found = drawn(lambda: charts.learning_curve(trainings, {"uniform": 0.3}))
     assert found.count("the policy's own plan") == found.count("best sampled plan") == found.count("uniform") == 1

@@ -5,6 +5,7 @@ Each function draws one figure, to be called within :func:`~prunegym.agents.pict
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -19,7 +20,7 @@ from prunegym.agents.report.gather import Record, Training
 from prunegym.agents.report.scores import LEARNED, SIMPLE, Scored
 
 #: Inches: two beside each other on a wide screen, one below the other on a telephone.
-NARROW = 4.7
+NARROW = 4.3
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 _BLUE, _ORANGE, _GREEN, _PINK, _SKY, _RED = COLOURS
 
@@ -170,7 +171,7 @@ def learning_curve(trainings: Sequence[Training], references: Mapping[str, float
         ):
             axes.plot(
                 evaluations,
-                [None if row.get(column) is None else 100 * row[column] for row in one.metrics],
+                [math.nan if row.get(column) is None else 100 * row[column] for row in one.metrics],
                 color=colour,
                 linewidth=width,
                 marker="." if len(evaluations) < 3 else None,
@@ -179,7 +180,7 @@ def learning_curve(trainings: Sequence[Training], references: Mapping[str, float
             )
     for (name, score), style in zip(references.items(), ("--", ":", "-."), strict=False):
         axes.axhline(100 * score, color=MUTED, linestyle=style, linewidth=1.2, label=name)
-    axes.set(xlabel="evaluations", ylabel="accuracy on the reward images, %", xlim=(0, None))
+    axes.set(xlabel="evaluations", ylabel="reward accuracy, %", xlim=(0, None))
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

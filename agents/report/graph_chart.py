@@ -6,6 +6,7 @@ taller, never denser. Each function draws one figure, to be called within :func:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -94,7 +95,7 @@ def channel_graph(
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    y = _HEAD + ROW * (np.arange(len(names)) + 0.5)
+    y: Floats = _HEAD + ROW * (np.arange(len(names), dtype=np.float64) + 0.5)
     for row in range(0, len(names), 2):
         stripe = (left - 0.04, y[row] - ROW / 2)
         axes.add_patch(Rectangle(stripe, right - left + 0.04, ROW, color=LINE, alpha=0.25, linewidth=0))
@@ -124,7 +125,7 @@ def _draw_column(axes: Any, x: float, y: Floats, column: Column) -> None:
             axes.add_patch(Rectangle((x, place - 0.06), 0.4, 0.12, color=LINE, alpha=0.8, linewidth=0))
             length = 0.4 * min(max(share, 0.0), 1.0)
             axes.add_patch(Rectangle((x, place - 0.06), length, 0.12, color=column.colour, linewidth=0))
-        axes.text(x + 0.46, place, text, va="center", ha="left", color=MUTED, fontsize=8.5)
+        axes.text(x + 0.46, place, text, va="center", ha="left", color=MUTED, fontsize=9)
 
 
 def _draw_layers(
@@ -155,7 +156,7 @@ def _draw_looks(axes: Any, x: float, y: Floats, between: Floats) -> None:
             weight = float(row[seen]) / strongest
             if weight > 0:
                 reach = -_reach(abs(int(seen) - looking), len(others) - 1)
-                style = {"color": COLOURS[3], "linewidth": 0.4 + 1.8 * weight, "alpha": 0.25 + 0.65 * weight}
+                style: dict[str, Any] = {"color": COLOURS[3], "linewidth": 0.4 + 1.8 * weight, "alpha": 0.25 + 0.65 * weight}
                 _arc(axes, x, (y[looking], y[seen]), reach, **style)
                 axes.plot(x, y[seen], "o", color=COLOURS[3], markersize=4.5)
 
@@ -163,7 +164,7 @@ def _draw_looks(axes: Any, x: float, y: Floats, between: Floats) -> None:
 def _reach(rows: int, longest: int) -> float:
     """Inches that an arc over so many rows bows out: further the longer it is, so that arcs tell apart."""
     most = min(_ARCS, 0.25 + 0.16 * longest**0.75)
-    return 0.2 + (most - 0.2) * ((rows - 1) / max(longest - 1, 1)) ** 0.6
+    return 0.2 + (most - 0.2) * math.pow((rows - 1) / max(longest - 1, 1), 0.6)
 
 
 def _arc(axes: Any, x: float, ends: tuple[float, float], reach: float, *, color: str, **style: Any) -> None:
@@ -183,7 +184,7 @@ def attention_matrix(names: Sequence[str], between: Floats) -> Figure:
         between: ``(1 + G, 1 + G)``, the first token being the global one.
     """
     tokens = [GLOBAL, *short_names(names)]
-    count, left, top = len(tokens), name_width(tokens, 8.5) + 0.45, 0.62
+    count, left, top = len(tokens), name_width(tokens, 9) + 0.45, 0.62
     width = left + max(_CELL * count, 1.2) + _EDGE
     figure = new_figure(width, top + _CELL * count + _EDGE)
     figure.set_layout_engine("none")
@@ -193,15 +194,15 @@ def attention_matrix(names: Sequence[str], between: Floats) -> Figure:
     axes.add_patch(Rectangle((left, top), _CELL * count, _CELL * count, color=LINE, alpha=0.35, linewidth=0))
     levels = np.ceil(_LEVELS * between / max(float(between.max()), 1e-9)).astype(int)
     for level in range(1, _LEVELS + 1):
-        cells = np.argwhere(levels == level)
+        cells = np.argwhere(levels == level).astype(np.float64)
         if len(cells):
             _draw_cells(axes, left + _CELL * cells[:, 1], top + _CELL * cells[:, 0], level / _LEVELS)
     for index, name in enumerate(tokens):
         middle = top + _CELL * (index + 0.5)
-        axes.text(left - 0.08, middle, f"{name}  {index}", va="center", ha="right", color=INK, fontsize=8.5)
+        axes.text(left - 0.08, middle, f"{name}  {index}", va="center", ha="right", color=INK, fontsize=9)
         if index % 5 == 0 or count <= 12:
             axes.text(
-                left + _CELL * (index + 0.5), top - 0.06, str(index), va="bottom", ha="center", color=MUTED, fontsize=8
+                left + _CELL * (index + 0.5), top - 0.06, str(index), va="bottom", ha="center", color=MUTED, fontsize=9
             )
     axes.text(left, 0.2, "is looked at", va="center", ha="left", color=MUTED, fontsize=9, fontweight="bold")
     axes.text(left - 0.08, top - 0.12, "looks", va="center", ha="right", color=MUTED, fontsize=9, fontweight="bold")

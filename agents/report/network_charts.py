@@ -82,7 +82,7 @@ def kept_channels(sizes: Mapping[str, int], plans: Mapping[str, Mapping[str, int
         )
     for place, name in enumerate(names):
         text = f"{plans[first].get(name, sizes[name])} of {sizes[name]}"
-        axes.text(102, place, text, va="center", ha="left", fontsize=8.5, color=MUTED)
+        axes.text(102, place, text, va="center", ha="left", fontsize=9, color=MUTED)
     _rows(axes, short_names(names))
     axes.set(xlim=(0, 128), xlabel="channels kept, %")
     axes.set_xticks([0, 25, 50, 75, 100])

@@ -88,7 +88,7 @@ def graph(runs: Sequence[Run], gallery: Gallery) -> Section:
     kept = kept_by(runs)
     parts: list[tuple[str, list[Block]]] = []
     for network, record in records.items():
-        seen = [one for (name, _), one in attention.items() if name == network]
+        seen: list[Record | None] = [one for (name, _), one in attention.items() if name == network]
         for one in seen or [None]:
             title = f"{network} at {one['budget']}" if one is not None else network
             parts.append((title, list(_graph_blocks(record, one, kept, gallery))))

@@ -224,7 +224,7 @@ def _score_rows(where: Field, rows: Sequence[Scored], scores: Scores) -> Iterato
         found = by_searcher(rows, budget)
         for name, some in found.items():
             values = [row.score for row in some]
-            spread = f" ({100 * min(values):.2f} to {100 * max(values):.2f})" if len(set(values)) > 1 else ""
+            spread = f" ({100 * min(values):.1f}–{100 * max(values):.1f})" if len(set(values)) > 1 else ""
             ratios = [row.latency_ratio for row in some if row.latency_ratio is not None]
             reward = [row.reward_score for row in some if row.reward_score is not None]
             beside = found.get("uniform") if name != "uniform" else None
@@ -242,7 +242,7 @@ def _score_rows(where: Field, rows: Sequence[Scored], scores: Scores) -> Iterato
                 "parameters": amount(some[0].parameters),
                 "latency": percent(fmean(ratios)) if ratios else "",
                 "evaluations": "" if some[0].evaluations is None else str(max(row.evaluations or 0 for row in some)),
-                "search": duration(fmean([row.seconds or 0.0 for row in some])),
+                "took": duration(fmean([row.seconds or 0.0 for row in some])),
             }
 
 

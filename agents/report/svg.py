@@ -26,7 +26,7 @@ THEME = {
     **{colour: f"series-{index}" for index, colour in enumerate(COLOURS)},
 }
 #: CSS pixels per point: smaller a picture scrolls in its box rather than shrink, larger it does not grow.
-_LEAST_SCALE, _MOST_SCALE = 1.04, 1.5
+_LEAST_SCALE, _MOST_SCALE = 1.12, 1.6
 _DECIMALS = re.compile(r"(\d+\.\d{2})\d+")
 
 

@@ -202,7 +202,7 @@ nav li { padding: 2px 0; }
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.45; }
 .caption { margin: 14px 0 4px; color: var(--muted); font-size: 14px; line-height: 1.45; }
-th, td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: 7px 10px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; vertical-align: bottom; }
 th.sortable { cursor: pointer; }
 th[aria-sort=ascending]::after { content: " \\2191"; }
