@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from prunegym.agents.config import EvaluateConfig, TrainConfig, TransferConfig
-from prunegym.agents.evaluate import EvaluationSettings, evaluate, measure_unpruned, plan_row
+from prunegym.agents.evaluate import KEY, EvaluationSettings, evaluate, measure_unpruned, plan_row
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.setup import build_model, build_problems, build_prunable, build_task, seed_everything
 from prunegym.agents.tables import format_table
-from prunegym.agents.train import TrainResult, train
+from prunegym.agents.training.loop import TrainResult, train
 from prunegym.agents.transfer import transfer
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
@@ -46,7 +48,7 @@ def run_train(config: TrainConfig, reporter: Reporter) -> Result:
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
-        trained = train(problems, config, run, progress=reporter.progress)
+        trained = train(problems, config, run, progress=reporter.progress, limit=reporter.limit)
         rows = _rows_beside_baselines(problems, trained, run)
         content = {
             "folder": str(run.folder),
@@ -84,7 +86,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
             test=config.test,
             progress=reporter.progress,
         )
-        rows = evaluate(problems, settings) if problems else unpruned
+        rows = evaluate(problems, settings, run, limit=reporter.limit) if problems else unpruned
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))
@@ -100,7 +102,9 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
-        rows = transfer(problems, config, run, test=config.test, progress=reporter.progress)
+        rows = transfer(
+            problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit
+        )
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))
@@ -136,19 +140,22 @@ def _rows_beside_baselines(
     problems: list[PruningProblem], trained: TrainResult, run: RunFolder
 ) -> list[dict[str, Any]]:
     """What training reached on each network and budget: the policy's own plan, and the best it sampled."""
+    kept = FinishedRows(run, KEY)
     rows = []
     for problem in problems:
         for budget in problem.budgets:
+            network = problem.scorer.network.name
+            key = f"{network} {budget}"
+            reached = {"policy": trained.own[key], "best sampled": trained.best[key]}
+            spent = {"evaluations": trained.evaluations, "seconds": trained.seconds}
+            found = {name: SearchResult(plan=plan, **spent) for name, plan in reached.items()}
             for name in ("uniform", "knapsack"):
-                found = searcher_named(name)(problem, budget, SearchSettings())
-                rows.append(plan_row(problem, budget, name, found))
-            key = f"{problem.scorer.network.name} {budget}"
-            for name, plans in (("policy", trained.own), ("best sampled", trained.best)):
-                found = SearchResult(
-                    plan=plans[key], evaluations=trained.evaluations, seconds=trained.seconds
-                )
-                rows.append(plan_row(problem, budget, name, found))
-                run.write_json(plan_file(name, key), plans[key].to_json())
+                found[name] = searcher_named(name)(problem, budget, SearchSettings())
+            for name in ("uniform", "knapsack", *reached):
+                identity = dict(zip(KEY, (network, str(budget), name), strict=True))
+                rows.append(kept.once(identity, partial(plan_row, problem, budget, name, found[name])))
+            for name, plan in reached.items():
+                run.write_json(plan_file(name, key), plan.to_json())
     return rows
 
 

@@ -26,6 +26,7 @@ from prunegym.agents.options import (
     check_patterns,
     parse_budgets,
 )
+from prunegym.agents.time_limit import TimeLimitOption
 from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
@@ -133,7 +134,7 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunOptions, FittingOptions, DataOptions, OneNetwork):
+class PretrainConfig(TimeLimitOption, RunOptions, FittingOptions, DataOptions, OneNetwork):
     """Train a network on the train split, to be pruned later.
 
     The run folder gets its weights (model.safetensors, for --weights) and its accuracy on the test images.
@@ -150,7 +151,7 @@ class PretrainConfig(RunOptions, FittingOptions, DataOptions, OneNetwork):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ProblemOptions, AgentOptions, SeveralNetworks):
+class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks):
     """Train a pruning policy with PPO, on one network or on several at once.
 
     The run folder gets policy.safetensors, the learning curve (metrics.csv, TensorBoard) and the best plans.
@@ -172,7 +173,7 @@ class TrainConfig(ProblemOptions, AgentOptions, SeveralNetworks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
+class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNetworks):
     """Compare a policy with uniform and knapsack allocation, on networks x budgets.
 
     Without policy, searcher and budget: measure the unpruned networks on the test images.
@@ -209,7 +210,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig(ProblemOptions, AgentOptions, SeveralNetworks):
+class TransferConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks):
     """Use a policy on networks it has not seen: as it is (zero-shot) or after some evaluations (few-shot).
 
     The result stands beside uniform and knapsack allocation.
@@ -279,7 +280,7 @@ class SearchOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
+class PruneConfig(TimeLimitOption, ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
     """Prune a network for good: find a plan, cut, recover, fine-tune, save.
 
     The run folder gets the smaller network, its plan, and accuracy, cost and latency before and after.
@@ -311,7 +312,7 @@ class PruneConfig(ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(Options):
+class DemoConfig(TimeLimitOption, Options):
     """Go the whole way on small images of handwritten digits, in minutes and without any download.
 
     Train two networks, inspect, train an agent, evaluate it, transfer it, prune, save, reload, report.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from torch import nn
 
 from prunegym.agents.config import FittingOptions
 from prunegym.agents.runs import RunFolder
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.pruning.files import replacing
 from prunegym.pruning.task import Task
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
@@ -18,6 +20,7 @@ from prunegym.pruning.training import EpochRow, evaluate_network, train_network
 WEIGHTS = "model.safetensors"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
+TIMING = "timing.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ def pretrain(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    limit: TimeLimit = NO_LIMIT,
 ) -> PretrainResult:
     """Train a network; an interrupted run goes on from its last epoch.
 
@@ -52,6 +56,7 @@ def pretrain(
         seed: Of the order and augmentation of the images.
         device: Where to train.
         progress: Show a bar.
+        limit: When to stop: after the epoch under way.
 
     Raises:
         PruningError: The loss became non-finite, or a file could not be written; the checkpoint is kept.
@@ -69,9 +74,9 @@ def pretrain(
         seed=seed,
         checkpoint=run.path(CHECKPOINT),
         progress=progress,
-        on_epoch=lambda row: run.append_row(METRICS, vars(row)),
+        on_epoch=lambda row: note_epoch(run, row, limit),
     )
-    complete_rows(run, METRICS, rows)
+    complete_rows(run, rows)
     save_weights(run.path(WEIGHTS), model)
     measured = evaluate_network(model, task, "test", device=device)
     return PretrainResult(
@@ -79,13 +84,29 @@ def pretrain(
     )
 
 
-def complete_rows(run: RunFolder, name: str, rows: list[EpochRow]) -> None:
-    """Write a table again if a kill between a checkpoint and its row left one out."""
-    if [row["epoch"] for row in run.read_rows(name)] == [row.epoch for row in rows]:
-        return
-    run.path(name).unlink(missing_ok=True)
-    for row in rows:
-        run.append_row(name, vars(row))
+def note_epoch(run: RunFolder, row: EpochRow, limit: TimeLimit = NO_LIMIT) -> None:
+    """Write down what an epoch did, its seconds apart, once its checkpoint is saved; then stop if the time is up.
+
+    Raises:
+        PruningError: The row could not be written; the next attempt makes up for it.
+        TimeUp: The limit is reached.
+    """
+    for name, values in _tables([row]).items():
+        run.append_row(name, values[0])
+    limit.check()
+
+
+def complete_rows(run: RunFolder, rows: list[EpochRow]) -> None:
+    """Write the tables of a training again if a kill between a checkpoint and its row left one out."""
+    for name, values in _tables(rows).items():
+        if [row["epoch"] for row in run.read_rows(name)] != [row["epoch"] for row in values]:
+            run.write_rows(name, values)
+
+
+def _tables(rows: list[EpochRow]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of epochs as tables: what is the same for the same seed, and what is not."""
+    metrics = [{name: value for name, value in vars(row).items() if name != "seconds"} for row in rows]
+    return {METRICS: metrics, TIMING: [{"epoch": row.epoch, "seconds": round(row.seconds, 3)} for row in rows]}
 
 
 def save_weights(path: Path, model: nn.Module) -> None:

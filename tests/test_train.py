@@ -13,7 +13,7 @@ from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
-from prunegym.agents.train import METRICS, SETTLING, Trainer, TrainResult, train
+from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
 from prunegym.agents.transfer import transfer
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

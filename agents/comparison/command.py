@@ -27,7 +27,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
     run = launch.open()
     if problems:
         save_splits(problems, run)
-        rows = compare(problems, config, run, progress=reporter.progress)
+        rows = compare(problems, config, run, progress=reporter.progress, limit=reporter.limit)
     else:
         reporter.say("all rows are there: nothing is computed again")
         rows = finished(config, run)

@@ -12,6 +12,7 @@ import tyro
 from prunegym.agents.config import AgentOptions, PruneConfig, TrainConfig
 from prunegym.agents.option_rules import Names, at_least, positive, require
 from prunegym.agents.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
+from prunegym.agents.time_limit import TimeLimitOption
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ EXTENDABLE = ("network", "weights", "policy", "budget", "searcher", "repeats", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(ProblemOptions, AgentOptions, SeveralNetworks):
+class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks):
     """Compare searchers on networks x budgets x seeds, at equal evaluations and at equal seconds.
 
     The run folder gets one row per finished piece (rows.csv), a table with bootstrap intervals and paired differences
