@@ -50,7 +50,11 @@ class AgentOptions(BudgetsOptions):
     evaluations: int = 0
     """Plans that may be scored."""
     workers: int = 1
-    """Worker processes that score plans side by side; 1 scores in the main process."""
+    """Workers that score plans side by side: processes, or with --ray actors of the cluster; 1 process is the main
+    one."""
+    ray: str | None = None
+    """Ray cluster whose machines do the work (needs `pip install 'prunegym[ray]'`): auto for the one that this machine
+    belongs to, or its address. The result is the same as without, for the same number of workers."""
     reward: str | None = None
     """Reward profile: improvement, loss, smooth, latency or tradeoff; by default improvement, or tradeoff in
     free mode."""
@@ -82,6 +86,10 @@ class AgentOptions(BudgetsOptions):
 
             if self.reward not in PROFILES:
                 raise unknown_name("--reward", self.reward, PROFILES)
+        if self.ray is not None:
+            from prunegym.envs.cluster import check_ray
+
+            check_ray()
         at_least(self, 1, "workers", "update_evaluations", "ppo_epochs", "elites")
         at_least(self, 0, "imitation_steps", "evaluations")
         positive(self, "learning_rate", "imitation_rate", "std", "min_std")

@@ -24,6 +24,8 @@ from prunegym.pruning.weights import load_weights
 
 __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
 
+#: How the names of modules begin that users' files are imported as.
+USER_MODULES = "prunegym_user_"
 _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000
@@ -257,7 +259,7 @@ def _import_file(path: Path) -> ModuleType:
     # Registered under a name of its own, so that its networks can be copied and pickled. It changes with
     # the content, so that an unchanged file is run once and an edited one again.
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
-    key = f"prunegym_user_{path.stem}_{digest[:12]}"
+    key = f"{USER_MODULES}{path.stem}_{digest[:12]}"
     if key in sys.modules:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)

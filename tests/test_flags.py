@@ -101,6 +101,7 @@ ELSEWHERE = {
     "seconds": "test_cli.py",
     "curve_examples": "test_compare.py",
     "time_limit": "test_time_limit.py",
+    "ray": "test_vector.py",
 }
 
 

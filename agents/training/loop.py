@@ -124,6 +124,9 @@ class Trainer:
         self._own_envs: dict[int, ChannelPruningEnv] = {}
         if run.path(CHECKPOINT).exists():
             self._resume()
+        # a row whose checkpoint was never finished, be it the first, is written again
+        for name in (METRICS, TIMING):
+            run.truncate_rows(name, self.update)
 
     def close(self) -> None:
         """End workers."""
@@ -269,9 +272,6 @@ class Trainer:
         self.update = int(state["update"])
         self.clock.catch_up(float(state["seconds"]))
         self.notes.restore(state)
-        # a row whose checkpoint was never finished is written again
-        for name in (METRICS, TIMING):
-            self.folder.truncate_rows(name, self.update)
 
     def _identities(self) -> list[str]:
         """What tells the networks, their data and how they are scored from others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from prunegym.agents.config import TrainConfig, TransferConfig
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.cluster import user_code_by_value
 from prunegym.envs.observation import Observer, Padding
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.errors import PruningError
@@ -34,16 +36,29 @@ def shared_padding(problems: Sequence[PruningProblem]) -> Padding:
 
 def make_env(problem: PruningProblem, config: AgentConfig, padding: Padding) -> ChannelPruningEnv:
     """The environment of one problem as the configuration asks."""
-    return ChannelPruningEnv(
-        problem, rounds=config.rounds, mode=config.mode, profile=config.reward, padding=padding
-    )
+    return ChannelPruningEnv(problem, **_settings(config, padding))
+
+
+def _settings(config: AgentConfig, padding: Padding) -> dict[str, Any]:
+    """Arguments of an environment: plain values, so that a worker needs no file of the configuration."""
+    return {"rounds": config.rounds, "mode": config.mode, "profile": config.reward, "padding": padding}
 
 
 def make_envs(problems: Sequence[PruningProblem], config: AgentConfig, padding: Padding) -> VecEnv:
-    """Environments of all problems side by side: in this process, or in one process each for several workers."""
+    """Environments of all problems side by side: in this process, in one each for several workers, or in actors.
+
+    Raises:
+        PruningError: There is no such cluster, or what should be computed there needs a graphics card.
+    """
     copies = -(-config.workers // len(problems))
     chosen = [problem for problem in problems for _ in range(copies)]
     threads = max(1, torch.get_num_threads() // len(chosen)) if config.workers > 1 else None
+    if config.ray is not None:
+        from prunegym.envs.vector import RayVecEnv
+
+        check_device(config.torch_device)
+        make = partial(ChannelPruningEnv, **_settings(config, padding))
+        return RayVecEnv(chosen, make, address=config.ray, threads=threads or torch.get_num_threads())
 
     def factory(problem: PruningProblem) -> Callable[[], ChannelPruningEnv]:
         def make() -> ChannelPruningEnv:
@@ -56,7 +71,23 @@ def make_envs(problems: Sequence[PruningProblem], config: AgentConfig, padding: 
         return make
 
     factories: list[Callable[[], Any]] = [factory(problem) for problem in chosen]
-    return DummyVecEnv(factories) if config.workers == 1 else ProcessVecEnv(factories)
+    if config.workers == 1:
+        return DummyVecEnv(factories)
+    with user_code_by_value():
+        return ProcessVecEnv(factories)
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse to send work for a graphics card to a cluster.
+
+    Raises:
+        PruningError: The device is one.
+    """
+    if device.type != "cpu":
+        raise PruningError(
+            f"`--device` should be cpu with --ray. Received {device}: graphics cards of a cluster are not shared out. "
+            "Write --device cpu, or leave out --ray."
+        )
 
 
 class ProcessVecEnv(SubprocVecEnv):
