@@ -36,6 +36,11 @@ class TimeLimit:
         """Whether the time is up."""
         return time.monotonic() >= self.end
 
+    @property
+    def left(self) -> float:
+        """Seconds that are left; infinity without a limit."""
+        return self.end - time.monotonic()
+
     def check(self) -> None:
         """Stop if the time is up.
 

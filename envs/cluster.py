@@ -14,8 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.zoo import USER_MODULES
+from prunegym.pruning.user_code import user_code_by_value
 
 SHARED_BYTES = 1 << 20
 """Images of so many bytes stay in the node's object store, where all workers of the node read them."""
@@ -91,6 +89,12 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
+def cause_of(fault: Any) -> BaseException:
+    """What a worker raised, without the report that Ray wraps it into; the error is returned, not raised."""
+    cause = getattr(fault, "cause", None)
+    return cause if isinstance(cause, BaseException) else fault
+
+
 @dataclass(frozen=True)
 class Packed:
     """An object on its way: what each worker gets a copy of, and what all of a node share."""
@@ -139,28 +143,3 @@ def _as_tensor(array: NDArray[np.uint8]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it may not be written to: nobody writes to images
         return torch.from_numpy(array)
-
-
-@contextmanager
-def user_code_by_value() -> Iterator[None]:
-    """Let cloudpickle send modules of users' files, and of the files beside them, with what is made from them.
-
-    Other processes cannot import them by name.
-    """
-    modules = list(_user_modules())
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _user_modules() -> Iterator[ModuleType]:
-    own = [module for name, module in sys.modules.items() if name.startswith(USER_MODULES)]
-    folders = {Path(module.__file__).parent for module in own if module.__file__}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if isinstance(file, str) and Path(file).parent in folders:
-            yield module

@@ -11,27 +11,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from prunegym.envs.cluster import Packed, connected, pack, unpack
+from prunegym.envs.cluster import cause_of, connected, pack
+from prunegym.envs.worker import Start, Worker
 from prunegym.pruning.errors import PruningError
 
 ATTEMPTS = 5
 """Actors that may die over one step of an environment before the step is taken to be what kills them."""
-PATIENCE = 120.0
-"""Seconds until a new actor is given up to start with a processor of its own."""
-
-Start = tuple[int | None, Any, dict[str, Any]]
-"""Where an episode begins: seed, or else the state of the environment's generator, and options."""
-
+PATIENCE = 300.0
+"""Seconds that a replacement may take to start with a processor of its own; then it has to share."""
 
 @dataclass
 class _Episode:
@@ -39,81 +34,6 @@ class _Episode:
 
     start: Start
     actions: list[NDArray[Any]] = field(default_factory=list)
-
-
-class Worker:
-    """One environment; its methods are called through Ray.
-
-    Args:
-        packed: What the environment is made around.
-        make: Makes it, given that.
-        threads: That torch may use.
-    """
-
-    def __init__(self, packed: Packed, make: Packed, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._ingredients = make, packed
-
-    @cached_property
-    def env(self) -> gym.Env[Any, Any]:
-        """The environment; not made with the actor, because Ray would not say why it could not be."""
-        make, packed = self._ingredients
-        made: gym.Env[Any, Any] = unpack(make)(unpack(packed))
-        del self._ingredients
-        return made
-
-    def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
-        """Of observations and actions."""
-        return self.env.observation_space, self.env.action_space
-
-    def reset(self, seed: int | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Start]:
-        """Begin an episode; also says how to begin the same again."""
-        state = None if seed is not None else self.env.unwrapped.np_random.bit_generator.state
-        observation, info = self.env.reset(seed=seed, options=options or None)
-        return observation, info, (seed, state, options)
-
-    def step(self, action: NDArray[Any]) -> tuple[Any, float, bool, dict[str, Any], Any]:
-        """Go on, and begin the next episode where one ends: the last value is its info and start, else None."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        done = terminated or truncated
-        info["TimeLimit.truncated"] = truncated and not terminated
-        begun = None
-        if done:
-            info["terminal_observation"] = observation
-            observation, *begun = self.reset(None, {})
-        return observation, float(reward), done, info, begun
-
-    def replay(self, start: Start, actions: Sequence[NDArray[Any]]) -> Any:
-        """Do again what another worker did; the result is that of its last reset or step."""
-        seed, state, options = start
-        if state is not None:
-            self.env.unwrapped.np_random.bit_generator.state = state
-        result: Any = self.reset(seed, options)
-        for action in actions:
-            result = self.step(action)
-        return result
-
-    def attribute(self, name: str) -> Any:
-        """An attribute of the environment."""
-        return self.env.get_wrapper_attr(name)
-
-    def has_attribute(self, name: str) -> bool:
-        """Whether the environment has it."""
-        return self.env.has_wrapper_attr(name)
-
-    def set_attribute(self, name: str, value: Any) -> None:
-        """Change an attribute of the environment; a replacement of this worker would not know."""
-        setattr(self.env.unwrapped, name, value)
-
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the environment."""
-        return self.env.get_wrapper_attr(name)(*args, **kwargs)
-
-    def is_wrapped(self, wrapper: type[gym.Wrapper[Any, Any, Any, Any]]) -> bool:
-        """Whether the environment is inside such a wrapper."""
-        from stable_baselines3.common.env_util import is_wrapped
-
-        return is_wrapped(self.env, wrapper)
 
 
 class RayVecEnv(VecEnv):
@@ -150,10 +70,10 @@ class RayVecEnv(VecEnv):
         self._ray = self._stack.enter_context(connected(address))
         try:
             self._send(parts, make)
-            self._actors = [self._start(index, alone=False) for index in range(len(parts))]
+            self._actors = [self._start(index, reserve=index < self._free) for index in range(len(parts))]
             self._episodes = [_Episode((0, None, {})) for _ in parts]
-            first = self._actors[0].spaces.remote()
-            observations, actions = self._result(0, first, lambda actor: actor.spaces.remote())
+            first = {0: self._actors[0].spaces.remote()}
+            observations, actions = self._answers(first, lambda actor: actor.spaces.remote())[0]
             super().__init__(len(parts), observations, actions)
         except BaseException:
             self._stack.close()
@@ -174,59 +94,68 @@ class RayVecEnv(VecEnv):
                 stacklevel=3,
             )
 
-    def _start(self, index: int, *, alone: bool) -> Any:
-        """Start the actor of an environment.
-
-        Args:
-            index: Of the environment.
-            alone: Reserve no processor: for one that would otherwise wait for a node that is gone.
-        """
-        reserved = 0 if alone or index >= self._free else self._threads
+    def _start(self, index: int, *, reserve: bool) -> Any:
+        """Start the actor of an environment, with processors of its own or without."""
         # spread: an actor that reserves nothing would else go where the others are
-        actor = self._ray.remote(Worker).options(num_cpus=reserved, scheduling_strategy="SPREAD")
-        return actor.remote(self._parts[index], self._make, self._threads)
+        options = {"num_cpus": self._threads if reserve else 0, "scheduling_strategy": "SPREAD"}
+        return self._ray.remote(Worker).options(**options).remote(self._parts[index], self._make, self._threads)
 
-    def _result(self, index: int, reference: Any, ask: Callable[[Any], Any] | None = None) -> Any:
-        """Wait for an actor's answer; if it dies, for that of its replacement.
+    def _answers(self, asked: dict[int, Any], ask: Callable[[Any], Any] | None = None) -> list[Any]:
+        """Wait for the answers of actors; where one dies, for that of its replacement.
 
         Args:
-            index: Of the environment.
-            reference: To the answer.
-            ask: Asks the replacement again; by default the answer is that of the episode played again.
+            asked: References to the answers, by environment.
+            ask: Asks a replacement again; by default its answer is that of the episode played again.
 
         Raises:
-            PruningError: The environment raised it, or actors die again and again.
+            PruningError: An environment raised it, or actors die again and again.
         """
         errors = self._ray.exceptions
+        answers: dict[int, Any] = dict.fromkeys(asked)
         for _ in range(ATTEMPTS):
-            try:
-                return self._ray.get(reference)
-            except errors.RayTaskError as fault:
-                raise _cause(fault) from None
-            except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError) as fault:
-                died: Exception = fault
-            played_again = self._replace(index)
-            reference = played_again if ask is None else ask(self._actors[index])
+            died: dict[int, Exception] = {}
+            for index, reference in asked.items():
+                try:
+                    answers[index] = self._ray.get(reference)
+                except errors.RayTaskError as fault:
+                    raise cause_of(fault) from None
+                except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError) as fault:
+                    died[index] = fault
+            if not died:
+                return list(answers.values())
+            asked = self._replace(list(died), ask)
+        fault = next(iter(died.values()))
         raise PruningError(
             f"`--ray` should have workers that live. Received {ATTEMPTS} that died over one evaluation, the last of "
-            f"{(str(died).splitlines() or [type(died).__name__])[0]} Look at the memory of the nodes; the run goes on "
-            "from its last checkpoint when the command is repeated."
-        ) from died
+            f"{(str(fault).splitlines() or [type(fault).__name__])[0]} Look at the memory of the nodes, and repeat the "
+            "command: it goes on from the last checkpoint."
+        ) from fault
 
-    def _replace(self, index: int) -> Any:
-        """Put a new actor in the place of one that died, and let it play the episode again.
+    def _replace(self, dead: Sequence[int], ask: Callable[[Any], Any] | None) -> dict[int, Any]:
+        """Put new actors in the place of those that died, and let them play their episodes again.
 
         Returns:
-            Reference to the answer to the last thing that the episode was told.
+            References to what they answer, by environment.
         """
-        self.replaced += 1
-        self._actors[index] = self._start(index, alone=False)
-        ready, _ = self._ray.wait([self._actors[index].spaces.remote()], timeout=PATIENCE)
-        if not ready:
+        self.replaced += len(dead)
+        free = _free_processors(self._ray) // self._threads
+        ready = {}
+        for position, index in enumerate(dead):
+            self._ray.kill(self._actors[index])  # if it is only out of reach
+            self._actors[index] = self._start(index, reserve=position < free)
+            ready[self._actors[index].spaces.remote()] = index
+        _, waiting = self._ray.wait(list(ready), num_returns=len(ready), timeout=PATIENCE)
+        for reference in waiting:  # for processors of a node that is gone, perhaps
+            index = ready[reference]
             self._ray.kill(self._actors[index])
-            self._actors[index] = self._start(index, alone=True)
-        episode = self._episodes[index]
-        return self._actors[index].replay.remote(episode.start, episode.actions)
+            self._actors[index] = self._start(index, reserve=False)
+        answers = {}
+        for index in dead:
+            actor, episode = self._actors[index], self._episodes[index]
+            answers[index] = actor.replay.remote(episode.start, episode.actions)
+            if ask is not None:
+                answers[index] = ask(actor)
+        return answers
 
     def reset(self) -> VecEnvObs:
         """Begin an episode in every environment, from the seeds and options that were set."""
@@ -234,7 +163,7 @@ class RayVecEnv(VecEnv):
         # without a seed, an environment whose actor dies now would begin elsewhere: that is all right
         self._episodes = [_Episode((seed, None, dict(options))) for seed, options in begins]
         asked = [actor.reset.remote(seed, options) for actor, (seed, options) in zip(self._actors, begins, strict=True)]
-        results = [self._result(index, one) for index, one in enumerate(asked)]
+        results = self._answers(dict(enumerate(asked)))
         observations, infos, starts = zip(*results, strict=True)
         self._episodes = [_Episode(start) for start in starts]
         self.reset_infos = list(infos)
@@ -251,7 +180,7 @@ class RayVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Wait for all of them."""
-        results = [self._result(index, one) for index, one in enumerate(self._pending)]
+        results = self._answers(dict(enumerate(self._pending)))
         self._pending = []
         observations, rewards, dones, infos, begun = zip(*results, strict=True)
         for index, one in enumerate(begun):
@@ -298,21 +227,13 @@ class RayVecEnv(VecEnv):
         return self._each(indices, lambda actor: actor.is_wrapped.remote(wrapper_class))
 
     def _each(self, indices: VecEnvIndices, ask: Callable[[Any], Any]) -> list[Any]:
-        chosen = list(self._get_indices(indices))
-        asked = [ask(self._actors[index]) for index in chosen]
-        return [self._result(index, one, ask) for index, one in zip(chosen, asked, strict=True)]
+        return self._answers({index: ask(self._actors[index]) for index in self._get_indices(indices)}, ask)
 
     def _stacked(self, observations: Sequence[Any]) -> Any:
         """Observations of all environments, one array for each part of the space."""
         if isinstance(self.observation_space, gym.spaces.Dict):
             return {name: np.stack([one[name] for one in observations]) for name in self.observation_space.spaces}
         return np.stack(observations)
-
-
-def _cause(fault: Any) -> BaseException:
-    """What a worker raised, without the report that Ray wraps it into."""
-    cause = getattr(fault, "cause", None)
-    return cause if isinstance(cause, BaseException) else fault
 
 
 def _free_processors(ray: Any) -> int:

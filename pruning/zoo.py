@@ -20,12 +20,11 @@ from prunegym.pruning.cifar import CIFAR_NETWORKS
 from prunegym.pruning.digits import DIGITS_NETWORKS
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.timm_networks import is_timm, timm_input_shape, timm_network
+from prunegym.pruning.user_code import USER_MODULES
 from prunegym.pruning.weights import load_weights
 
 __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
 
-#: How the names of modules begin that users' files are imported as.
-USER_MODULES = "prunegym_user_"
 _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000

@@ -92,6 +92,8 @@ class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwor
         at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "batch_size", "curve_examples")
         at_least(self, 0, "epochs")
         positive(self, "finetune_rate")
+        rule, remedy = "left out with --ray", "Beside other work it would not be that of the network."
+        require(self.ray is None or not self.latency, "latency", rule, "both", remedy)
         for mark in self.seconds:
             require(0 < mark < math.inf, "seconds", "above 0 and finite", mark)
         budgeted = self.mode == "budgeted"
@@ -146,7 +148,7 @@ class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwor
     def training(self, network: str, budget: Budget, seed: int, features: str) -> TrainConfig:
         """How an agent of the comparison is trained."""
         shared = {one.name: getattr(self, one.name) for one in fields(TrainConfig) if hasattr(self, one.name)}
-        own = {"network": (network,), "weights": (), "budget": (str(budget),), "policy": None, "out": None}
+        own = {"network": (network,), "weights": (), "budget": (str(budget),), "policy": None, "out": None, "ray": None}
         return TrainConfig(**{**shared, **own, "seed": seed, "features": features})
 
     def finetuning(self, network: str, seed: int) -> PruneConfig:

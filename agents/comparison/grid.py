@@ -8,7 +8,7 @@ rows that were measured under other conditions are refused, not mixed in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tqdm import tqdm
@@ -98,21 +98,44 @@ def compare(
     work = [key for key in unfinished(config, run) if key[0] in known]
     for network, _, searcher, *_ in work:  # before anything is computed
         check_evaluations(searcher, known[network][0], config.evaluations)
-    searches = Searches(config, run, progress=progress, limit=limit)
-    judges = {
-        name: Judge(problem, config, run, progress=progress, limit=limit) for name, (problem, _) in known.items()
-    }
     kept = _rows_of(run)
     best = _best_of(kept.read())
-    with tqdm(work, desc="compare", unit="row", disable=not progress) as bar:
-        for key in bar:
+    with tqdm(total=len(work), desc="compare", unit="row", disable=not progress) as bar:
+
+        def announce(key: Key) -> None:
             bar.set_postfix_str(f"{' '.join(map(str, key[:4]))}{best.get(key[:2], ('', 0))[0]}")
-            problem, conditions = known[key[0]]
-            row = {**conditions, **_row(key, problem, searches, judges[key[0]])}
+
+        networks = {name: problem for name, (problem, _) in known.items()}
+        for key, measured in _computed(work, networks, config, run, announce, progress=progress, limit=limit):
+            row = {**known[key[0]][1], **measured}
             kept.append({name: row[name] for name in COLUMNS})
             best = _best_of([row], best)
-            limit.check()
+            bar.update()
     return finished(config, run)
+
+
+def _computed(
+    work: Sequence[Key],
+    problems: Mapping[str, PruningProblem],
+    config: CompareConfig,
+    run: RunFolder,
+    announce: Callable[[Key], None],
+    *,
+    progress: bool,
+    limit: TimeLimit,
+) -> Iterator[tuple[Key, Row]]:
+    """The rows as they are finished: one after the other in this process, or as a cluster gets them done."""
+    if config.ray is not None:
+        from prunegym.agents.comparison.cluster import computed_on_cluster
+
+        yield from computed_on_cluster(work, problems, config, run, announce, limit)
+        return
+    searches = Searches(config, run, progress=progress, limit=limit)
+    judges = {name: Judge(one, config, run, progress=progress, limit=limit) for name, one in problems.items()}
+    for key in work:
+        announce(key)
+        yield key, compute_row(key, problems[key[0]], searches, judges[key[0]])
+        limit.check()
 
 
 def _best_of(
@@ -131,7 +154,7 @@ def _rows_of(run: RunFolder) -> FinishedRows:
     return FinishedRows(run, KEY, TIMED)
 
 
-def _row(key: Key, problem: PruningProblem, searches: Searches, judge: Judge) -> Row:
+def compute_row(key: Key, problem: PruningProblem, searches: Searches, judge: Judge) -> Row:
     """Search, unless it was done before, and measure what was found."""
     _, budget_text, searcher, seed, finetune_seed = key
     budget = Budget.parse(budget_text)

@@ -107,7 +107,7 @@ class Judge:
         """
         if seed is None:
             return {}
-        folder = self.run.subfolder(FINETUNING).subfolder(self._name(plan, seed))
+        folder = self.run.subfolder(FINETUNING).subfolder(folder_name(self.problem.scorer.network.name, plan, seed))
         if not folder.path(SCORES).exists():
             model = copy.deepcopy(self.problem.scorer.recovered(plan))
             config = self.config.finetuning(self.problem.scorer.network.name, seed)
@@ -116,11 +116,6 @@ class Judge:
         folder.path(CHECKPOINT).unlink(missing_ok=True)  # as large as the network, and of no more use
         scores: Row = folder.read_json(SCORES)
         return scores
-
-    def _name(self, plan: PruningPlan, seed: int) -> str:
-        """Name of the folder of a fine-tuning: it tells networks, plans and seeds apart."""
-        digest = hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest()[:16]
-        return f"{slug(self.problem.scorer.network.name)}__{digest}__f{seed}"
 
     def _scores(self, stage: str, model: nn.Module, splits: Sequence[str]) -> Row:
         scorer = self.problem.scorer
@@ -140,3 +135,9 @@ class Judge:
         measured = compare_latency({"before": network.model, "after": model}, network.example_inputs, settings)
         ratio, sentence = speed_up(measured["before"], measured["after"])
         return {"latency_ratio": 1 / ratio, "latency": sentence}
+
+
+def folder_name(network: str, plan: PruningPlan, seed: int) -> str:
+    """Name of the folder of a fine-tuning: it tells networks, plans and seeds apart."""
+    digest = hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest()[:16]
+    return f"{slug(network)}__{digest}__f{seed}"

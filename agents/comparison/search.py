@@ -145,10 +145,7 @@ class Searches:
         problem.scorer.forget()
 
     def _folder(self, kind: str, name: str, network: str, budget: Budget, seed: int) -> RunFolder:
-        # the names of searchers and budgets stay distinct without colons and blanks; those of networks may not
-        parts = (re.sub("[: ]", "-", name), network, str(budget).replace(":", ""))
-        words = "__".join(map(slug, parts))
-        return self.run.subfolder(kind).subfolder(f"{words}__s{seed}")
+        return self.run.subfolder(kind).subfolder(folder_name(name, network, str(budget), seed))
 
     def _stored(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> Found | None:
         """A search that was finished before."""
@@ -158,6 +155,13 @@ class Searches:
         result = _search_from_json(folder.read_json(SEARCH), PruningPlan.load(folder.path(PLAN)))
         result.plan.mask(problem.scorer.network.graph)  # refuses the plan of another network
         return Found(result, folder)
+
+
+def folder_name(name: str, network: str, budget: str, seed: int) -> str:
+    """Name of the folder of a search, or of a training by what its policy sees."""
+    # the names of searchers and budgets stay distinct without colons and blanks; those of networks may not
+    parts = (re.sub("[: ]", "-", name), network, budget.replace(":", ""))
+    return f"{'__'.join(map(slug, parts))}__s{seed}"
 
 
 def _search_to_json(result: SearchResult) -> dict[str, Any]:
