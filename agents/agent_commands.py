@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from prunegym.agents.config import EvaluateConfig, TrainConfig, TransferConfig
-from prunegym.agents.evaluate import EvaluationSettings, evaluate, measure_unpruned, plan_row
+from prunegym.agents.evaluate import KEY, EvaluationSettings, evaluate, measure_unpruned, plan_row
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
@@ -14,7 +16,7 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.setup import build_model, build_problems, build_prunable, build_task, seed_everything
 from prunegym.agents.tables import format_table
-from prunegym.agents.train import TrainResult, train
+from prunegym.agents.training.loop import TrainResult, train
 from prunegym.agents.transfer import transfer
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
@@ -48,7 +50,7 @@ def run_train(config: TrainConfig, reporter: Reporter) -> Result:
         run = launch.open()
         save_splits(problems, run)
         save_networks(problems, run)
-        trained = train(problems, config, run, progress=reporter.progress)
+        trained = train(problems, config, run, progress=reporter.progress, limit=reporter.limit)
         rows = _rows_beside_baselines(problems, trained, run)
         content = {
             "folder": str(run.folder),
@@ -87,7 +89,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
             test=config.test,
             progress=reporter.progress,
         )
-        rows = evaluate(problems, settings, run) if problems else unpruned
+        rows = evaluate(problems, settings, run, limit=reporter.limit) if problems else unpruned
         if config.policy is not None:
             policy, metadata = load_policy(config.policy, device=config.torch_device)
             save_attention(policy, problems, int(metadata.get("rounds", 1)), run)
@@ -107,7 +109,9 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
         run = launch.open()
         save_splits(problems, run)
         save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
-        rows = transfer(problems, config, run, test=config.test, progress=reporter.progress)
+        rows = transfer(
+            problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit
+        )
         save_attention(policy, problems, config.rounds, run)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
@@ -144,19 +148,22 @@ def _rows_beside_baselines(
     problems: list[PruningProblem], trained: TrainResult, run: RunFolder
 ) -> list[dict[str, Any]]:
     """What training reached on each network and budget: the policy's own plan, and the best it sampled."""
+    kept = FinishedRows(run, KEY)
     rows = []
     for problem in problems:
         for budget in problem.budgets:
+            network = problem.scorer.network.name
+            key = f"{network} {budget}"
+            reached = {"policy": trained.own[key], "best sampled": trained.best[key]}
+            spent = {"evaluations": trained.evaluations, "seconds": trained.seconds}
+            found = {name: SearchResult(plan=plan, **spent) for name, plan in reached.items()}
             for name in ("uniform", "knapsack"):
-                found = searcher_named(name)(problem, budget, SearchSettings())
-                rows.append(plan_row(problem, budget, name, found))
-            key = f"{problem.scorer.network.name} {budget}"
-            for name, plans in (("policy", trained.own), ("best sampled", trained.best)):
-                found = SearchResult(
-                    plan=plans[key], evaluations=trained.evaluations, seconds=trained.seconds
-                )
-                rows.append(plan_row(problem, budget, name, found))
-                run.write_json(plan_file(name, key), plans[key].to_json())
+                found[name] = searcher_named(name)(problem, budget, SearchSettings())
+            for name in ("uniform", "knapsack", *reached):
+                identity = dict(zip(KEY, (network, str(budget), name), strict=True))
+                rows.append(kept.once(identity, partial(plan_row, problem, budget, name, found[name])))
+            for name, plan in reached.items():
+                run.write_json(plan_file(name, key), plan.to_json())
     return rows
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from prunegym.agents.dcpa import BATCH, supernet
 from prunegym.agents.encoder import EncoderConfig, GraphEncoder
@@ -65,7 +66,8 @@ def attention(problem: PruningProblem, budget: Budget, settings: SearchSettings)
     order = np.zeros(graph.units)
     for number in range(1, rounds + 1):
         gates.look(EpisodeState.bare(graph, statistics, mask))
-        gates.train(steps * number // rounds - steps * (number - 1) // rounds)
+        steps_now = steps * number // rounds - steps * (number - 1) // rounds
+        gates.train(steps_now, progress=settings.progress)
         scores = gates.scores()
         order = np.where(mask, number + scores / (1 + scores), order)  # those that went last come before those before
         counts = np.bincount(graph.group_of[mask], minlength=len(graph.groups))
@@ -128,13 +130,14 @@ class AttentionGates:
         """Factor of each unit in [0, 1) ``(units,)``."""
         return 1 - torch.exp(-STEEPNESS * self.attention())
 
-    def train(self, steps: int) -> None:
+    def train(self, steps: int, *, progress: bool = False) -> None:
         """Let attention go where the task needs it."""
         if not steps:
             return
         task, device = self._problem.scorer.task, self._problem.scorer.device
         with supernet(self._problem, frozen=True) as (model, masks):
-            for inputs, targets in islice(self._batches, steps):
+            batches = islice(self._batches, steps)
+            for inputs, targets in tqdm(batches, total=steps, desc="attention", unit="step", disable=not progress):
                 masks.units = torch.cat([self.opened(), torch.ones(1)]).to(device)
                 loss = task.loss(forward(model, inputs), targets)
                 # scaled, because losses of other tasks may be far from 1, where the optimiser sees nothing

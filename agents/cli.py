@@ -7,9 +7,11 @@ import io
 import json
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, TextIO, TypeAlias
 
 import tyro
@@ -26,8 +28,9 @@ from prunegym.agents.config import (
 )
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.running import Reporter, Result
+from prunegym.agents.time_limit import TimeLimit, TimeLimitOption, TimeUp
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.files import plain
+from prunegym.pruning.files import DISK_FULL, plain, write_failure
 
 Config: TypeAlias = (
     Annotated[InspectConfig, tyro.conf.subcommand("inspect")]
@@ -46,8 +49,8 @@ _DESCRIPTION = (
     "in folders below runs/; an interrupted command goes on where it stopped if it is given its folder with "
     "--out."
 )
-#: Exit codes: what was asked cannot be done; interrupted from the keyboard.
-REFUSED, INTERRUPTED = 2, 130
+#: Exit codes: what was asked cannot be done; the time limit was reached (as of `timeout`); interrupted by Ctrl-C.
+REFUSED, TIME_UP, INTERRUPTED = 2, 124, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; by default those of the process.
 
     Returns:
-        Exit code: 0, 2 for what cannot be done as asked, 130 after an interruption.
+        Exit code: 0, 2 for what cannot be done as asked or written to a full disk, 124 when the time limit was reached,
+        130 after an interruption. After the last three, the same command with its run folder goes on.
     """
+    started = time.monotonic()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments in (["--version"], ["-V"]):
         print(f"prunegym {metadata.version('prunegym')}")
@@ -67,16 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         reporter.say = lambda text: print(text, file=sys.stderr)
+        if isinstance(config, TimeLimitOption):
+            reporter.limit = TimeLimit(config.limit_seconds, started)
         with _quiet_libraries():
             result = run(config, reporter)
     except PruningError as fault:
-        print(f"prunegym: error: {' '.join(str(fault).split())}", file=sys.stderr)
-        return REFUSED
+        return _stopped(f"error: {' '.join(str(fault).split())}{_where(arguments, reporter)}", REFUSED)
+    except OSError as fault:  # where files are not ours to write: TensorBoard, temporary files
+        if fault.errno not in DISK_FULL:
+            raise
+        error = write_failure(reporter.folder or Path(fault.filename or "."), fault)
+        return _stopped(f"error: {error}{_where(arguments, reporter)}", REFUSED)
+    except TimeUp:
+        return _stopped(f"the time limit is reached. {_how_to_continue(arguments, reporter)}", TIME_UP)
     except KeyboardInterrupt:
-        print(f"\nprunegym: interrupted. {_how_to_continue(arguments, reporter)}", file=sys.stderr)
-        return INTERRUPTED
+        return _stopped(f"interrupted. {_how_to_continue(arguments, reporter)}", INTERRUPTED)
     _print(result, as_json=config.json)
     return 0
+
+
+def _stopped(message: str, code: int) -> int:
+    """Say why a command ends early; bars may have left the line unfinished."""
+    print(f"{'' if code == REFUSED else chr(10)}prunegym: {message}", file=sys.stderr)
+    return code
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -147,10 +165,19 @@ def _how_to_continue(arguments: Sequence[str], reporter: Reporter) -> str:
     """The command that goes on from where this one was stopped."""
     if reporter.folder is None:
         return "Nothing had been computed yet."
-    command = ["prunegym", *arguments]
-    if not any(one == "--out" or one.startswith("--out=") for one in arguments):
-        command += ["--out", str(reporter.folder)]
-    return f"Continue with: {shlex.join(command)}"
+    folder = [] if _names_folder(arguments) else ["--out", str(reporter.folder)]
+    return f"Continue with: {shlex.join(['prunegym', *arguments, *folder])}"
+
+
+def _where(arguments: Sequence[str], reporter: Reporter) -> str:
+    """Where a failed command left what it had, unless its user chose the place."""
+    if reporter.folder is None or _names_folder(arguments):
+        return ""
+    return f" (Its run folder, for --out: {shlex.quote(str(reporter.folder))})"
+
+
+def _names_folder(arguments: Sequence[str]) -> bool:
+    return any(one == "--out" or one.startswith("--out=") for one in arguments)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from prunegym.agents.options import (
     check_patterns,
     parse_budgets,
 )
+from prunegym.agents.time_limit import TimeLimitOption
 from prunegym.agents.training_options import DistillationOptions, TrainingOptions
 from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
@@ -49,7 +50,11 @@ class AgentOptions(BudgetsOptions):
     evaluations: int = 0
     """Plans that may be scored."""
     workers: int = 1
-    """Worker processes that score plans side by side; 1 scores in the main process."""
+    """Workers that score plans side by side: processes, or with --ray actors of the cluster; 1 process is the main
+    one."""
+    ray: str | None = None
+    """Ray cluster whose machines do the work (needs `pip install 'prunegym[ray]'`): auto for the one that this machine
+    belongs to, or its address. The result is the same as without, for the same number of workers."""
     reward: str | None = None
     """Reward profile: improvement, loss, smooth, latency or tradeoff; by default improvement, or tradeoff in
     free mode."""
@@ -81,6 +86,10 @@ class AgentOptions(BudgetsOptions):
 
             if self.reward not in PROFILES:
                 raise unknown_name("--reward", self.reward, PROFILES)
+        if self.ray is not None:
+            from prunegym.envs.cluster import check_ray
+
+            check_ray()
         at_least(self, 1, "workers", "update_evaluations", "ppo_epochs", "elites")
         at_least(self, 0, "imitation_steps", "evaluations")
         positive(self, "learning_rate", "imitation_rate", "std", "min_std")
@@ -109,7 +118,7 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunOptions, TrainingOptions, DataOptions, OneNetwork):
+class PretrainConfig(TimeLimitOption, RunOptions, TrainingOptions, DataOptions, OneNetwork):
     """Train a network on the train split, to be pruned later.
 
     The run folder gets its weights (model.safetensors, for --weights) and its accuracy on the test images.
@@ -129,7 +138,7 @@ class PretrainConfig(RunOptions, TrainingOptions, DataOptions, OneNetwork):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ProblemOptions, AgentOptions, SeveralNetworks):
+class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks):
     """Train a pruning policy with PPO, on one network or on several at once.
 
     The run folder gets policy.safetensors, the learning curve (metrics.csv, TensorBoard) and the best plans.
@@ -151,7 +160,7 @@ class TrainConfig(ProblemOptions, AgentOptions, SeveralNetworks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
+class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNetworks):
     """Compare a policy with uniform and knapsack allocation, on networks x budgets.
 
     Without policy, searcher and budget: measure the unpruned networks on the test images.
@@ -188,7 +197,7 @@ class EvaluateConfig(ProblemOptions, BudgetsOptions, SeveralNetworks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig(ProblemOptions, AgentOptions, SeveralNetworks):
+class TransferConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks):
     """Use a policy on networks it has not seen: as it is (zero-shot) or after some evaluations (few-shot).
 
     The result stands beside uniform and knapsack allocation.
@@ -258,7 +267,7 @@ class SearchOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(ProblemOptions, DistillationOptions, TrainingOptions, SearchOptions, OneNetwork):
+class PruneConfig(TimeLimitOption, ProblemOptions, DistillationOptions, TrainingOptions, SearchOptions, OneNetwork):
     """Prune a network for good: find a plan, cut, recover, fine-tune, save.
 
     The run folder gets the smaller network, its plan, and accuracy, cost and latency before and after.
@@ -281,7 +290,7 @@ class PruneConfig(ProblemOptions, DistillationOptions, TrainingOptions, SearchOp
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(Options):
+class DemoConfig(TimeLimitOption, Options):
     """Go the whole way on small images of handwritten digits, in minutes and without any download.
 
     Train two networks, inspect, train an agent, evaluate it, transfer it, prune, save, reload, report.

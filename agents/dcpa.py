@@ -187,7 +187,8 @@ def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
         weights = [one for one in model.parameters() if one.requires_grad]
         tuning = torch.optim.SGD(weights, lr=scorer.settings.learning_rate, momentum=0.9) if weights else None
         worth, weight = 1.0, LIGHT
-        for step, (inputs, targets) in enumerate(tqdm(islice(batches, steps), total=steps, disable=not progress)):
+        bar = tqdm(islice(batches, steps), total=steps, desc="dcpa", unit="step", disable=not progress)
+        for step, (inputs, targets) in enumerate(bar):
 
             def loss_of(units: Tensor, there: Tensor) -> Tensor:
                 masks.units = units.to(scorer.device)

@@ -102,6 +102,7 @@ class _Demo:
         evaluation = self.evaluate(weights[HOME], training["policy"])
         transfer = self.transfer(weights[FOREIGN], training["policy"])
         pruned = {name: self.prune(name, weights[HOME], training["policy"]) for name in PRUNERS}
+        self.reporter.limit.check()
         self.say("reload", "the pruned network, in a new process")
         identical = same_in_new_process(Path(pruned["policy"]["folder"]))
         content = {
@@ -213,4 +214,4 @@ class _Demo:
 
     def silent(self) -> Reporter:
         """For a step: with bars, without lines, and without claiming the folder to continue from."""
-        return Reporter(progress=self.reporter.progress)
+        return Reporter(progress=self.reporter.progress, limit=self.reporter.limit)

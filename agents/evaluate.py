@@ -6,16 +6,19 @@ split, and the test split where asked, in float32 on the physically rebuilt netw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from prunegym.agents.finished_rows import FinishedRows
+from prunegym.agents.journal import journaled
 from prunegym.agents.records import note_plan
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import SearchResult, SearchSettings, check_evaluations, searcher_named
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.network import PrunableNetwork
@@ -24,6 +27,11 @@ from prunegym.pruning.task import Task
 from prunegym.pruning.training import evaluate_network
 
 Row = dict[str, Any]
+
+KEY = ("network", "budget", "searcher")
+"""Columns that identify a row."""
+SCORES = "scores"
+"""Folder of the journals of searches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,33 +48,65 @@ class EvaluationSettings:
 
 
 def evaluate(
-    problems: Sequence[PruningProblem], settings: EvaluationSettings, run: RunFolder | None = None
+    problems: Sequence[PruningProblem],
+    settings: EvaluationSettings,
+    run: RunFolder,
+    *,
+    limit: TimeLimit = NO_LIMIT,
 ) -> list[Row]:
     """Score the searchers' plans on every network and budget.
 
     Args:
         problems: networks with their budgets.
         settings: searchers, policy file and splits. Searcher `policy` is left out where there is no policy file.
-        run: a run folder that the plans are kept in.
+        run: keeps finished rows, and the scores of the search under way.
+        limit: when to stop: after the evaluation under way.
 
     Returns:
         One row per network, budget and searcher, see :func:`plan_row`.
 
     Raises:
         PruningError: The allowance is too small for a searcher.
+        TimeUp: The limit is reached.
     """
     names = [name for name in settings.searchers if name != "policy" or settings.policy is not None]
     work = [(problem, budget, name) for problem in problems for budget in problem.budgets for name in names]
     for problem, _, name in work:  # before anything is computed
         check_evaluations(name, problem, settings.evaluations)
-    rows = []
-    for problem, budget, name in tqdm(work, desc="evaluate", unit="plan", disable=not settings.progress):
-        search = SearchSettings(evaluations=settings.evaluations, seed=settings.seed, policy=settings.policy)
-        result = searcher_named(name)(problem, budget, search)
-        if run is not None:
-            note_plan(run, name, problem, budget, result.plan)
-        rows.append(plan_row(problem, budget, name, result, test=settings.test))
+    kept = FinishedRows(run, KEY)
+    rows: list[Row] = []
+    with tqdm(work, desc="evaluate", unit="plan", disable=not settings.progress) as bar:
+        for problem, budget, name in bar:
+            key = dict(zip(KEY, (problem.scorer.network.name, str(budget), name), strict=True))
+            bar.set_postfix_str(" ".join([*key.values(), _best(rows, key)]))
+            rows.append(kept.once(key, lambda: _searched(problem, budget, name, settings, run, limit)))  # noqa: B023
+            limit.check()
     return rows
+
+
+def _searched(
+    problem: PruningProblem, budget: Budget, name: str, settings: EvaluationSettings, run: RunFolder, limit: TimeLimit
+) -> Row:
+    """Let one searcher search, or repeat what it had searched before, and measure its plan."""
+    file = "__".join(map(slug, (problem.scorer.network.name, str(budget), name))) + ".jsonl"
+    with journaled([problem.scorer], run.subfolder(SCORES).path(file), limit) as journal:
+        search = SearchSettings(
+            evaluations=settings.evaluations,
+            seed=settings.seed,
+            policy=settings.policy,
+            progress=settings.progress,
+            clock=journal.clock,
+        )
+        result = searcher_named(name)(problem, budget, search)
+    note_plan(run, name, problem, budget, result.plan)
+    return plan_row(problem, budget, name, result, test=settings.test)
+
+
+def _best(rows: Sequence[Row], key: Mapping[str, str]) -> str:
+    """What a bar shows as the best so far of the network and budget under way."""
+    same = [row for row in rows if all(str(row[name]) == key[name] for name in KEY[:2])]
+    best = max(same, key=lambda row: float(row["selection_score"]), default=None)
+    return "" if best is None else f"(best {best['searcher']} {best['selection_score']:.3f})"
 
 
 def plan_row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig
 from prunegym.agents.inspect import inspect_network
+from prunegym.agents.journal import JOURNAL, journaled
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
 from prunegym.agents.prune import carry_out, describe, find_plan, save
@@ -22,6 +23,7 @@ from prunegym.agents.setup import (
     network_source,
     seed_everything,
 )
+from prunegym.agents.time_limit import TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.export import check_formats, check_program, export_network
@@ -67,9 +69,16 @@ def run_pretrain(config: PretrainConfig, reporter: Reporter) -> Result:
         task = build_task(config)
         model = build_model(config.network, config.weights, task.data, config.seed)
         run = launch.open()
-        task.data.save_indices(run.path(SPLITS))
+        task.data.save_indices(run.path(SPLITS), argument="--out")
         trained = pretrain(
-            model, task, config, run, seed=config.seed, device=device, progress=reporter.progress
+            model,
+            task,
+            config,
+            run,
+            seed=config.seed,
+            device=device,
+            progress=reporter.progress,
+            limit=reporter.limit,
         )
         content = {"folder": str(run.folder), "network": config.network, **plain(trained)}
         run.write_json(RESULT, content)
@@ -107,9 +116,10 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         if config.searcher_name == "policy" and config.policy is not None:
             policy, metadata = load_policy(config.policy, device=config.torch_device)
             save_attention(policy, [problem], config.rounds or int(metadata.get("rounds", 1)), run)
-        found = _find_plan_once(problem, budget, config, run, progress)
+        found = _find_plan_once(problem, budget, config, run, progress, reporter.limit)
         source = network_source(config.network, task.data)
-        result = carry_out(problem, found, config, run=run, source=source, progress=progress)
+        limit = reporter.limit
+        result = carry_out(problem, found, config, run=run, source=source, progress=progress, limit=limit)
         save(result, run.folder)
         inputs, _ = next(iter(task.batches("calibration", batch_size=_EXAMPLES, limit=_EXAMPLES)))
         save_example(run.path(EXAMPLE), result.model, inputs)
@@ -131,15 +141,16 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
 
 
 def _find_plan_once(
-    problem: PruningProblem, budget: Budget, config: PruneConfig, run: RunFolder, progress: bool
+    problem: PruningProblem, budget: Budget, config: PruneConfig, run: RunFolder, progress: bool, limit: TimeLimit
 ) -> SearchResult:
-    """Search, unless the run has its plan already."""
+    """Search, unless the run has its plan already; a search that was interrupted is repeated from its journal."""
     if run.path(PLAN).exists() and run.path(SEARCH).exists():
         plan = PruningPlan.load(run.path(PLAN))
         plan.mask(problem.scorer.network.graph)  # refuses a plan that was edited
         spent = run.read_json(SEARCH)
         return SearchResult(plan=plan, evaluations=spent["evaluations"], seconds=spent["seconds"])
-    found = find_plan(problem, budget, config, progress=progress)
+    with journaled([problem.scorer], run.path(JOURNAL), limit) as journal:
+        found = find_plan(problem, budget, config, progress=progress, clock=journal.clock)
     spent = {"evaluations": found.evaluations, "seconds": found.seconds, "history": found.history}
     run.write_json(SEARCH, spent)
     run.write_json(PLAN, found.plan.to_json())

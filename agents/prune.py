@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
-from prunegym.agents.pretrain import METRICS, append_epoch, complete_rows
+from prunegym.agents.pretrain import complete_rows, note_epoch
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
@@ -99,9 +101,21 @@ class PruneResult:
 
 
 def find_plan(
-    problem: PruningProblem, budget: Budget, config: PruneConfig, *, progress: bool = False
+    problem: PruningProblem,
+    budget: Budget,
+    config: PruneConfig,
+    *,
+    progress: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> SearchResult:
     """Let the searcher of the configuration make a plan, or read the plan file.
+
+    Args:
+        problem: Network, data and recovery.
+        budget: What may remain.
+        config: Who searches, and with how many evaluations.
+        progress: Show a bar.
+        clock: Gives the seconds of the search.
 
     Raises:
         PruningError: The file is no plan of this network, or the searcher lacks something.
@@ -116,6 +130,7 @@ def find_plan(
         policy=config.policy,
         rounds=config.rounds,
         progress=progress,
+        clock=clock,
     )
     return searcher_named(config.searcher_name)(problem, budget, settings)
 
@@ -129,6 +144,7 @@ def carry_out(
     source: Mapping[str, Any] | None = None,
     latency: bool = True,
     progress: bool = False,
+    limit: TimeLimit = NO_LIMIT,
 ) -> PruneResult:
     """Cut, recover and fine-tune a network by a plan, and measure it.
 
@@ -142,6 +158,7 @@ def carry_out(
         source: How to build the unpruned network.
         latency: Measure latency before and after.
         progress: Show bars.
+        limit: When to stop: after the epoch under way.
 
     Raises:
         PruningError: The loss became non-finite, or the rebuilt network does not cost what the plan says.
@@ -152,7 +169,7 @@ def carry_out(
     model = copy.deepcopy(recovered)
     check_cost(network, model, after)
     check_outputs(network, plan)
-    epochs = fine_tune(model, problem, config, run, progress=progress) if config.epochs else []
+    epochs = fine_tune(model, problem, config, run, progress=progress, limit=limit) if config.epochs else []
     stages = {"unpruned": network.model, "after_pruning": network.pruned(plan), "after_recovery": recovered}
     if config.epochs:
         stages["after_finetuning"] = model
@@ -189,6 +206,7 @@ def fine_tune(
     run: RunFolder | None = None,
     *,
     progress: bool = False,
+    limit: TimeLimit = NO_LIMIT,
 ) -> list[EpochRow]:
     """Train a pruned network in place, with the unpruned one as its teacher if asked for."""
     scorer = problem.scorer
@@ -201,10 +219,10 @@ def fine_tune(
         checkpoint=None if run is None else run.path(CHECKPOINT),
         checkpoint_minutes=config.checkpoint_minutes,
         progress=progress,
-        on_epoch=None if run is None else partial(append_epoch, run),
+        on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
     )
     if run is not None:
-        complete_rows(run, METRICS, rows)
+        complete_rows(run, rows)
     return rows
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+
 # the command line imports this module, and `prunegym --help` should not wait for PyTorch
 if TYPE_CHECKING:
     from prunegym.agents.runs import RunFolder
@@ -39,6 +41,8 @@ class Reporter:
     """Takes a line for the user to read."""
     folder: Path | None = None
     """Of the run, once it has one: what an interrupted command is continued from."""
+    limit: TimeLimit = NO_LIMIT
+    """When to stop."""
 
 
 class RunConfig(Protocol):
@@ -122,4 +126,4 @@ def save_splits(problems: Sequence[PruningProblem], run: RunFolder) -> None:
 
     task = problems[0].scorer.task
     if isinstance(task, ClassificationTask):
-        task.data.save_indices(run.path(SPLITS))
+        task.data.save_indices(run.path(SPLITS), argument="--out")

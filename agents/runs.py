@@ -6,6 +6,7 @@ whole or extended by whole rows, so a run killed at any moment can be continued 
 """
 
 import csv
+import hashlib
 import io
 import os
 import re
@@ -18,16 +19,18 @@ from typing import Any, TypeAlias
 
 from prunegym.agents.provenance import describe_environment
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.files import plain, read_json, replacing, write_failure, write_json
+from prunegym.pruning.files import append, plain, read_json, remove_leftovers, replacing, write_failure, write_json
 
 Scalar: TypeAlias = bool | int | float | str | None
 
 #: Where run folders are made unless ``--out`` says otherwise, relative to the working directory.
 DEFAULT_PARENT = Path("runs")
 #: Configuration fields that do not change what is computed, so that a run may be resumed with another value.
-NOT_COMPARED = frozenset({"out", "json", "progress", "checkpoint_minutes"})
+NOT_COMPARED = frozenset({"out", "json", "progress", "checkpoint_minutes", "ray", "time_limit"})
 #: Characters; four such parts and the time stay below the 255 bytes of a file name.
 _LONGEST_PART = 56
+#: Characters of a name that is told from others by a digest; three such parts stay below 255 bytes too.
+_LONGEST_SLUG = 48
 #: Numbers exactly as Python writes them: ``12e4`` in a commit hash or a label such as ``007`` stay text.
 _INTEGER = re.compile(r"-?(0|[1-9]\d*)")
 _FLOAT = re.compile(r"-?(\d+\.\d+(e[+-]\d{2,})?|\d+e[+-]\d{2,}|inf)|nan")
@@ -91,6 +94,8 @@ class RunFolder:
             run = cls(_make_default_folder(_folder_name("+".join(names), searcher, budget, seed)))
         else:
             run = cls(out.expanduser(), resumed=_holds_run(out.expanduser(), asked, extendable))
+            if run.resumed:
+                remove_leftovers(run.folder)
         if not run.resumed or extendable:
             run.write_json("config.json", asked)
         run._write_environment(asked["config"])
@@ -148,7 +153,7 @@ class RunFolder:
         try:
             columns, size = _header_and_size(path)
             text = _format_row(path, columns, row)
-            _append(path, size, text.encode())
+            append(path, size, text.encode())
         except OSError as error:
             raise write_failure(path, error) from error
 
@@ -187,15 +192,28 @@ class RunFolder:
         Raises:
             PruningError: The file could not be written.
         """
-        path = self.path(name)
         rows = self.read_rows(name)
-        if len(rows) <= count:
-            return
-        columns, _ = _header_and_size(path)
-        lines = path.read_text().splitlines(keepends=True)[:1]
-        lines += [_format_row(path, columns, row) for row in rows[:count]]
+        if len(rows) > count:
+            columns, _ = _header_and_size(self.path(name))
+            self.write_rows(name, rows[:count], columns)
+
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+        """Replace a CSV file in one step.
+
+        Args:
+            name: File name in the folder.
+            rows: All rows, as :meth:`append_row` takes them.
+            columns: Of the file; by default those of the first row.
+
+        Raises:
+            PruningError: A row has other columns, or the file could not be written; an earlier one is still there.
+        """
+        path = self.path(name)
+        known = list(columns or (rows[0] if rows else ()))
+        text = _format_row(path, [], dict.fromkeys(known)).splitlines(keepends=True)[:1]
+        text += [_format_row(path, known, row) for row in rows]
         with replacing(path) as temporary:
-            temporary.write_text("".join(lines))
+            temporary.write_text("".join(text), encoding="utf-8", newline="")
 
     def _write_environment(self, config: Mapping[str, Any]) -> None:
         """Write ``env.json``; a resumed run adds where it is resumed to where it was started."""
@@ -219,6 +237,12 @@ def _part(text: str) -> str:
     """A piece of a folder name: letters, digits, dots, plus, equals, hyphens and single underscores."""
     cleaned = re.sub(r"_{2,}", "_", re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII))
     return cleaned.strip("-_.")[:_LONGEST_PART] or "unnamed"
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name; what is lost is made up for by a digest."""
+    cleaned = re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII)[:_LONGEST_SLUG]
+    return cleaned if cleaned == text else f"{cleaned}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _make_default_folder(name: str) -> Path:
@@ -319,22 +343,6 @@ def _format_row(path: Path, columns: list[str], row: Mapping[str, Any]) -> str:
         writer.writerow(row)
     writer.writerow([_to_cell(row.get(name)) for name in columns or row])
     return text.getvalue()
-
-
-def _append(path: Path, size: int, data: bytes) -> None:
-    """Put the data after the first ``size`` bytes of a file, all of it or nothing."""
-    # unbuffered: after a failed write nothing may wait in a buffer that close() would write after all
-    with path.open("ab", buffering=0) as file:
-        try:
-            file.truncate(size)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        except OSError:
-            with suppress(OSError):
-                file.truncate(size)
-            raise
 
 
 def _to_cell(value: Any) -> str:

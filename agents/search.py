@@ -13,6 +13,7 @@ Work that is no scoring of a plan, such as training steps, is paid for in evalua
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class SearchSettings:
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with, or 1."""
     progress: bool = False
+    clock: Callable[[], float] = time.perf_counter
+    """Gives seconds; that of a journal counts those before an interruption too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,7 @@ class Search:
         self.looks = self._affordable_looks(settings.evaluations, least) if choosing else 0
         self.allowed = settings.evaluations - CONFIRMING * self.looks
         self.rng = np.random.default_rng(settings.seed)
-        self.trail = Trail()
+        self.trail = Trail(settings.clock)
         self._bar = tqdm(total=settings.evaluations, desc=name, unit="plan", disable=not settings.progress)
 
     @property
@@ -196,7 +199,8 @@ class Search:
             )
         plan = self.problem.plan(counts, scores)
         score = self._run(plan)
-        self.trail.add(plan, score)
+        if self.trail.add(plan, score):
+            self._bar.set_postfix(best=f"{score:.3f}")
         return score
 
     def probe(self, counts: Counts) -> float:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
+from tqdm import tqdm
+
 from prunegym.agents.config import TransferConfig
-from prunegym.agents.evaluate import plan_row
+from prunegym.agents.evaluate import KEY, plan_row
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.records import note_plan
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
-from prunegym.agents.train import train
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.training.loop import TrainResult, train
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 
 Row = dict[str, Any]
+
+FEW_SHOT = ("few-shot", "few-shot best")
+"""Searchers that come out of one training: the adapted policy's own plan, and the best that it sampled."""
 
 
 def transfer(
@@ -24,6 +32,7 @@ def transfer(
     *,
     test: bool = False,
     progress: bool = True,
+    limit: TimeLimit = NO_LIMIT,
 ) -> list[Row]:
     """Prune new networks with a policy trained elsewhere.
 
@@ -31,39 +40,69 @@ def transfer(
         problems: the new networks with their budgets.
         config: the policy file, which is not changed, and how few-shot training learns. `config.evaluations` plans may
             be scored on each network and budget; 0 is zero-shot, one deterministic pass.
-        run: where few-shot training leaves its metrics, checkpoint and the adapted policies.
+        run: keeps finished rows, and what few-shot training leaves: metrics, checkpoint and the adapted policies.
         test: also score on the test split.
-        progress: show a progress bar.
+        progress: show progress bars.
+        limit: when to stop: after the evaluation or row under way.
 
     Returns:
         Rows for uniform, knapsack and the frozen policy; with evaluations also for the adapted policy's own plan
         (`few-shot`) and for the best plan it sampled (`few-shot best`).
     """
-    rows = []
-    for problem in problems:
-        for budget in problem.budgets:
-            for name in ("uniform", "knapsack", "policy"):
-                result = searcher_named(name)(problem, budget, SearchSettings(policy=config.policy))
-                label = "zero-shot" if name == "policy" else name
-                note_plan(run, label, problem, budget, result.plan)
-                rows.append(plan_row(problem, budget, label, result, test=test))
-    if config.evaluations:
-        for problem in problems:
-            for budget in problem.budgets:
-                rows += _few_shot(problem, budget, config, run, test=test, progress=progress)
+    pairs = [(problem, budget) for problem in problems for budget in problem.budgets]
+    kept = FinishedRows(run, KEY)
+    rows: list[Row] = []
+    frozen = [(*pair, name) for pair in pairs for name in ("uniform", "knapsack", "policy")]
+    for problem, budget, name in tqdm(frozen, desc="zero-shot", unit="plan", disable=not progress):
+        rows.append(_frozen(problem, budget, name, config, kept, test=test))
+        limit.check()
+    for problem, budget in pairs if config.evaluations else []:
+        rows += _few_shot(problem, budget, config, kept, test=test, progress=progress, limit=limit)
+        limit.check()
     return rows
+
+
+def _frozen(
+    problem: PruningProblem, budget: Budget, name: str, config: TransferConfig, kept: FinishedRows, *, test: bool
+) -> Row:
+    """The row of a searcher that scores no plan."""
+    label = "zero-shot" if name == "policy" else name
+
+    def make() -> Row:
+        result = searcher_named(name)(problem, budget, SearchSettings(policy=config.policy))
+        note_plan(kept.run, label, problem, budget, result.plan)
+        return plan_row(problem, budget, label, result, test=test)
+
+    return kept.once(_key(problem, budget, label), make)
 
 
 def _few_shot(
-    problem: PruningProblem, budget: Budget, config: TransferConfig, run: RunFolder, *, test: bool, progress: bool
+    problem: PruningProblem,
+    budget: Budget,
+    config: TransferConfig,
+    kept: FinishedRows,
+    *,
+    test: bool,
+    progress: bool,
+    limit: TimeLimit,
 ) -> list[Row]:
     """Adapt the policy to one network and budget, and rate both of its plans."""
     name = f"{problem.scorer.network.name}__{budget}".replace(":", "").replace("/", "-")
-    adapted = train([problem.only(budget)], config, run.subfolder(name), progress=progress)
-    key = f"{problem.scorer.network.name} {budget}"
-    rows = []
-    for label, plans in (("few-shot", adapted.own), ("few-shot best", adapted.best)):
-        found = SearchResult(plan=plans[key], evaluations=adapted.evaluations, seconds=adapted.seconds)
-        note_plan(run, label, problem, budget, found.plan)
-        rows.append(plan_row(problem, budget, label, found, test=test))
-    return rows
+
+    @cache
+    def adapted() -> TrainResult:
+        return train([problem.only(budget)], config, kept.run.subfolder(name), progress=progress, limit=limit)
+
+    def make(label: str) -> Row:
+        trained = adapted()
+        plans = trained.own if label == FEW_SHOT[0] else trained.best
+        plan = plans[f"{problem.scorer.network.name} {budget}"]
+        found = SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds)
+        note_plan(kept.run, label, problem, budget, plan)
+        return plan_row(problem, budget, label, found, test=test)
+
+    return [kept.once(_key(problem, budget, label), partial(make, label)) for label in FEW_SHOT]
+
+
+def _key(problem: PruningProblem, budget: Budget, label: str) -> Row:
+    return dict(zip(KEY, (problem.scorer.network.name, str(budget), label), strict=True))

@@ -23,7 +23,7 @@ from prunegym.agents.evaluate import plan_row
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchResult, SearchSettings, own_plan
 from prunegym.agents.setup import build_problem
-from prunegym.agents.train import METRICS, train
+from prunegym.agents.training.loop import METRICS, train
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.plan import PruningPlan
 

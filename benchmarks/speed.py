@@ -33,7 +33,7 @@ from prunegym.agents.config import TrainConfig
 from prunegym.agents.policy import PruningPolicy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.setup import assemble_problem, build_problem, build_task
-from prunegym.agents.train import TIMING, train
+from prunegym.agents.training.loop import TIMING, train
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observation
 from prunegym.envs.setting import PruningProblem

@@ -104,9 +104,9 @@ class DataSplits:
         images: ImageSet = getattr(self, split)
         return images
 
-    def save_indices(self, path: Path) -> None:
+    def save_indices(self, path: Path, *, argument: str = "path") -> None:
         """Write which images are in which split to an ``.npz`` file, replacing it in one step."""
-        with replacing(path, argument="path") as temporary:
+        with replacing(path, argument=argument) as temporary:
             np.savez_compressed(temporary, allow_pickle=False, **self.indices)
 
 

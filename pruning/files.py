@@ -9,6 +9,8 @@ import errno
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -22,6 +24,14 @@ from prunegym.pruning.errors import PruningError
 
 #: What writers raise on a full disk: Python and numpy OSError, torch.save RuntimeError, safetensors its own.
 _WRITE_FAILURES = (OSError, RuntimeError, SafetensorError)
+#: What the system says of a disk, or a share of it, that is full.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: Bytes; a disk with less is full, as far as our files are concerned.
+_NEXT_TO_NOTHING = 1 << 20
+#: Names that :func:`replacing` gives to what is not finished; the number is that of the process.
+_TEMPORARY = re.compile(r"\..*\.(\d+)(?:\.\w+)?")
+#: Names that safetensors gives to what it has not finished.
+_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
 
 @contextmanager
@@ -49,11 +59,74 @@ def replacing(path: Path, *, argument: str = "--out") -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except _WRITE_FAILURES as error:
         raise write_failure(path, error, argument) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: a new name may otherwise be lost in a power cut."""
+    if os.name != "posix":
+        return  # elsewhere folders cannot be opened
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems know no such thing
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append(path: Path, size: int, data: bytes, *, sync: bool = True) -> None:
+    """Put data after the first ``size`` bytes of a file, all of it or nothing.
+
+    Args:
+        path: The file; made if it is not there.
+        size: Bytes to keep; what a kill left after them is dropped.
+        data: To add.
+        sync: Wait until it is on the disk. Without, a power cut may take the last additions, a kill does not.
+
+    Raises:
+        OSError: It could not be written; the first ``size`` bytes are still there.
+    """
+    new = not size
+    # unbuffered: after a failed write nothing may wait in a buffer that close() would write after all
+    with path.open("ab", buffering=0) as file:
+        try:
+            file.truncate(size)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+    if new and sync:
+        sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete unfinished files of killed processes, in a folder to which nobody else writes."""
+    for path in folder.rglob(".*"):
+        ours = _TEMPORARY.fullmatch(path.name)
+        left = not _is_running(int(ours[1])) if ours else _OF_SAFETENSORS.fullmatch(path.name)
+        if left and path.is_file():
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # there, but not ours
+        return True
+    return True
 
 
 def write_failure(path: Path, error: Exception, argument: str = "--out") -> PruningError:
@@ -69,15 +142,23 @@ def write_failure(path: Path, error: Exception, argument: str = "--out") -> Prun
     """
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "Free some space there" if full else "Choose a folder that you may write to"
+        full = error.errno in DISK_FULL
     else:  # what torch says of a full disk is not helpful, and looks the same for other causes
-        reason = str(error).partition("\n")[0]
-        remedy = "Free some space there, or choose a folder that you may write to,"
+        full = _free_space(path) < _NEXT_TO_NOTHING
+        reason = os.strerror(errno.ENOSPC) if full else str(error).partition("\n")[0]
+    remedy = "Free some space there" if full else "Choose a folder that you may write to"
     return PruningError(
         f"`{argument}` should be a place that can be written to. Received '{path}' ({reason}). "
         f"{remedy} and repeat the command; what was written before is kept."
     )
+
+
+def _free_space(path: Path) -> float:
+    """Bytes that are left where a file should go; infinity if that cannot be found out."""
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return math.inf
 
 
 def write_json(path: Path, value: Any, *, argument: str = "--out") -> None:

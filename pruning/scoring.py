@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,6 +83,16 @@ class ScorerSettings:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
 
 
+class Journal(Protocol):
+    """Where scores outlive the process: a search that was killed is repeated with them, which is quick."""
+
+    def read(self, plan: PruningPlan, split: str, examples: int) -> Score | None:
+        """The score that was written for a plan; None if there is none."""
+
+    def write(self, plan: PruningPlan, split: str, examples: int, score: Score) -> None:
+        """Keep a score."""
+
+
 class Scorer:
     """Scores plans of one network, and remembers them.
 
@@ -121,6 +131,8 @@ class Scorer:
         self._cache: dict[tuple[PruningPlan, str, int], Score] = {}
         self.scored = 0
         """Plans run so far; cached ones do not count."""
+        self.journal: Journal | None = None
+        """Where scores are kept, and looked up, beyond the life of this process."""
 
     def criterion_scores(self, criterion: str) -> Scores:
         """Scores of all units ``(units,)`` of the unpruned network by a criterion."""
@@ -131,9 +143,18 @@ class Scorer:
         """Prune by the plan, recover, and run on the settings' split and examples (or others)."""
         key = (plan, split or self.settings.split, examples or self.settings.examples)
         if key not in self._cache:
-            self._cache[key] = self.run(*key)
-            self.scored += 1
+            known = None if self.journal is None else self.journal.read(*key)
+            if known is None:
+                known = self.run(*key)
+                self.scored += 1
+                if self.journal is not None:
+                    self.journal.write(*key, known)
+            self._cache[key] = known
         return self._cache[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker gets: neither prepared batches, which are large, nor the journal, which has one writer."""
+        return {**self.__dict__, "_prepared": {}, "journal": None}
 
     def unpruned(self, *, split: str | None = None, examples: int | None = None) -> Score:
         """The unpruned network's score, in the same precision and on the same examples."""

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision import datasets
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.sources import Source
@@ -90,6 +89,8 @@ def _plain_name(item: object) -> str:
 
 def _open(name: str, entry: _Entry, arguments: Mapping[str, Any], root: Path, download: bool) -> Any:
     """Make torchvision's object for one part of a data set."""
+    from torchvision import datasets  # here: it takes seconds, and workers that only score plans need none of it
+
     fetch = {"download": True} if download and entry.downloads else {}
     try:
         return getattr(datasets, entry.cls)(str(root), **arguments, **fetch)

@@ -20,6 +20,7 @@ from prunegym.pruning.cifar import CIFAR_NETWORKS
 from prunegym.pruning.digits import DIGITS_NETWORKS
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.timm_networks import is_timm, timm_input_shape, timm_network
+from prunegym.pruning.user_code import USER_MODULES
 from prunegym.pruning.weights import load_weights
 
 __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
@@ -28,7 +29,6 @@ _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000
 #: How the names of modules begin that are made of a user's files.
-_USER_MODULE = "prunegym_user_"
 #: Arguments of single torchvision networks: the auxiliary heads only help the first training, and the slow
 #: initialisation that goes with them is being retired (torchvision warns if it is not turned off).
 _TORCHVISION_ARGUMENTS = {
@@ -263,7 +263,7 @@ def import_file(path: Path) -> ModuleType:
     # Registered under a name of its own, so that its networks can be copied and pickled. It changes with
     # the content, so that an unchanged file is run once and an edited one again.
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
-    key = f"{_USER_MODULE}{path.stem}_{digest[:12]}"
+    key = f"{USER_MODULES}{path.stem}_{digest[:12]}"
     if key in sys.modules:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)
@@ -287,7 +287,7 @@ def import_file(path: Path) -> ModuleType:
 
 def imported_files() -> list[Path]:
     """The user's files that were imported: another process has to import them before it unpickles their classes."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(_USER_MODULE)]
+    modules = [module for name, module in sys.modules.items() if name.startswith(USER_MODULES)]
     return list(dict.fromkeys(Path(one.__file__) for one in modules if one.__file__))
 
 

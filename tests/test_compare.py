@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunegym.agents import train
 from prunegym.agents.comparison import measure as compare_measure
 from prunegym.agents.comparison import search as compare_search
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import CURVE, ROWS, compare, curve_rows, identity, unfinished
+from prunegym.agents.comparison.grid import CURVE, KEY, ROWS, TIMED, compare, curve_rows, identity, unfinished
 from prunegym.agents.evaluate import recovered_scores
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan
+from prunegym.agents.training.loop import Trainer
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -216,7 +217,7 @@ def test_interrupted_comparison_goes_on_to_the_same_rows(
     append = RunFolder.append_row
 
     def killed(self: RunFolder, name: str, row: Any) -> None:
-        if len(self.read_rows(name)) == rows_written:
+        if name == ROWS and len(self.read_rows(name)) == rows_written:
             raise KeyboardInterrupt
         append(self, name, row)
 
@@ -224,7 +225,7 @@ def test_interrupted_comparison_goes_on_to_the_same_rows(
         patch.setattr(RunFolder, "append_row", killed)
         with pytest.raises(KeyboardInterrupt):
             go(half, tmp_path / "run", config())
-    kept = RunFolder(tmp_path / "run").read_rows(ROWS)
+    kept = FinishedRows(RunFolder(tmp_path / "run"), KEY, TIMED).read()
     searched: list[int] = []
     real = compare_search.searcher_named
     monkeypatch.setattr(compare_search, "searcher_named", lambda name: searched.append(1) or real(name))
@@ -243,12 +244,12 @@ def test_interrupted_training_goes_on_from_its_checkpoint(
     """Its first update is not made twice."""
     settings = config(searcher=("agent",), repeats=1, evaluations=11)
     whole, _ = go(half, tmp_path / "whole", settings)
-    update = train.Trainer.run_update
+    update = Trainer.run_update
     made: list[str] = []
-    monkeypatch.setattr(train.Trainer, "run_update", _killed_at(1, update))
+    monkeypatch.setattr(Trainer, "run_update", _killed_at(1, update))
     with pytest.raises(KeyboardInterrupt):
         go(half, tmp_path / "run", settings)
-    monkeypatch.setattr(train.Trainer, "run_update", _noted(made, update))
+    monkeypatch.setattr(Trainer, "run_update", _noted(made, update))
     rows, _ = go(half, tmp_path / "run", settings)
 
     assert made == ["1"]
@@ -258,7 +259,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(
 def _killed_at(number: int, update: Any) -> Any:
     """An update that is interrupted before it begins, if it has this number."""
 
-    def run_update(self: train.Trainer) -> dict[str, Any]:
+    def run_update(self: Trainer) -> dict[str, Any]:
         if self.update == number:
             raise KeyboardInterrupt
         return update(self)
@@ -269,7 +270,7 @@ def _killed_at(number: int, update: Any) -> Any:
 def _noted(made: list[str], update: Any) -> Any:
     """An update that leaves its number."""
 
-    def run_update(self: train.Trainer) -> dict[str, Any]:
+    def run_update(self: Trainer) -> dict[str, Any]:
         made.append(str(self.update))
         return update(self)
 

@@ -1,16 +1,19 @@
 import errno
 import json
 import os
+import subprocess
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from prunegym.pruning import files
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.files import plain, read_json, replacing, write_json
+from prunegym.pruning.files import append, plain, read_json, remove_leftovers, replacing, write_failure, write_json
 
 
 class Regime(Enum):
@@ -129,3 +132,39 @@ def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(PruningError, match="Choose a folder that you may write to"):
         write_json(tmp_path / "file" / "x.json", 1)
+
+
+def test_append_drops_what_a_kill_left_and_keeps_the_rest(tmp_path: Path) -> None:
+    """The caller says how much of the file is whole."""
+    path = tmp_path / "table"
+    append(path, 0, b"a\n")
+    path.write_bytes(b"a\nhal")
+
+    append(path, 2, b"b\n", sync=False)
+
+    assert path.read_bytes() == b"a\nb\n"
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    """Those of living ones, finished files and hidden files of others stay."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    gone = [f".checkpoint.{dead.pid}.pt", f".table.{dead.pid}", ".tmpHTV9Ht"]
+    stay = [f".checkpoint.{os.getpid()}.pt", "checkpoint.pt", ".hidden", ".tmp", f"checkpoint.{dead.pid}.pt"]
+    folder = tmp_path / "part"
+    folder.mkdir()
+    for name in (*gone, *stay):
+        (folder / name).touch()
+
+    remove_leftovers(tmp_path)
+
+    assert {path.name for path in folder.iterdir()} == set(stay)
+
+
+def test_failed_write_without_a_reason_is_explained_by_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of one is of no help."""
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+
+    error = write_failure(Path("runs/checkpoint.pt"), RuntimeError("unexpected pos 64 vs 12"))
+
+    assert "(No space left on device). Free some space there" in str(error)

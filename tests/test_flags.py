@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunegym.agents import config as configs
-from prunegym.agents import network_commands, pretrain, prune, setup, train
+from prunegym.agents import network_commands, pretrain, prune, setup
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
@@ -18,6 +18,8 @@ from prunegym.agents.running import Reporter
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
 from prunegym.agents.setup import build_problem, build_problems, build_task, seed_everything
+from prunegym.agents.training import workers
+from prunegym.agents.training.loop import Trainer
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -111,6 +113,8 @@ ELSEWHERE = {
     "html": "test_report.py",
     "runs": "test_report.py",
     "pictures": "test_report.py",
+    "time_limit": "test_time_limit.py",
+    "ray": "test_vector.py",
 }
 
 
@@ -280,9 +284,9 @@ def test_rate_and_decay_follow_the_optimizer(kind: Any, changes: dict[str, Any],
 def agent_state(problem: PruningProblem, folder: Path, **changes: Any) -> dict[str, Any]:
     """What a training of an agent is about to do."""
     settings: dict[str, Any] = {"network": ("digits_vgg",), **FEW, **changes}
-    trainer = train.Trainer([problem], TrainConfig(**settings), RunFolder(folder))
+    trainer = Trainer([problem], TrainConfig(**settings), RunFolder(folder))
     model = trainer.model
-    env = train.make_env(problem, trainer.config, trainer.padding)
+    env = workers.make_env(problem, trainer.config, trainer.padding)
     try:
         return {
             "rounds": env.rounds,
@@ -313,7 +317,7 @@ def test_agent_flag_reaches_the_training(
     flag: str, problem: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent is trained in another way."""
-    monkeypatch.setattr(train, "SubprocVecEnv", train.DummyVecEnv)  # processes take seconds to start
+    monkeypatch.setattr(workers, "ProcessVecEnv", workers.DummyVecEnv)  # processes take seconds to start
     for name in "ab":
         (tmp_path / name).mkdir()
 
@@ -327,7 +331,7 @@ def test_policy_flag_is_what_training_starts_from(problem: PruningProblem, tmp_p
     """The weights of the file, and not new ones."""
     run = RunFolder(tmp_path)
     config = TrainConfig(network=("digits_vgg",), seed=1, tensorboard=False, **FEW)
-    first = train.Trainer([problem], config, run)
+    first = Trainer([problem], config, run)
     path = tmp_path / "policy.safetensors"
     save_policy(path, first.model.policy, metadata={})
     first.close()

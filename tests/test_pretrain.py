@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunegym.agents.config import PretrainConfig
-from prunegym.agents.pretrain import PretrainResult, complete_rows, pretrain, save_weights
+from prunegym.agents.pretrain import PretrainResult, complete_rows, note_epoch, pretrain, save_weights
 from prunegym.agents.runs import RunFolder
 from prunegym.pruning.data import load_data
 from prunegym.pruning.errors import PruningError
@@ -61,14 +62,18 @@ def test_interrupted_training_goes_on_to_the_same_weights(
 
 @pytest.mark.parametrize("present", [[], ROWS[:1], ROWS[1:], ROWS])
 def test_table_is_completed_whatever_is_missing(tmp_path: Path, present: list[EpochRow]) -> None:
-    """One row per epoch, in order."""
-    run = RunFolder(tmp_path)
-    for row in present:
-        run.append_row("metrics.csv", vars(row))
+    """One row per epoch, in order, the same bytes as without an interruption; seconds stand apart."""
+    whole, run = (RunFolder(tmp_path / name) for name in ("whole", "cut"))
+    for folder, rows in ((whole, ROWS), (run, present)):
+        folder.folder.mkdir()
+        for row in rows:
+            note_epoch(folder, row)
 
-    complete_rows(run, "metrics.csv", ROWS)
+    complete_rows(run, [replace(row, seconds=7.0) for row in ROWS])
 
-    assert [row["epoch"] for row in run.read_rows("metrics.csv")] == [1, 2, 3]
+    assert run.path("metrics.csv").read_bytes() == whole.path("metrics.csv").read_bytes()
+    assert [row["epoch"] for row in run.read_rows("timing.csv")] == [1, 2, 3]
+    assert "seconds" not in run.read_rows("metrics.csv")[0]
 
 
 def test_weights_of_tied_tensors_are_written(tmp_path: Path) -> None:

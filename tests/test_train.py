@@ -1,5 +1,7 @@
 """Training: what an untrained agent is, what a trained one learns, and that interruptions change nothing."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
-from prunegym.agents.train import METRICS, SETTLING, Trainer, TrainResult, train
+from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
 from prunegym.agents.transfer import transfer
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
@@ -137,6 +140,47 @@ def test_row_without_checkpoint_is_written_again(half: PruningProblem, tmp_path:
     go([half], tmp_path / "run")
 
     assert run.read_rows(METRICS) == rows
+
+
+def test_first_row_without_checkpoint_is_written_again(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, or out of disk, between the first row and the first checkpoint."""
+
+    def killed(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    go([half], tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go([half], tmp_path / "run")
+    go([half], tmp_path / "run")
+
+    assert (tmp_path / "run" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+
+
+def test_training_of_other_weights_is_not_gone_on_with(
+    half: PruningProblem, digits: Any, zoo: Any, tmp_path: Path
+) -> None:
+    """The file behind a path may have changed, which the configuration does not show."""
+    go([half], tmp_path / "run")
+    other = PruningProblem(Scorer(zoo("digits_resnet"), digits, half.scorer.settings), (HALF,))
+
+    with pytest.raises(PruningError, match=r"`--out` should hold a training of the same networks, weights and data"):
+        go([other], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_worker_that_is_killed_ends_the_training_with_one_error(half: PruningProblem, tmp_path: Path) -> None:
+    """What had been learned is on the disk, and the message says how to go on."""
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([half], replace(CONFIG, workers=2), run)
+    os.kill(trainer.envs.processes[1].pid, signal.SIGKILL)
+
+    with pytest.raises(PruningError, match=r"`--workers` should be processes that live .*exit code -9"):
+        trainer.run_all(progress=False)
+    trainer.close()
 
 
 def test_two_workers_learn_what_one_process_learns(half: PruningProblem, tmp_path: Path) -> None:

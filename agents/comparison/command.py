@@ -29,7 +29,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
     if problems:
         save_splits(problems, run)
         save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
-        rows = compare(problems, config, run, progress=reporter.progress)
+        rows = compare(problems, config, run, progress=reporter.progress, limit=reporter.limit)
     else:
         reporter.say("all rows are there: nothing is computed again")
         rows = finished(config, run)

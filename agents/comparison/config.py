@@ -12,6 +12,7 @@ import tyro
 from prunegym.agents.config import AgentOptions, PruneConfig, TrainConfig
 from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
+from prunegym.agents.time_limit import TimeLimitOption
 from prunegym.agents.training_options import DistillationOptions, FittingOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
@@ -38,7 +39,9 @@ EXTENDABLE = ("network", "weights", "policy", "budget", "searcher", "repeats", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(ProblemOptions, DistillationOptions, FittingOptions, AgentOptions, SeveralNetworks):
+class CompareConfig(
+    TimeLimitOption, ProblemOptions, DistillationOptions, FittingOptions, AgentOptions, SeveralNetworks
+):
     """Compare searchers on networks x budgets x seeds, at equal evaluations and at equal seconds.
 
     The run folder gets one row per finished piece (rows.csv), a table with bootstrap intervals and paired differences
@@ -86,6 +89,8 @@ class CompareConfig(ProblemOptions, DistillationOptions, FittingOptions, AgentOp
         at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "curve_examples")
         if self.finetune_rate is not None:
             positive(self, "finetune_rate")
+        rule, remedy = "left out with --ray", "Beside other work it would not be that of the network."
+        require(self.ray is None or not self.latency, "latency", rule, "both", remedy)
         for mark in self.seconds:
             require(0 < mark < math.inf, "seconds", "above 0 and finite", mark)
         budgeted = self.mode == "budgeted"
@@ -140,7 +145,7 @@ class CompareConfig(ProblemOptions, DistillationOptions, FittingOptions, AgentOp
     def training(self, network: str, budget: Budget, seed: int, features: str) -> TrainConfig:
         """How an agent of the comparison is trained."""
         shared = {one.name: getattr(self, one.name) for one in fields(TrainConfig) if hasattr(self, one.name)}
-        own = {"network": (network,), "weights": (), "budget": (str(budget),), "policy": None, "out": None}
+        own = {"network": (network,), "weights": (), "budget": (str(budget),), "policy": None, "out": None, "ray": None}
         return TrainConfig(**{**shared, **own, "seed": seed, "features": features})
 
     def finetuning(self, network: str, seed: int) -> PruneConfig:

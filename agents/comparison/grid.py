@@ -8,7 +8,7 @@ rows that were measured under other conditions are refused, not mixed in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tqdm import tqdm
@@ -16,8 +16,10 @@ from tqdm import tqdm
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.measure import STAGES, Judge
 from prunegym.agents.comparison.search import PLAN, Found, Searches
+from prunegym.agents.finished_rows import ROWS, FinishedRows
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import check_evaluations
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -28,7 +30,6 @@ Row: TypeAlias = dict[str, Any]
 Key: TypeAlias = tuple[str, str, str, int, int | None]
 """Network, budget, searcher, seed of the search, seed of the fine-tuning."""
 
-ROWS = "rows.csv"
 CURVE = "curve.json"
 KEY = ("network", "budget", "searcher", "seed", "finetune_seed")
 #: What a row must share with all others, and with the others of its network or searcher, to stand beside them.
@@ -53,29 +54,34 @@ _MEASURED = (
     "macs",
     "counted_macs",
     "parameters",
-    "latency_ratio",
     "reward_score",
     *STAGES,
     *(f"test_{stage}" for stage in STAGES),
     "evaluations",
-    "seconds",
     "plan",
-    "latency",
 )
-COLUMNS = (*KEY, "network_fingerprint", "policy_fingerprint", *_SHARED, *_MEASURED)
-"""Columns of ``rows.csv``."""
+TIMED = ("seconds", "latency_ratio", "latency")
+"""Columns that differ from run to run, in a file of their own."""
+COLUMNS = (*KEY, "network_fingerprint", "policy_fingerprint", *_SHARED, *_MEASURED, *TIMED)
+"""Columns of a row; ``rows.csv`` has them up to those that are timed."""
 
 
 def compare(
-    problems: Sequence[PruningProblem], config: CompareConfig, run: RunFolder, *, progress: bool = True
+    problems: Sequence[PruningProblem],
+    config: CompareConfig,
+    run: RunFolder,
+    *,
+    progress: bool = True,
+    limit: TimeLimit = NO_LIMIT,
 ) -> list[Row]:
     """Compute the rows that the run folder does not hold yet.
 
     Args:
         problems: Networks with their budgets, named as in ``config.labels``; those with all their rows may be absent.
         config: Searchers, seeds, allowance, and what is measured.
-        run: Gets ``rows.csv`` with :data:`COLUMNS`, and the plans.
+        run: Gets the rows with :data:`COLUMNS`, and the plans.
         progress: Show bars.
+        limit: When to stop: after the evaluation, epoch or row under way.
 
     Returns:
         The rows of the configuration's grid, in its order.
@@ -83,6 +89,7 @@ def compare(
     Raises:
         PruningError: The folder holds rows of other networks, data or settings; or the allowance is too small for a
             searcher, or a searcher fails. What was finished is kept.
+        TimeUp: The limit is reached.
     """
     known = {problem.scorer.network.name: (problem, identity(problem, config)) for problem in problems}
     rows = run.read_rows(ROWS)
@@ -91,18 +98,63 @@ def compare(
     work = [key for key in unfinished(config, run) if key[0] in known]
     for network, _, searcher, *_ in work:  # before anything is computed
         check_evaluations(searcher, known[network][0], config.evaluations)
-    searches = Searches(config, run, progress=progress)
-    judges = {name: Judge(problem, config, run, progress=progress) for name, (problem, _) in known.items()}
-    with tqdm(work, desc="compare", unit="row", disable=not progress) as bar:
-        for key in bar:
-            bar.set_postfix_str(" ".join(map(str, key[:4])))
-            problem, conditions = known[key[0]]
-            row = {**conditions, **_row(key, problem, searches, judges[key[0]])}
-            run.append_row(ROWS, {name: row[name] for name in COLUMNS})
+    kept = _rows_of(run)
+    best = _best_of(kept.read())
+    with tqdm(total=len(work), desc="compare", unit="row", disable=not progress) as bar:
+
+        def announce(key: Key) -> None:
+            bar.set_postfix_str(f"{' '.join(map(str, key[:4]))}{best.get(key[:2], ('', 0))[0]}")
+
+        networks = {name: problem for name, (problem, _) in known.items()}
+        for key, measured in _computed(work, networks, config, run, announce, progress=progress, limit=limit):
+            row = {**known[key[0]][1], **measured}
+            kept.append({name: row[name] for name in COLUMNS})
+            best = _best_of([row], best)
+            bar.update()
     return finished(config, run)
 
 
-def _row(key: Key, problem: PruningProblem, searches: Searches, judge: Judge) -> Row:
+def _computed(
+    work: Sequence[Key],
+    problems: Mapping[str, PruningProblem],
+    config: CompareConfig,
+    run: RunFolder,
+    announce: Callable[[Key], None],
+    *,
+    progress: bool,
+    limit: TimeLimit,
+) -> Iterator[tuple[Key, Row]]:
+    """The rows as they are finished: one after the other in this process, or as a cluster gets them done."""
+    if config.ray is not None:
+        from prunegym.agents.comparison.cluster import computed_on_cluster
+
+        yield from computed_on_cluster(work, problems, config, run, announce, limit)
+        return
+    searches = Searches(config, run, progress=progress, limit=limit)
+    judges = {name: Judge(one, config, run, progress=progress, limit=limit) for name, one in problems.items()}
+    for key in work:
+        announce(key)
+        yield key, compute_row(key, problems[key[0]], searches, judges[key[0]])
+        limit.check()
+
+
+def _best_of(
+    rows: Sequence[Row], before: Mapping[tuple[str, ...], tuple[str, float]] | None = None
+) -> dict[tuple[str, ...], tuple[str, float]]:
+    """What a bar shows as the best so far of each network and budget, with its score after recovery."""
+    best = dict(before or {})
+    for row in rows:
+        pair, score = (str(row["network"]), str(row["budget"])), float(row[STAGES[1]])
+        if pair not in best or score > best[pair][1]:
+            best[pair] = (f", best {row['searcher']} {score:.3f}", score)
+    return best
+
+
+def _rows_of(run: RunFolder) -> FinishedRows:
+    return FinishedRows(run, KEY, TIMED)
+
+
+def compute_row(key: Key, problem: PruningProblem, searches: Searches, judge: Judge) -> Row:
     """Search, unless it was done before, and measure what was found."""
     _, budget_text, searcher, seed, finetune_seed = key
     budget = Budget.parse(budget_text)
@@ -111,7 +163,7 @@ def _row(key: Key, problem: PruningProblem, searches: Searches, judge: Judge) ->
     plan = found.result.plan
     return {
         **dict(zip(KEY, key, strict=True)),
-        **dict.fromkeys(_MEASURED),
+        **dict.fromkeys((*_MEASURED, *TIMED)),
         **judge.measure(plan, budget),
         **judge.finetuned(plan, finetune_seed),
         "evaluations": found.result.evaluations,
@@ -163,13 +215,13 @@ def _grid(config: CompareConfig) -> Iterator[Key]:
 
 def unfinished(config: CompareConfig, run: RunFolder) -> list[Key]:
     """Keys of the rows that are still to be computed."""
-    done = {_key(row) for row in run.read_rows(ROWS)}
+    done = {_key(row) for row in _rows_of(run).read()}
     return [key for key in _grid(config) if key not in done]
 
 
 def finished(config: CompareConfig, run: RunFolder) -> list[Row]:
     """The rows of the grid that are there, in the order of the grid."""
-    rows = {_key(row): row for row in run.read_rows(ROWS)}
+    rows = {_key(row): row for row in _rows_of(run).read()}
     return [dict(rows[key]) for key in _grid(config) if key in rows]
 
 

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.search import slug
 from prunegym.agents.prune import CHECKPOINT, check_cost, count_macs, fine_tune
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.runs import RunFolder, slug
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.latency import compare_latency, speed_up
@@ -39,15 +39,23 @@ class Judge:
         config: What is measured, and how plans are fine-tuned.
         run: The run folder; fine-tuning leaves its checkpoints and scores there.
         progress: Show bars.
+        limit: When to stop.
     """
 
     def __init__(
-        self, problem: PruningProblem, config: CompareConfig, run: RunFolder, *, progress: bool = False
+        self,
+        problem: PruningProblem,
+        config: CompareConfig,
+        run: RunFolder,
+        *,
+        progress: bool = False,
+        limit: TimeLimit = NO_LIMIT,
     ) -> None:
         self.problem = problem
         self.config = config
         self.run = run
         self.progress = progress
+        self.limit = limit
         self.splits = ("selection", "test") if config.test else ("selection",)
         self._rows: dict[tuple[PruningPlan, Budget], Row] = {}
         self._recovered: dict[PruningPlan, float] = {}
@@ -99,20 +107,15 @@ class Judge:
         """
         if seed is None:
             return {}
-        folder = self.run.subfolder(FINETUNING).subfolder(self._name(plan, seed))
+        folder = self.run.subfolder(FINETUNING).subfolder(folder_name(self.problem.scorer.network.name, plan, seed))
         if not folder.path(SCORES).exists():
             model = copy.deepcopy(self.problem.scorer.recovered(plan))
             config = self.config.finetuning(self.problem.scorer.network.name, seed)
-            fine_tune(model, self.problem, config, folder, progress=self.progress)
+            fine_tune(model, self.problem, config, folder, progress=self.progress, limit=self.limit)
             folder.write_json(SCORES, self._scores(STAGES[2], model, self.splits))
-            folder.path(CHECKPOINT).unlink(missing_ok=True)  # as large as the network, and of no more use
+        folder.path(CHECKPOINT).unlink(missing_ok=True)  # as large as the network, and of no more use
         scores: Row = folder.read_json(SCORES)
         return scores
-
-    def _name(self, plan: PruningPlan, seed: int) -> str:
-        """Name of the folder of a fine-tuning: it tells networks, plans and seeds apart."""
-        digest = hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest()[:16]
-        return f"{slug(self.problem.scorer.network.name)}__{digest}__f{seed}"
 
     def _scores(self, stage: str, model: nn.Module, splits: Sequence[str]) -> Row:
         scorer = self.problem.scorer
@@ -132,3 +135,9 @@ class Judge:
         measured = compare_latency({"before": network.model, "after": model}, network.example_inputs, settings)
         ratio, sentence = speed_up(measured["before"], measured["after"])
         return {"latency_ratio": 1 / ratio, "latency": sentence}
+
+
+def folder_name(network: str, plan: PruningPlan, seed: int) -> str:
+    """Name of the folder of a fine-tuning: it tells networks, plans and seeds apart."""
+    digest = hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest()[:16]
+    return f"{slug(network)}__{digest}__f{seed}"

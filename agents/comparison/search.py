@@ -6,7 +6,6 @@ agent, from whose training several of the searchers come.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from typing import Any
 
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
 from prunegym.agents.comparison.controls import CONTROLS
+from prunegym.agents.journal import JOURNAL, journaled
 from prunegym.agents.policy_file import load_policy
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.trail import Improvement
-from prunegym.agents.train import CHECKPOINT, POLICY_FILE, TrainResult, train
+from prunegym.agents.training.loop import CHECKPOINT, POLICY_FILE, TrainResult, train
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -26,7 +27,6 @@ from prunegym.pruning.plan import PruningPlan
 
 SEARCHES, TRAININGS = "searches", "trainings"
 PLAN, SEARCH, TRAINING = "plan.json", "search.json", "training.json"
-_LONGEST = 48
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,16 @@ class Searches:
         config: Allowance, agents and seeds.
         run: The run folder.
         progress: Show bars.
+        limit: When to stop.
     """
 
-    def __init__(self, config: CompareConfig, run: RunFolder, *, progress: bool = False) -> None:
+    def __init__(
+        self, config: CompareConfig, run: RunFolder, *, progress: bool = False, limit: TimeLimit = NO_LIMIT
+    ) -> None:
         self.config = config
         self.run = run
         self.progress = progress
+        self.limit = limit
         self._warm: set[int] = set()
 
     def find(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> Found:
@@ -92,12 +96,18 @@ class Searches:
         return Found(result, folder)
 
     def _search(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
-        """Let a searcher of the registry search."""
+        """Let a searcher of the registry search, or repeat from its journal what it had searched before."""
         self._start_afresh(problem, budget)
-        settings = SearchSettings(
-            evaluations=self.config.evaluations, seed=seed, policy=self.config.policy, progress=self.progress
-        )
-        return searcher_named(searcher)(problem, budget, settings)
+        folder = self._folder(SEARCHES, searcher, problem.scorer.network.name, budget, seed)
+        with journaled([problem.scorer], folder.path(JOURNAL), self.limit) as journal:
+            settings = SearchSettings(
+                evaluations=self.config.evaluations,
+                seed=seed,
+                policy=self.config.policy,
+                progress=self.progress,
+                clock=journal.clock,
+            )
+            return searcher_named(searcher)(problem, budget, settings)
 
     def _agent(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
         """What comes out of the training of an agent."""
@@ -122,9 +132,9 @@ class Searches:
         if not folder.path(TRAINING).exists():
             self._start_afresh(problem, budget)
             config = self.config.training(network, budget, seed, features)
-            trained = train([problem.only(budget)], config, folder, progress=self.progress)
+            trained = train([problem.only(budget)], config, folder, progress=self.progress, limit=self.limit)
             folder.write_json(TRAINING, _training_to_json(trained))
-            folder.path(CHECKPOINT).unlink(missing_ok=True)  # megabytes, and of no more use
+        folder.path(CHECKPOINT).unlink(missing_ok=True)  # megabytes, and of no more use
         return _training_from_json(folder.read_json(TRAINING), folder), folder
 
     def _start_afresh(self, problem: PruningProblem, budget: Budget) -> None:
@@ -135,10 +145,7 @@ class Searches:
         problem.scorer.forget()
 
     def _folder(self, kind: str, name: str, network: str, budget: Budget, seed: int) -> RunFolder:
-        # the names of searchers and budgets stay distinct without colons and blanks; those of networks may not
-        parts = (re.sub("[: ]", "-", name), network, str(budget).replace(":", ""))
-        words = "__".join(map(slug, parts))
-        return self.run.subfolder(kind).subfolder(f"{words}__s{seed}")
+        return self.run.subfolder(kind).subfolder(folder_name(name, network, str(budget), seed))
 
     def _stored(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> Found | None:
         """A search that was finished before."""
@@ -150,10 +157,11 @@ class Searches:
         return Found(result, folder)
 
 
-def slug(text: str) -> str:
-    """A text as part of a file name; what is lost is made up for by a digest."""
-    cleaned = re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII)[:_LONGEST]
-    return cleaned if cleaned == text else f"{cleaned}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def folder_name(name: str, network: str, budget: str, seed: int) -> str:
+    """Name of the folder of a search, or of a training by what its policy sees."""
+    # the names of searchers and budgets stay distinct without colons and blanks; those of networks may not
+    parts = (re.sub("[: ]", "-", name), network, budget.replace(":", ""))
+    return f"{'__'.join(map(slug, parts))}__s{seed}"
 
 
 def _search_to_json(result: SearchResult) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from prunegym.agents.options import DEFAULT_BUDGET
 from prunegym.agents.records import ATTENTION, NETWORKS, PLANS
 from prunegym.agents.running import RESULT, SPLITS
 from prunegym.agents.runs import RunFolder
-from prunegym.agents.train import METRICS
+from prunegym.agents.training.loop import METRICS
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json
 

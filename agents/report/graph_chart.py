@@ -156,7 +156,8 @@ def _draw_looks(axes: Any, x: float, y: Floats, between: Floats) -> None:
             weight = float(row[seen]) / strongest
             if weight > 0:
                 reach = -_reach(abs(int(seen) - looking), len(others) - 1)
-                style: dict[str, Any] = {"color": COLOURS[3], "linewidth": 0.4 + 1.8 * weight, "alpha": 0.25 + 0.65 * weight}
+                style: dict[str, Any] = {"color": COLOURS[3], "linewidth": 0.4 + 1.8 * weight}
+                style["alpha"] = 0.25 + 0.65 * weight
                 _arc(axes, x, (y[looking], y[seen]), reach, **style)
                 axes.plot(x, y[seen], "o", color=COLOURS[3], markersize=4.5)
 

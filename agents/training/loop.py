@@ -1,0 +1,339 @@
+"""Train a pruning agent on one network or several, on one or more workers.
+
+An update collects ``update_evaluations`` episodes, each of which scores one plan, then learns from them and from the
+best plans so far. Every update starts from seeds derived from the run's seed and its own number, and ends with a
+checkpoint; the scores of an update that was interrupted are in a journal. So a run that was stopped at any moment goes
+on to the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from prunegym.agents.journal import JOURNAL, Clock, journaled, scorer_identity
+from prunegym.agents.policy_file import save_policy
+from prunegym.agents.ppo import Episode, PruningPPO
+from prunegym.agents.records import ATTENTION, attention_records
+from prunegym.agents.runs import RunFolder
+from prunegym.agents.searchers import own_plan
+from prunegym.agents.second_look import confirmed_plans
+from prunegym.agents.settling import SETTLING, confirm, reserved
+from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.trail import Improvement
+from prunegym.agents.training.agent import make_agent
+from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
+from prunegym.agents.training.notes import Notes
+from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
+from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.plan import PruningPlan
+
+POLICY_FILE = "policy.safetensors"
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.csv"
+TIMING = "timing.csv"
+"""Seconds stand apart from the metrics, which are the same for the same seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What training left behind."""
+
+    policy: Path
+    evaluations: int
+    seconds: float
+    own: dict[str, PruningPlan] = field(default_factory=dict)
+    """The policy's own plan, by ``network budget``."""
+    best: dict[str, PruningPlan] = field(default_factory=dict)
+    """The best plan that was sampled, by ``network budget``: a different result, reported apart."""
+    own_trail: dict[str, list[Improvement]] = field(default_factory=dict)
+    """The policy's own plan before the first update, and after each update that changed it."""
+    best_trail: dict[str, list[Improvement]] = field(default_factory=dict)
+    """The best sampled plan whenever that changed; those of one update all carry the seconds of its end."""
+
+
+def train(
+    problems: Sequence[PruningProblem],
+    config: AgentConfig,
+    run: RunFolder,
+    *,
+    progress: bool = True,
+    limit: TimeLimit = NO_LIMIT,
+) -> TrainResult:
+    """Train a policy on all problems at once.
+
+    Args:
+        problems: networks with their budgets.
+        config: evaluations, rounds, workers, seed and the settings of PPO.
+        run: where metrics, checkpoint, plans and policy go; a run folder with a checkpoint is resumed.
+        progress: show a progress bar on standard error.
+        limit: when to stop: after the evaluation under way, or with several workers after the update.
+
+    Raises:
+        PruningError: a worker died, or a loss became non-finite; what was learned is in the run folder.
+        TimeUp: the limit is reached.
+    """
+    scorers = [problem.scorer for problem in problems]
+    # scores of worker processes are in no journal: to stop within an update would lose those of that update
+    per_score = limit if config.workers == 1 else NO_LIMIT
+    with journaled(scorers, run.path(JOURNAL), per_score) as journal:
+        trainer = Trainer(problems, config, run, clock=journal.clock, limit=limit)
+        try:
+            return trainer.run_all(progress)
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """A training run: environments, agent, metrics and checkpoints."""
+
+    def __init__(
+        self,
+        problems: Sequence[PruningProblem],
+        config: AgentConfig,
+        run: RunFolder,
+        *,
+        clock: Clock | None = None,
+        limit: TimeLimit = NO_LIMIT,
+    ) -> None:
+        self.problems = list(problems)
+        self.pairs = [(problem, budget) for problem in self.problems for budget in problem.budgets]
+        self.config = config
+        self.folder = run
+        self.limit = limit
+        self.padding = shared_padding(self.problems)
+        self.envs = make_envs(self.problems, config, self.padding)
+        # rounded up: every worker plays the same number of whole episodes
+        self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
+        self.model = make_agent(config, self.envs, self.episodes, run.path("tensorboard"))
+        # an update scores its episodes and the policy's own plan for every network and budget
+        per_pair = config.evaluations // len(self.pairs)
+        left = config.evaluations - reserved(per_pair) * len(self.pairs)
+        self.updates = max(1, left // (self.episodes + len(self.pairs)))
+        self.update = 0
+        self.clock = clock or Clock()
+        self.notes = Notes(self.clock)
+        self.tick: Callable[[int], object] = lambda evaluations: None
+        """Told of evaluations as they are made."""
+        self._own_envs: dict[int, ChannelPruningEnv] = {}
+        if run.path(CHECKPOINT).exists():
+            self._resume()
+        # a row whose checkpoint was never finished, be it the first, is written again
+        for name in (METRICS, TIMING):
+            run.truncate_rows(name, self.update)
+
+    def close(self) -> None:
+        """End workers."""
+        self.envs.close()
+
+    def run_all(self, progress: bool) -> TrainResult:
+        """Update until the evaluations are spent."""
+        total, done = self.config.evaluations, self.notes.evaluations
+        with tqdm(total=total, initial=done, desc="train", unit="plan", disable=not progress) as bar:
+            self.tick = bar.update
+            if not self.notes.own_trail:
+                self._note_start()
+            while self.update < self.updates:
+                row = self.run_update()
+                bar.set_postfix(best=f"{row['best']:.3f}", own=f"{row['own']:.3f}")
+                self.limit.check()
+            self._settle()
+        return self._finish()
+
+    def _note_start(self) -> None:
+        """Note the plans that the policy makes before it has learned anything: they need no evaluation."""
+        for problem, budget in self.pairs:
+            self.notes.note_own(_key(problem, budget), self._own_plan(problem, budget))
+
+    def run_update(self) -> dict[str, Any]:
+        """One PPO update, its row of metrics, and the checkpoint."""
+        self._seed_update()
+        self.model._last_obs = None  # begin with a reset, from the seeds just set
+        self.model.progress = (self.update + 1) / self.updates
+        collector = _Collector(self.model, self.tick)
+        self.model.learn(
+            self.episodes * self.config.rounds, callback=collector, reset_num_timesteps=False, log_interval=1
+        )
+        self.notes.note_best(collector.infos)
+        self.notes.evaluations += self.episodes
+        own = self._score_own()
+        self.update += 1
+        row = {
+            "update": self.update,
+            "evaluations": self.notes.evaluations,
+            "reward_mean": float(np.mean(collector.returns)),
+            "reward_best": float(np.max(collector.returns)),
+            "score_mean": float(np.mean([info["score"] for info in collector.infos])),
+            "best": float(np.mean([score for score, _ in self.notes.best.values()])),
+            "own": own,
+            "std": float(self.model.policy.log_std.detach().exp()),
+        }
+        if not np.isfinite(row["std"]):
+            raise PruningError(
+                f"`--learning-rate` should keep the policy finite. Received {self.config.learning_rate}, and its "
+                f"weights became non-finite in update {self.update}. Lower it; the last checkpoint is kept."
+            )
+        seconds, updating = round(self.clock(), 3), round(self.model.policy_seconds, 3)
+        self.folder.append_row(METRICS, row)
+        self.folder.append_row(TIMING, {"update": self.update, "seconds": seconds, "update_seconds": updating})
+        self.checkpoint()
+        return row
+
+    def _settle(self) -> None:
+        """Look at the best plans again, and draw the policy to the one that stands up until it makes it."""
+        if not self.model.imitation_steps:
+            return  # plain PPO was asked for
+        self.model.progress = 1.0
+        self._confirm()
+        for _ in range(SETTLING):
+            self.limit.check()
+            self._score_own(remember=False)  # what has been chosen stays chosen
+            if all(self.notes.own_trail[key][-1].plan == plan for key, (_, plan) in self.notes.best.items()):
+                break
+            self.model.imitate()
+        save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
+
+    def _confirm(self) -> None:
+        """Choose among the best plans of each network and budget on more images than the search has seen."""
+        count = confirmed_plans(self.config.evaluations // len(self.pairs))
+        for problem, budget in self.pairs:
+            env = self._env_of(problem)
+            found = confirm(problem, budget, env, self.model.memory, count)
+            if found is not None:
+                self.notes.evaluations += found.evaluations
+                self.tick(found.evaluations)
+                self.notes.settle(_key(problem, budget), found.plan, found.score)
+
+    def _seed_update(self) -> None:
+        """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
+        sequence = np.random.SeedSequence([self.config.seed, self.update])
+        streams = sequence.generate_state(self.envs.num_envs + 1)
+        self.model.set_random_seed(int(streams[0]) % 2**31)
+        # one seed per worker (SB3 would give them consecutive ones)
+        self.envs._seeds = [int(value) % 2**31 for value in streams[1:]]
+
+    def _score_own(self, remember: bool = True) -> float:
+        """Score the policy's own plans on the reward split; they are evaluations too, and are remembered."""
+        scores = []
+        for problem, budget in self.pairs:
+            episode, info = self._own_episode(problem, budget)
+            if remember:
+                self.notes.note_best([info])
+                self.model.memory.add(episode)
+            self.notes.evaluations += 1
+            self.tick(1)
+            scores.append(float(info["score"]))
+        return float(np.mean(scores))
+
+    def _own_episode(self, problem: PruningProblem, budget: Budget) -> tuple[Episode, dict[str, Any]]:
+        env = self._env_of(problem)
+        observation, _ = env.reset(options={"budget": budget})
+        observations, actions, done = [], [], False
+        value = 0.0
+        info: dict[str, Any] = {}
+        while not done:
+            observations.append(observation)
+            actions.append(self.model.policy.act(observation))
+            observation, value, done, _, info = env.step(actions[-1])
+        key = f"{info['network']} {info['budget']}"
+        self.notes.note_own(key, info["plan"], float(info["score"]), self.notes.evaluations + 1)
+        return Episode(observations, np.stack(actions), value), info
+
+    def _env_of(self, problem: PruningProblem) -> ChannelPruningEnv:
+        """The environment in which the policy plays without noise, made once."""
+        key = id(problem)
+        if key not in self._own_envs:
+            self._own_envs[key] = make_env(problem, self.config, self.padding)
+        return self._own_envs[key]
+
+    def _own_plan(self, problem: PruningProblem, budget: Budget) -> PruningPlan:
+        return own_plan(self.model.policy, problem, budget, self.config.rounds)
+
+    def checkpoint(self) -> None:
+        """Save policy and state, atomically."""
+        save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
+        state = {"update": self.update, "seconds": self.clock(), "identities": self._identities()}
+        save_checkpoint(self.folder.path(CHECKPOINT), self.model, {**state, **self.notes.to_json()})
+
+    def _resume(self) -> None:
+        path = self.folder.path(CHECKPOINT)
+        state = load_checkpoint(path, self.model)
+        if state.get("identities") != self._identities():
+            raise PruningError(
+                f"`--out` should hold a training of the same networks, weights and data. Received {path}, which is of "
+                "others. Bring these back, or choose another folder."
+            )
+        self.update = int(state["update"])
+        self.clock.catch_up(float(state["seconds"]))
+        self.notes.restore(state)
+
+    def _identities(self) -> list[str]:
+        """What tells the networks, their data and how they are scored from others."""
+        return [scorer_identity(problem.scorer) for problem in self.problems]
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "networks": [problem.scorer.network.name for problem in self.problems],
+            "budgets": sorted({str(budget) for problem in self.problems for budget in problem.budgets}),
+            "rounds": self.config.rounds,
+            "regime": self.config.regime,
+            "criterion": self.config.criterion,
+            "evaluations": self.notes.evaluations,
+            "seed": self.config.seed,
+        }
+
+    def _finish(self) -> TrainResult:
+        notes = self.notes
+        own = {_key(problem, budget): self._own_plan(problem, budget) for problem, budget in self.pairs}
+        for key, plan in own.items():
+            notes.note_own(key, plan)
+        best = {key: plan for key, (_, plan) in notes.best.items()}
+        plans = {"own": own, "best": best}
+        content = {kind: {key: plan.to_json() for key, plan in found.items()} for kind, found in plans.items()}
+        self.folder.write_json("plan.json", content)
+        looked = [attention_records(self.model.policy, self._env_of(problem)) for problem in self.problems]
+        self.folder.write_json(ATTENTION, [record for records in looked for record in records])
+        return TrainResult(
+            policy=self.folder.path(POLICY_FILE),
+            evaluations=notes.evaluations,
+            seconds=self.clock(),
+            own=own,
+            best=best,
+            own_trail=notes.own_trail,
+            best_trail=notes.best_trail,
+        )
+
+
+class _Collector:
+    """Keeps the infos of finished episodes and the returns of the rollout."""
+
+    def __init__(self, model: PruningPPO, tick: Callable[[int], object]) -> None:
+        self.model = model
+        self.tick = tick
+        self.infos: list[dict[str, Any]] = []
+
+    def __call__(self, variables: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        """SB3 calls this after every step of the environments."""
+        for info, done in zip(variables["infos"], variables["dones"], strict=True):
+            if done:
+                self.infos.append(info)
+                self.tick(1)
+        return True
+
+    @property
+    def returns(self) -> list[float]:
+        """Return of each episode of the last rollout."""
+        return [episode.value for episode in self.model.last_episodes]
+
+
+def _key(problem: PruningProblem, budget: Budget) -> str:
+    """What plans are kept under."""
+    return f"{problem.scorer.network.name} {budget}"

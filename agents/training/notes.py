@@ -1,0 +1,78 @@
+"""What a training notes on its way: what it spent, the best plans, and the plans it would have returned earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prunegym.agents.trail import Improvement
+from prunegym.pruning.plan import PruningPlan
+
+
+class Notes:
+    """Plans of a training by ``network budget``, and its evaluations.
+
+    Args:
+        clock: Gives seconds of training so far, those before an interruption included.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.evaluations = 0
+        self.best: dict[str, tuple[float, PruningPlan]] = {}
+        """The best plans that were sampled, with their scores."""
+        self.own_trail: dict[str, list[Improvement]] = {}
+        self.best_trail: dict[str, list[Improvement]] = {}
+
+    def note_best(self, infos: Iterable[Mapping[str, Any]]) -> None:
+        """Look for better plans among the next evaluations, each given by the ``info`` of its episode's end."""
+        for evaluations, info in enumerate(infos, start=self.evaluations + 1):
+            key = f"{info['network']} {info['budget']}"
+            if key not in self.best or info["score"] > self.best[key][0]:
+                self.best[key] = (info["score"], info["plan"])
+                found = Improvement(evaluations, self.clock(), info["plan"], float(info["score"]))
+                self.best_trail.setdefault(key, []).append(found)
+
+    def settle(self, key: str, plan: PruningPlan, score: float) -> None:
+        """Take this plan as the best one from now on."""
+        self.best[key] = (score, plan)
+        append_changed(
+            self.best_trail.setdefault(key, []), Improvement(self.evaluations, self.clock(), plan, score)
+        )
+
+    def note_own(self, key: str, plan: PruningPlan, score: float | None = None, evaluations: int | None = None) -> None:
+        """Note the plan that the policy makes now, if it is another than before."""
+        spent = self.evaluations if evaluations is None else evaluations
+        append_changed(self.own_trail.setdefault(key, []), Improvement(spent, self.clock(), plan, score))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in what JSON holds."""
+        return {
+            "evaluations": self.evaluations,
+            "best": {key: [score, plan.to_json()] for key, (score, plan) in self.best.items()},
+            "own_trail": _trails_to_json(self.own_trail),
+            "best_trail": _trails_to_json(self.best_trail),
+        }
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Take up what :meth:`to_json` gave."""
+        self.evaluations = int(content["evaluations"])
+        self.best = {
+            key: (float(score), PruningPlan.from_json(plan)) for key, (score, plan) in content["best"].items()
+        }
+        self.own_trail = _trails_from_json(content["own_trail"])
+        self.best_trail = _trails_from_json(content["best_trail"])
+
+
+def append_changed(trail: list[Improvement], found: Improvement) -> None:
+    """Note the plan in force, if it is another than before."""
+    if not trail or trail[-1].plan != found.plan:
+        trail.append(found)
+
+
+def _trails_to_json(trails: Mapping[str, list[Improvement]]) -> dict[str, Any]:
+    return {key: [one.to_json() for one in kept] for key, kept in trails.items()}
+
+
+def _trails_from_json(content: Mapping[str, Any]) -> dict[str, list[Improvement]]:
+    return {key: [Improvement.from_json(one) for one in kept] for key, kept in content.items()}
