@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -201,28 +202,72 @@ def _single_layer(layer: nn.Module, data: Tensor) -> bytes:
     return content
 
 
-def open_session(data: bytes, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU.
+def open_session(data: bytes, threads: int, *, device: str = "cpu", profile: Path | None = None) -> Any:
+    """An ONNX Runtime session.
 
     Args:
         data: a serialised ONNX model.
         threads: threads that work on one operation; operations run one after another.
+        device: ``cpu``, or ``cuda`` with or without a number.
+        profile: beginning of the path of a file that gets the time of every operation, when the session is told to
+            end profiling.
+
+    Raises:
+        PruningError: this build of ONNX Runtime does not know the device.
     """
     import onnxruntime
 
+    check_provider(device)
+    kind, _, index = device.partition(":")
+    provider = f"{kind.upper()}ExecutionProvider"
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # below errors there is only talk of thread affinity in containers
     # threads that wait in a busy loop after one session's run would slow the next session's
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    choices = {} if kind == "cpu" else {"device_id": int(index or 0)}
+    return onnxruntime.InferenceSession(data, options, providers=[(provider, choices)])
+
+
+def has_provider(kind: str) -> bool:
+    """True if ONNX Runtime is there and runs on this kind of device, such as ``cpu`` or ``cuda``."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return f"{kind.upper()}ExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def check_provider(device: str) -> None:
+    """Make sure that ONNX Runtime runs on a device.
+
+    Raises:
+        PruningError: this build of it does not.
+    """
+    if not has_provider(device.partition(":")[0]):
+        from onnxruntime import get_available_providers
+
+        raise PruningError(
+            f"`device` should be one that this build of ONNX Runtime knows. Received {device}, where there are only "
+            f"{', '.join(get_available_providers())}. Run: pip install onnxruntime-gpu, or measure on cpu."
+        )
 
 
 def session_feeds(session: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Arrays by the input names of a session."""
+    return feeds_for([one.name for one in session.get_inputs()], inputs)
+
+
+def feeds_for(names: Sequence[str], inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Arrays by the names of an exported network's inputs.
+
+    Raises:
+        PruningError: the network reads fewer tensors than there are.
+    """
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    names = [one.name for one in session.get_inputs()]
     if len(names) != len(leaves):
         raise PruningError(
             f"`example_inputs` should be tensors that the network reads. Received {len(leaves)} tensors, of "

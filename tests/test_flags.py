@@ -41,7 +41,13 @@ SCORING = {
     "precision": "float32",
     "seed": 3,
 }
-LATENCY = {"latency_batch": 2, "latency_threads": 1, "latency_backend": "onnxruntime"}
+LATENCY = {
+    "latency_batch": 2,
+    "latency_threads": 1,
+    "latency_backend": "onnxruntime",
+    "latency_dtype": "bfloat16",
+    "latency_device": "cuda:1",
+}
 DATA = {
     "data": "cifar10",
     "data_root": Path("elsewhere"),
