@@ -11,6 +11,7 @@ from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup, train
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
 from prunegym.agents.running import Reporter
@@ -107,6 +108,13 @@ ELSEWHERE = {
     "finetune_rate": "",
     "seconds": "test_cli.py",
     "curve_examples": "test_compare.py",
+    "run": "test_deployment.py",
+    "teacher": "test_deployment.py",
+    "allow_code": "test_deployment.py",
+    "format": "test_deployment.py",
+    "dtype": "test_deployment.py",
+    "num_classes": "test_deployment.py",
+    "in_channels": "test_deployment.py",
 }
 
 
@@ -114,7 +122,7 @@ def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
     followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
-    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig, FinetuneConfig, ExportConfig]
     assert {one.name for kind in kinds for one in fields(kind)} == followed
 
 
