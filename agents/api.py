@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.agents.config import PruneConfig
+from prunegym.agents.deployment.finetune import FinetuneResult
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import ProblemOptions, parse_budgets
-from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
+from prunegym.agents.prune import PruneResult, carry_out, find_plan
+from prunegym.agents.prune import save as save_pruned
 from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
 from prunegym.agents.width_options import WidthOptions
 from prunegym.envs.channel_pruning import ChannelPruningEnv
@@ -143,7 +145,7 @@ def prune(
     wanted = Budget("macs", 1.0) if config.plan is not None else Budget.parse(budget)
     problem = _problem(model, task, [wanted], config, name=config.network, keep=keep, progress=progress)
     found = find_plan(problem, wanted, config, progress=progress)
-    known = _source(source, problem.scorer.task)
+    known = completed_source(source, problem.scorer.task)
     return carry_out(problem, found, config, source=known, latency=latency, progress=progress)
 
 
@@ -204,6 +206,23 @@ def make_env(
     return ChannelPruningEnv(problem, rounds=rounds, mode=mode, profile=reward)
 
 
+def save(result: PruneResult | FinetuneResult, folder: str | Path) -> None:
+    """Write a pruned or fine-tuned network, to be read by :func:`load`.
+
+    Args:
+        result: What :func:`prune` or :func:`prunegym.finetune` returned.
+        folder: Gets ``model.safetensors`` and ``recipe.json``.
+
+    Raises:
+        PruningError: The folder cannot be written, or the network would not come back as it is.
+    """
+    path = Path(folder).expanduser()
+    if isinstance(result, FinetuneResult):
+        result.save(path)
+    else:
+        save_pruned(result, path)
+
+
 def load(folder: str | Path, model: nn.Module | None = None, *, allow_code: bool = False) -> nn.Module:
     """Read a network that :func:`save` or ``prunegym prune`` wrote.
 
@@ -256,7 +275,7 @@ def as_task(task: Task | DataSplits | str) -> Task:
     return ClassificationTask(task) if isinstance(task, DataSplits) else task
 
 
-def _source(source: str | Mapping[str, Any] | None, task: Task) -> Mapping[str, Any] | None:
+def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapping[str, Any] | None:
     """How to build the unpruned network, completed from the data."""
     if not isinstance(source, str):
         return source

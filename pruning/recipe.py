@@ -121,6 +121,12 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         PruningError: missing, damaged, or of another format version.
     """
     path = folder / RECIPE
+    if not path.is_file():
+        found = f"which has no {RECIPE}" if folder.is_dir() else "which is no folder"
+        raise PruningError(
+            f"`folder` should hold a saved network, {RECIPE} beside {WEIGHTS}. Received '{folder}', {found}. Give the "
+            "run folder of `prunegym prune` or `prunegym finetune`, or what prunegym.save wrote."
+        )
     recipe = read_json(path, argument="folder")
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
         found = recipe.get("format") if isinstance(recipe, dict) else None

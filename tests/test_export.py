@@ -58,9 +58,7 @@ def onnx_outputs(path: Path) -> Tensor:
 def written(folder: Path, pruned: tuple[nn.Module, Blueprint], dtype: str, formats: Any = EVERY) -> dict[str, Exported]:
     """Export, by format."""
     model, blueprint = pruned
-    done = export_network(
-        model, (IMAGES[:2],), folder, formats, blueprint=blueprint, metadata={"n": 1}, dtype=dtype
-    )
+    done = export_network(model, (IMAGES[:2],), folder, formats, blueprint=blueprint, metadata={"n": 1}, dtype=dtype)
     return {one.format: one for one in done}
 
 

@@ -11,6 +11,7 @@ from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
 from prunegym.agents.report.config import ReportConfig
@@ -121,6 +122,13 @@ ELSEWHERE = {
     "pictures": "test_report.py",
     "time_limit": "test_time_limit.py",
     "ray": "test_vector.py",
+    "run": "test_deployment.py",
+    "teacher": "test_deployment.py",
+    "allow_code": "test_deployment.py",
+    "format": "test_deployment.py",
+    "dtype": "test_deployment.py",
+    "num_classes": "test_deployment.py",
+    "in_channels": "test_deployment.py",
 }
 
 
@@ -128,7 +136,10 @@ def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
     followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
-    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig, ReportConfig]
+    kinds = [
+        *(getattr(configs, name) for name in configs.__all__),
+        *(CompareConfig, ReportConfig, FinetuneConfig, ExportConfig),
+    ]
     assert {one.name for kind in kinds for one in fields(kind)} == followed
 
 

@@ -327,9 +327,11 @@ def test_network_without_a_name_needs_the_model(tmp_path: Path) -> None:
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    """With the path."""
-    with pytest.raises(PruningError, match=r"`folder` should lead to a readable JSON file.*recipe.json"):
+    """With the path; so is one that holds something else."""
+    with pytest.raises(PruningError, match=r"`folder` should hold a saved network.*nowhere', which is no folder"):
         load_network(tmp_path / "nowhere")
+    with pytest.raises(PruningError, match=r"which has no recipe.json\. Give the run folder of `prunegym prune`"):
+        load_network(tmp_path)
 
 
 def test_missing_tensors_are_refused(saved: Saved) -> None:
