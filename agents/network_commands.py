@@ -31,6 +31,7 @@ from prunegym.pruning.files import plain
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.training import check_devices
 
 PLAN = "plan.json"
 SEARCH = "search.json"
@@ -96,6 +97,7 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         # what would fail at the end had better fail now
         if config.policy is not None:
             load_policy(config.policy)
+        check_devices(config.torch_device, config.devices)
         formats = [name for name, wanted in (("onnx", config.onnx), ("program", config.program)) if wanted]
         if formats:
             check_formats(formats)

@@ -122,9 +122,9 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECIPE
     if not path.is_file():
-        found = f"which has no {RECIPE}" if folder.is_dir() else "which is no folder"
+        fault = f"which has no {RECIPE}" if folder.is_dir() else "which is no folder"
         raise PruningError(
-            f"`folder` should hold a saved network, {RECIPE} beside {WEIGHTS}. Received '{folder}', {found}. Give the "
+            f"`folder` should hold a saved network, {RECIPE} beside {WEIGHTS}. Received '{folder}', {fault}. Give the "
             "run folder of `prunegym prune` or `prunegym finetune`, or what prunegym.save wrote."
         )
     recipe = read_json(path, argument="folder")
@@ -160,7 +160,24 @@ def original_network(source: Mapping[str, Any], allow_code: bool) -> nn.Module:
             f"`model` should be given where the recipe names a Python file. Received None and '{name}'. "
             "Pass the unpruned network, or allow_code=True (--allow-code) if you trust that file."
         )
-    return build_network(name, **source_sizes(source))
+    return build_from(source)
+
+
+def build_from(source: Mapping[str, Any], *, weights: str | None = None, seed: int = 0) -> nn.Module:
+    """Build the unpruned network of a source that names one.
+
+    Raises:
+        PruningError: The sizes are odd, or the weights do not fit.
+    """
+    sizes = source_sizes(source)
+    return build_network(
+        source["network"],
+        num_classes=sizes.get("num_classes"),
+        in_channels=sizes.get("in_channels"),
+        image_size=sizes.get("image_size"),
+        weights=weights,
+        seed=seed,
+    )
 
 
 def source_sizes(source: Mapping[str, Any]) -> dict[str, int]:
@@ -211,17 +228,13 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Any]) -> None:
         for name, value in values.items() if isinstance(values, dict) else [("", None)]:
             before = getattr(modules.get(path), name, None)
             if not _may_become(name, before, value):
-                raise misfit(
-                    f"a recipe that sets `{name}` of module '{path}' to {value!r}", "Save the network again."
-                )
+                raise misfit(f"a recipe that sets `{name}` of module '{path}' to {value!r}", "Save the network again.")
             setattr(modules[path], name, tuple(value or ()) if isinstance(before, tuple) else value)
 
 
 def misfit(received: str, remedy: str) -> PruningError:
     """Describe a folder whose parts do not belong together."""
-    return PruningError(
-        f"`folder` should hold tensors that fit the unpruned network. Received {received}. {remedy}"
-    )
+    return PruningError(f"`folder` should hold tensors that fit the unpruned network. Received {received}. {remedy}")
 
 
 def _check_shapes(network: PrunableNetwork, plan: PruningPlan, model: nn.Module) -> None:

@@ -92,6 +92,10 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         "`--searcher` should be .*Did you mean 'knapsack'",
     ),
     "device": (lambda _: ["evaluate", *NETWORK, "--device", "gpu"], "`--device` should be .*Write cpu"),
+    "devices": (
+        lambda _: ["prune", *NETWORK, "--device", "meta", "--devices", "2"],
+        "`devices` should be 1 with device meta. Received 2. Lower it",
+    ),
     "keep everything": (
         lambda _: ["inspect", *NETWORK, "--keep", ".*"],
         "`network` should have at least one channel group",

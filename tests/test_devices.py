@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunegym.pruning.data import load_data
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.task import ClassificationTask
-from prunegym.pruning.training import EpochRow, TrainingSettings, devices, train_network
+from prunegym.pruning.training import EpochRow, TrainingSettings, check_devices, devices, train_network
 from prunegym.pruning.training.batches import Pass, count_steps
 from prunegym.pruning.training.checkpoint import generator_states
 from prunegym.pruning.training.devices import Autocast, launch, one_device, precision_for, several_devices
@@ -82,9 +82,10 @@ def test_any_kind_of_device_can_be_alone() -> None:
     ],
 )
 def test_more_devices_than_there_are_are_refused(device: str, count: int, message: str) -> None:
-    """Before a process is started."""
+    """Before a process is started; as many processes as one likes may share a processor."""
+    check_devices(CPU, 64)
     with pytest.raises(PruningError, match=message):
-        several_devices(torch.device(device), count, amp=False)
+        check_devices(torch.device(device), count)
 
 
 def test_what_cannot_be_sent_to_other_processes_is_refused() -> None:

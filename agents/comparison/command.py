@@ -12,6 +12,7 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.setup import build_problem, build_task, seed_everything
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.training import check_devices
 
 
 def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
@@ -20,6 +21,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
     launch = Launch(config, reporter, config.network, "compare", joined(config.budgets), EXTENDABLE)
     if config.policy is not None:
         load_policy(config.policy)  # refused before anything is computed
+    check_devices(config.torch_device, config.devices)
     problems = _problems(config, reporter)
     if config.out is not None:
         rows = RunFolder(config.out.expanduser()).read_rows(ROWS)

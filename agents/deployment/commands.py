@@ -23,9 +23,9 @@ from prunegym.agents.tables import format_table
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.export import check_formats, export_network
 from prunegym.pruning.files import plain
-from prunegym.pruning.recipe import Blueprint, source_sizes
+from prunegym.pruning.recipe import Blueprint, build_from, source_sizes
 from prunegym.pruning.saving import read_network
-from prunegym.pruning.zoo import build_network, input_shape_of
+from prunegym.pruning.zoo import input_shape_of
 
 #: Images whose outputs are kept with a network, so that whoever loads it can compare.
 _EXAMPLES = 16
@@ -168,8 +168,7 @@ def _saved(config: SavedNetworkOptions) -> _Given | None:
 def _named(config: SavedNetworkOptions, source: Mapping[str, Any], seed: int) -> _Given:
     """Build the network of a name."""
     known = {key: value for key, value in source.items() if value is not None}
-    name = str(config.network)
-    model = build_network(name, **source_sizes(known), weights=config.weights, seed=seed)
+    name, model = str(config.network), build_from(known, weights=config.weights, seed=seed)
     return _Given(model=model, blueprint=Blueprint.of_unpruned(model, known), name=name, metadata={"network": name})
 
 
@@ -193,8 +192,7 @@ def _teacher(config: FinetuneConfig, given: _Given, origin: Mapping[str, Any]) -
             "`--teacher` should be given where the saved network's folder does not say which weights it was pruned "
             "with. Received none. Give the weights of the unpruned network."
         )
-    source = given.blueprint.source
-    return build_network(source["network"], **source_sizes(source), weights=weights)
+    return build_from(given.blueprint.source, weights=weights)
 
 
 def _check_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

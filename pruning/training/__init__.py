@@ -8,12 +8,13 @@ from prunegym.pruning.training.checkpoint import weights_digest
 from prunegym.pruning.training.distillation import distillation_loss
 from prunegym.pruning.training.loop import EpochRow
 from prunegym.pruning.training.settings import TrainingSettings
-from prunegym.pruning.training.train import train_network
+from prunegym.pruning.training.train import check_devices, train_network
 
 __all__ = [
     "EpochRow",
     "Measurement",
     "TrainingSettings",
+    "check_devices",
     "distillation_loss",
     "evaluate_network",
     "train_network",

@@ -13,6 +13,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +22,15 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
-from lightning_fabric.plugins.environments import LightningEnvironment
-from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.single_device import SingleDeviceStrategy
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.zoo import import_file, imported_files
 
 Job = TypeVar("Job")
-#: Kinds of devices that several may work side by side of.
-_PARALLEL = ("cpu", "cuda")
 
 
 class Autocast(MixedPrecision):
@@ -65,25 +65,13 @@ def one_device(device: torch.device, amp: bool) -> Fabric:
 
 
 def several_devices(device: torch.device, count: int, amp: bool) -> Fabric:
-    """Fabric on several devices of a kind, with a process for each; on a processor the processes share its cores.
-
-    Raises:
-        PruningError: There are not so many.
-    """
-    present = torch.cuda.device_count() if device.type == "cuda" else count
-    if device.type not in _PARALLEL or device.index is not None or count > present:
-        named = device.index is not None
-        raise PruningError(
-            f"`devices` should be {1 if named or device.type not in _PARALLEL else f'at most {present}'} with device "
-            f"{device}. Received {count}. {'Name the kind of device without a number' if named else 'Lower it'}, or "
-            "choose another device."
-        )
+    """Fabric on several devices of a kind, with a process for each; on a processor the processes share its cores."""
     # parameters that a loss does not reach (auxiliary heads) would stop the training without the search for them
     strategy = DDPStrategy(start_method="spawn", find_unused_parameters=True, precision=precision_for(device, amp))
     return Fabric(accelerator=device.type, devices=count, strategy=strategy, plugins=[LightningEnvironment()])
 
 
-def launch(fabric: Fabric, work: Callable[[Fabric, Job], None], job: Job) -> None:
+def launch(fabric: Fabric, work: Callable[[Fabric, Job], object], job: Job) -> None:
     """Let each process of Fabric do a piece of work; an error of one of them ends all and is raised here.
 
     Args:
@@ -97,7 +85,7 @@ def launch(fabric: Fabric, work: Callable[[Fabric, Job], None], job: Job) -> Non
     with TemporaryDirectory() as folder, _leaving_nothing_behind():
         complaint = Path(folder) / "error"
         try:
-            fabric.launch(_work, work, Parcel(job), complaint)
+            fabric.launch(partial(_work, work=work, parcel=Parcel(job), complaint=complaint))
         except (pickle.PicklingError, AttributeError, TypeError) as fault:
             raise PruningError(
                 f"`devices` should be 1 for what cannot be sent to other processes. Received {fabric.world_size} with "
@@ -139,7 +127,7 @@ def _unpack(files: list[Path], data: bytes) -> Parcel:
     return Parcel(pickle.loads(data))  # from our own parent process
 
 
-def _work(fabric: Fabric, work: Callable[[Fabric, Any], None], parcel: Parcel, complaint: Path) -> None:
+def _work(fabric: Fabric, work: Callable[[Fabric, Any], object], parcel: Parcel, complaint: Path) -> None:
     """What a process does; the first error of ours is left in a file, because the launcher only passes on text."""
     warnings.simplefilter("ignore")
     try:

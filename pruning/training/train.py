@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT_MINUTES = 10.0
 """Longest time between two checkpoints."""
+#: Kinds of devices that several may work side by side of.
+_PARALLEL = ("cpu", "cuda")
 #: Distance between the seeds of dropout on several devices.
 _SEED_STRIDE = 1_000_003
 
@@ -67,6 +69,7 @@ def train_network(
     from prunegym.pruning.training import devices
 
     device = torch.device(device)
+    check_devices(device, settings.devices)
     task = _smoothed(task, settings.label_smoothing)
     job = Job(model, task, settings, teacher, checkpoint, checkpoint_minutes, progress, on_epoch)
     if settings.devices == 1:
@@ -77,6 +80,24 @@ def train_network(
         job = replace(job, checkpoint=checkpoint or Path(folder) / "checkpoint.pt")
         devices.launch(fabric, _train, job)
         return _finished(job, device)
+
+
+def check_devices(device: torch.device, count: int) -> None:
+    """Make sure that there are so many devices, before work is spent on what they should train.
+
+    Raises:
+        PruningError: There are not, or the device is a certain one.
+    """
+    if count == 1:
+        return
+    named = ":" in str(device)
+    present = torch.cuda.device_count() if device.type == "cuda" else count
+    if device.type not in _PARALLEL or named or count > present:
+        most = 1 if named or device.type not in _PARALLEL else f"at most {present}"
+        remedy = "Name the kind of device without a number" if named else "Lower it"
+        raise PruningError(
+            f"`devices` should be {most} with device {device}. Received {count}. {remedy}, or choose another device."
+        )
 
 
 def _train(fabric: Fabric, job: Job) -> Training:
