@@ -160,6 +160,16 @@ def test_run_that_has_just_begun_can_be_reported(pruning_runs: dict[str, Path], 
     assert "Not finished: compare" in found.text
 
 
+def test_training_under_way_shows_how_far_it_has_come(pruning_runs: dict[str, Path], tmp_path: Path) -> None:
+    """From its metrics: there is no result yet."""
+    for name in ("config.json", "metrics.csv"):
+        shutil.copy(pruning_runs["train"] / name, tmp_path)
+    last = RunFolder(tmp_path).read_rows("metrics.csv")[-1]
+
+    found = Reader(build_page(gather([tmp_path]), Gallery()).render())
+    assert f"the policy's own plan {100 * float(last['own'] or 0):.1f} % on the reward images" in found.text
+
+
 def test_text_of_a_run_is_escaped(pruning_runs: dict[str, Path], tmp_path: Path) -> None:
     """A folder may come from a stranger."""
     folder = shutil.copytree(pruning_runs["evaluate"], tmp_path / "<script>alert(1)<")

@@ -78,14 +78,30 @@ def test_run_that_is_not_finished_is_read_as_far_as_it_went(pruning_runs: dict[s
     assert run.networks == []
 
 
+def test_what_was_measured_in_time_may_stand_apart(pruning_runs: dict[str, Path], tmp_path: Path) -> None:
+    """In a table of its own, by the same key."""
+    folder = shutil.copytree(pruning_runs["compare"], tmp_path / "run")
+    rows = RunFolder(folder).read_rows("rows.csv")
+    for name in ("rows.csv", "rows_timing.csv"):
+        (folder / name).unlink(missing_ok=True)
+    key = ("network", "budget", "searcher", "seed", "finetune_seed")
+    for row in rows:
+        timed = {name: row.pop(name) for name in ("seconds", "latency_ratio", "latency")}
+        RunFolder(folder).append_row("rows.csv", row)
+        RunFolder(folder).append_row("rows_timing.csv", {**{name: row[name] for name in key}, **timed})
+
+    (apart,), (together,) = gather([folder]), gather([pruning_runs["compare"]])
+    assert [dict(row) for row in apart.rows] == [dict(row) for row in together.rows]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, r"`RUN` should be a run folder. Received '.*' \(there is no such folder\). Give the folder"),
         ("", r"\(there is no config.json in it\)"),
         ("{", r"`RUN` should lead to a readable JSON file"),
-        ('{"command": "other"}', "whose config.json is of other. Choose another folder"),
-        ("[]", "whose config.json is of list"),
+        ('{"command": 3}', "whose config.json does not say of which command. Choose another folder"),
+        ("[]", "whose config.json does not say"),
     ],
 )
 def test_what_is_no_run_is_refused(content: str | None, message: str, tmp_path: Path) -> None:

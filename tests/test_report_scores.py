@@ -104,6 +104,39 @@ def test_measured_latency_comes_with_its_conditions(scores: Scores, pruning_runs
     assert "batch 1" in rows["uniform"].latency_of
 
 
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "1.2 times as fast as before (quartiles 1 to 2, 50 paired runs; Intel(R) CPU, torch, 1 thread).",
+        "No difference beyond the noise (95% interval 1 to 2, 9 paired turns; Intel(R) CPU, torch, 1 thread). Drift.",
+    ],
+)
+def test_conditions_are_read_from_the_sentence(sentence: str) -> None:
+    """What stands behind the number of runs."""
+    compared = {
+        "network": "net",
+        "budget": "macs:0.5",
+        "searcher": "tpe",
+        "seed": 0,
+        "finetune_seed": None,
+        "plan": "p",
+    }
+    measured = {"after_recovery_score": 0.5, "regime": "post-training", "latency": sentence, "latency_ratio": 0.8}
+    asked = {"command": "compare", "config": {}}
+    one = Run(folder=Path("c"), name="c", command="compare", asked=asked, rows=[{**compared, **measured}])
+
+    assert collect([one]).rows[0].latency_of == "Intel(R) CPU, torch, 1 thread"
+
+
+def test_rows_of_an_evaluation_under_way_are_shown() -> None:
+    """As far as it went."""
+    one = Run(
+        folder=Path("e"), name="e", command="evaluate", asked={"seed": 0, "config": {}}, rows=[row("uniform", 0.5)]
+    )
+
+    assert [found.score for found in collect([one]).rows] == [0.5]
+
+
 def test_number_of_images_is_known(scores: Scores, pruning_runs: dict[str, Path]) -> None:
     """From the splits: without them there would be no noise to tell."""
     (record,) = RunFolder(pruning_runs["evaluate"]).read_json("networks.json")

@@ -189,6 +189,16 @@ def test_no_speed_up_beyond_the_noise_is_said() -> None:
     assert found[0].text.startswith("No speed-up beyond the noise: 1.10 times as fast as before")
 
 
+@pytest.mark.parametrize(("interval", "tone"), [((1.01, 1.2), "good"), ((0.9, 1.1), "even"), ((0.8, 0.99), "bad")])
+def test_interval_decides_where_there_is_one(interval: tuple[float, float], tone: str) -> None:
+    """Whatever the words."""
+    row = {**latency(1.0, "1 times"), "interval": interval, "drift": 0.1}
+
+    found = verdicts([pruned(latency=[row])], Scores((), {}))
+    assert found[0].tone == speed_tone(row) == tone
+    assert "drifted by 10.0 %" in found[1].text
+
+
 def test_slower_is_a_loss() -> None:
     """Fewer MACs are no promise."""
     found = verdicts([pruned(latency=[latency(0.9, "Slower than before: 0.9 times")])], Scores((), {}))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prunegym.agents.comparison.grid import ROWS
+from prunegym.agents.comparison.grid import KEY, ROWS
 from prunegym.agents.comparison.report import CURVES
 from prunegym.agents.comparison.search import TRAININGS, slug
 from prunegym.agents.options import DEFAULT_BUDGET
@@ -27,8 +27,8 @@ Record: TypeAlias = Mapping[str, Any]
 
 #: What `train` calls its plans -> what tables call them.
 _NAMES = {"own": "policy", "best": "best sampled"}
-#: Commands whose folders say something about pruning.
-COMMANDS = ("train", "evaluate", "transfer", "prune", "compare", "demo", "inspect", "pretrain")
+#: What a comparison measured in time, where it keeps that apart from its rows.
+_TIMES = "rows_timing.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Run:
     plans: Mapping[str, Mapping[str, Record]] = field(default_factory=dict)
     """Searcher -> ``network budget`` -> plan."""
     rows: Sequence[Record] = ()
-    """Of ``compare``."""
+    """Of ``compare``, and of other commands that keep rows as they are finished."""
     curves: Sequence[Record] = ()
     """Of ``compare``: what each search would have returned earlier."""
     trainings: Sequence[Training] = ()
@@ -130,11 +130,10 @@ def _asked(folder: Path) -> dict[str, Any]:
             "`prunegym prune` printed as its run folder."
         )
     content = read_json(folder / "config.json", argument="RUN")
-    if not isinstance(content, dict) or content.get("command") not in COMMANDS:
-        kind = content.get("command") if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict) or not isinstance(content.get("command"), str):
         raise PruningError(
-            f"`RUN` should be a run folder of {', '.join(COMMANDS[:-2])}. Received '{folder}', whose config.json is of "
-            f"{kind}. Choose another folder."
+            f"`RUN` should be a run folder. Received '{folder}', whose config.json does not say of which command. "
+            "Choose another folder."
         )
     return content
 
@@ -152,7 +151,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     asked, run = _asked(folder), RunFolder(folder)
-    command, rows = str(asked["command"]), run.read_rows(ROWS)
+    command, rows = str(asked["command"]), _rows(run)
     return Run(
         folder=folder,
         name=name,
@@ -170,10 +169,20 @@ def _read(folder: Path, name: str) -> Run:
     )
 
 
+def _rows(run: RunFolder) -> list[Record]:
+    """Finished rows, with what was measured in time."""
+    rows, times = run.read_rows(ROWS), run.read_rows(_TIMES)
+    key = [name for name in KEY if times and name in times[0]]
+    timed = {tuple(row[name] for name in key): row for row in times}
+    return [{**row, **timed.get(tuple(row.get(name) for name in key), {})} for row in rows]
+
+
 def _plans(folder: Path, rows: Sequence[Record]) -> dict[str, dict[str, Record]]:
     """Plans by searcher and ``network budget``; of a comparison those of the first seed."""
     found: dict[str, dict[str, Record]] = {}
     for row in rows:
+        if not row.get("plan"):
+            continue
         kept = found.setdefault(str(row["searcher"]), {})
         key, path = f"{row['network']} {row['budget']}", (folder / str(row["plan"])).resolve()
         # a table of strangers should not lead out of its folder

@@ -156,15 +156,14 @@ def _draw_looks(axes: Any, x: float, y: Floats, between: Floats) -> None:
             weight = float(row[seen]) / strongest
             if weight > 0:
                 reach = -_reach(abs(int(seen) - looking), len(others) - 1)
-                style: dict[str, Any] = {"color": COLOURS[3], "linewidth": 0.4 + 1.8 * weight}
-                style["alpha"] = 0.25 + 0.65 * weight
-                _arc(axes, x, (y[looking], y[seen]), reach, **style)
+                style: dict[str, Any] = {"linewidth": 0.4 + 1.8 * weight, "alpha": 0.25 + 0.65 * weight}
+                _arc(axes, x, (y[looking], y[seen]), reach, color=COLOURS[3], **style)
                 axes.plot(x, y[seen], "o", color=COLOURS[3], markersize=4.5)
 
 
 def _reach(rows: int, longest: int) -> float:
     """Inches that an arc over so many rows bows out: further the longer it is, so that arcs tell apart."""
-    most = min(_ARCS, 0.25 + 0.16 * longest**0.75)
+    most = min(_ARCS, 0.25 + 0.16 * math.pow(longest, 0.75))
     return 0.2 + (most - 0.2) * math.pow((rows - 1) / max(longest - 1, 1), 0.6)
 
 

@@ -27,7 +27,7 @@ def headlines(runs: Sequence[Run], scores: Scores) -> list[Headline]:
         for run in runs
         if run.command == "prune" and run.result is not None
     ]
-    return (pruned or list(_plans(scores)))[:_MOST]
+    return (pruned or list(_plans(scores)) or list(_trainings(runs)))[:_MOST]
 
 
 def _title(run: Run, result: Record) -> str:
@@ -55,6 +55,22 @@ def _pruned_cards(run: Run, result: Record) -> Iterator[Card]:
                 yield Card("speed-up", "none", f"{row['speed_up']:.2f}× lies within the noise; {conditions}", tone)
             else:
                 yield Card("speed-up", f"{row['speed_up']:.2f}×", conditions, tone)
+
+
+def _trainings(runs: Sequence[Run]) -> Iterator[Headline]:
+    """How far agents have come whose plans were not compared yet."""
+    for run in runs:
+        for one in run.trainings:
+            last = one.metrics[-1]
+            detail = "on the reward images, which the search sees"
+            yield Headline(
+                f"{one.network} at {one.budget}, training with seed {one.seed}",
+                [
+                    Card("the policy's own plan", percent(last["own"]), detail),
+                    Card("best sampled plan", percent(last["best"]), detail),
+                    Card("evaluations", f"{last['evaluations']:,}", "plans scored so far"),
+                ],
+            )
 
 
 def _plans(scores: Scores) -> Iterator[Headline]:

@@ -154,8 +154,8 @@ def _rows_of(run: Run) -> Iterator[Scored]:
             yield from _compared(run, row)
     elif run.command == "prune" and run.result is not None:
         yield from _pruned(run, run.result)
-    elif run.command in ("train", "evaluate", "transfer") and run.result is not None:
-        for row in run.result.get("rows", ()):
+    elif run.command in ("train", "evaluate", "transfer"):
+        for row in run.rows if run.result is None else run.result.get("rows", ()):
             if row["searcher"] != "unpruned":
                 yield from _evaluated(run, row)
 
@@ -265,8 +265,8 @@ def _settings(run: Run) -> str:
 
 
 def _conditions(sentence: str) -> str | None:
-    """Device, runtime, threads and batch from the sentence about a latency: what stands behind its semicolon."""
-    found = re.search(r"; ([^;]*)\)\.?$", sentence)
+    """Device, runtime, threads and batch from the sentence about a latency: what stands behind the number of runs."""
+    found = re.search(r"paired \w+; (.*?)\)\.", sentence)
     return found[1] if found else None
 
 

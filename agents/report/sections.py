@@ -129,8 +129,9 @@ def _latency(row: Record) -> str:
         f"{1e3 * row[side]['upper_quartile_seconds']:.3g})"
         for side in ("before", "after")
     )
+    interval = " ({:.2f} to {:.2f})".format(*row["interval"]) if row.get("interval") else ""
     noise = ", within the noise" if speed_tone(row) == "even" else ""
-    return f"{before} → {after} ms, {row['speed_up']:.2f}×{noise}"
+    return f"{before} → {after} ms, {row['speed_up']:.2f}×{interval}{noise}"
 
 
 def _conditions(row: Record) -> str:

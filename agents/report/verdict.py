@@ -209,11 +209,17 @@ def _about_speed(run: Run, result: Record) -> Iterator[Sentence]:
             less = ratio - 1 < _PROMISED * (fewer - 1)
             rest = f" {fewer:.1f} times fewer MACs are not {fewer:.1f} times the speed here." if less else ""
             yield Sentence("good", about, f"Faster: {figures}.{rest}")
+        if row.get("drift"):
+            text = f"The machine drifted by {percent(row['drift'])} while it measured. Measure again when it is idle."
+            yield Sentence("note", about, text)
     yield from _about_latency_budget(run, result)
 
 
 def speed_tone(row: Record) -> Tone:
-    """Whether a network is faster than before, as the measurement itself puts it: from the quartiles of paired runs."""
+    """Whether a network is faster than before, as the measurement judged it: by its interval, or by its words."""
+    if interval := row.get("interval"):
+        low, high = interval
+        return "even" if low <= 1 <= high else "good" if low > 1 else "bad"
     text = str(row["sentence"])
     if text.startswith("No "):
         return "even"
