@@ -10,6 +10,7 @@ from prunegym.agents.config import EvaluateConfig, TrainConfig, TransferConfig
 from prunegym.agents.evaluate import KEY, EvaluationSettings, evaluate, measure_unpruned, plan_row
 from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.policy_file import load_policy
+from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
@@ -48,6 +49,7 @@ def run_train(config: TrainConfig, reporter: Reporter) -> Result:
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
+        save_networks(problems, run)
         trained = train(problems, config, run, progress=reporter.progress, limit=reporter.limit)
         rows = _rows_beside_baselines(problems, trained, run)
         content = {
@@ -78,6 +80,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
         run = launch.open()
         if problems:
             save_splits(problems, run)
+            save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
         settings = EvaluationSettings(
             searchers=config.searchers,
             policy=config.policy,
@@ -87,6 +90,9 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
             progress=reporter.progress,
         )
         rows = evaluate(problems, settings, run, limit=reporter.limit) if problems else unpruned
+        if config.policy is not None:
+            policy, metadata = load_policy(config.policy, device=config.torch_device)
+            save_attention(policy, problems, int(metadata.get("rounds", 1)), run)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))
@@ -98,13 +104,15 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
     launch = Launch(config, reporter, config.network, "transfer", joined(config.budgets))
     content = launch.finished()
     if content is None:
-        load_policy(config.policy)
+        policy, _ = load_policy(config.policy, device=config.torch_device)
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
+        save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
         rows = transfer(
             problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit
         )
+        save_attention(policy, problems, config.rounds, run)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.agents.config import PruneConfig
+from prunegym.agents.deployment.finetune import FinetuneResult
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import ProblemOptions, parse_budgets
-from prunegym.agents.prune import PruneResult, carry_out, find_plan, save
+from prunegym.agents.prune import PruneResult, carry_out, find_plan
+from prunegym.agents.prune import save as save_pruned
 from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
 from prunegym.agents.width_options import WidthOptions
 from prunegym.envs.channel_pruning import ChannelPruningEnv
@@ -22,15 +24,15 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.data import DataSplits, load_data
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import load_network
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.saving import load_network
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
 
 #: Patterns of module paths, with the least and most that their groups keep.
 Bounds: TypeAlias = Mapping[str, str | float | tuple[float, float]]
 
-__all__ = ["inspect", "load", "make_env", "prune", "save"]
+__all__ = ["inspect", "load", "make_env", "prune", "report", "save"]
 
 
 def inspect(
@@ -74,7 +76,7 @@ def prune(
     policy: str | Path | None = None,
     evaluations: int = 100,
     epochs: int = 0,
-    learning_rate: float = 0.01,
+    learning_rate: float | None = None,
     keep: Sequence[str] = (),
     align: int = 1,
     min_channels: int = 1,
@@ -100,7 +102,7 @@ def prune(
         policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.
-        learning_rate: Of fine-tuning.
+        learning_rate: Of fine-tuning, at its highest; by default 0.01 with SGD and 0.001 with AdamW.
         keep: Regular expressions of module paths whose channels are not to be pruned.
         align: Widths of pruned layers are multiples of this where possible; a group of fewer channels is not pruned.
         min_channels: Fewest channels that each group keeps.
@@ -143,7 +145,7 @@ def prune(
     wanted = Budget("macs", 1.0) if config.plan is not None else Budget.parse(budget)
     problem = _problem(model, task, [wanted], config, name=config.network, keep=keep, progress=progress)
     found = find_plan(problem, wanted, config, progress=progress)
-    known = _source(source, problem.scorer.task)
+    known = completed_source(source, problem.scorer.task)
     return carry_out(problem, found, config, source=known, latency=latency, progress=progress)
 
 
@@ -204,6 +206,23 @@ def make_env(
     return ChannelPruningEnv(problem, rounds=rounds, mode=mode, profile=reward)
 
 
+def save(result: PruneResult | FinetuneResult, folder: str | Path) -> None:
+    """Write a pruned or fine-tuned network, to be read by :func:`load`.
+
+    Args:
+        result: What :func:`prune` or :func:`prunegym.finetune` returned.
+        folder: Gets ``model.safetensors`` and ``recipe.json``.
+
+    Raises:
+        PruningError: The folder cannot be written, or the network would not come back as it is.
+    """
+    path = Path(folder).expanduser()
+    if isinstance(result, FinetuneResult):
+        result.save(path)
+    else:
+        save_pruned(result, path)
+
+
 def load(folder: str | Path, model: nn.Module | None = None, *, allow_code: bool = False) -> nn.Module:
     """Read a network that :func:`save` or ``prunegym prune`` wrote.
 
@@ -222,6 +241,33 @@ def load(folder: str | Path, model: nn.Module | None = None, *, allow_code: bool
     return load_network(Path(folder).expanduser(), model=model, allow_code=allow_code)
 
 
+def report(
+    runs: Sequence[str | Path] | str | Path, *, out: str | Path | None = None, pictures: str | Path | None = None
+) -> Path:
+    """Write one self-contained HTML page about runs: what was asked and reached, rivals, graph, attention, time.
+
+    Args:
+        runs: Run folders of ``prunegym train``, ``evaluate``, ``transfer``, ``prune``, ``compare`` or ``demo``.
+        out: The page; by default ``report.html`` in the folder of the only run, or in the working directory if there
+            are several.
+        pictures: Folder that gets every picture as PNG and SVG too.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        PruningError: A folder is absent, damaged or of something else, or a file could not be written.
+    """
+    from prunegym.agents.report.report import report as write
+
+    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    return write(
+        [Path(one) for one in folders],
+        None if out is None else Path(out),
+        pictures=None if pictures is None else Path(pictures).expanduser(),
+    )
+
+
 def as_task(task: Task | DataSplits | str) -> Task:
     """A task as it is, or image classification on data."""
     if isinstance(task, str):
@@ -229,7 +275,7 @@ def as_task(task: Task | DataSplits | str) -> Task:
     return ClassificationTask(task) if isinstance(task, DataSplits) else task
 
 
-def _source(source: str | Mapping[str, Any] | None, task: Task) -> Mapping[str, Any] | None:
+def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapping[str, Any] | None:
     """How to build the unpruned network, completed from the data."""
     if not isinstance(source, str):
         return source

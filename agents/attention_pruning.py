@@ -57,7 +57,7 @@ def attention(problem: PruningProblem, budget: Budget, settings: SearchSettings)
     allowance holds beside the evaluation of the plan. With an allowance of 1 nothing is learned: all channels are as
     open, and the plan is nearly uniform.
     """
-    search = Search("attention", problem, budget, settings)
+    search = Search("attention", problem, budget, settings, choosing=False)
     scorer, graph, limit = problem.scorer, problem.scorer.network.graph, search.limit
     price, rounds = evaluations_per_step(scorer.settings, BATCH), settings.rounds or ROUNDS
     steps = int((search.left - 1) / price)

@@ -26,6 +26,8 @@ from prunegym.agents.config import (
     TrainConfig,
     TransferConfig,
 )
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
+from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.running import Reporter, Result
 from prunegym.agents.time_limit import TimeLimit, TimeLimitOption, TimeUp
 from prunegym.pruning.errors import PruningError
@@ -39,6 +41,9 @@ Config: TypeAlias = (
     | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
     | Annotated[TransferConfig, tyro.conf.subcommand("transfer")]
     | Annotated[PruneConfig, tyro.conf.subcommand("prune")]
+    | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
+    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
 )
 
@@ -130,6 +135,7 @@ def run(config: Config, reporter: Reporter) -> Result:
     from prunegym.agents import agent_commands, network_commands
     from prunegym.agents.comparison import command as compare_command
     from prunegym.agents.demo import run_demo
+    from prunegym.agents.deployment import commands as deployment_commands
 
     match config:
         case InspectConfig():
@@ -146,6 +152,14 @@ def run(config: Config, reporter: Reporter) -> Result:
             return agent_commands.run_transfer(config, reporter)
         case PruneConfig():
             return network_commands.run_prune(config, reporter)
+        case FinetuneConfig():
+            return deployment_commands.run_finetune(config, reporter)
+        case ExportConfig():
+            return deployment_commands.run_export(config, reporter)
+        case ReportConfig():
+            from prunegym.agents.report.command import run_report
+
+            return run_report(config, reporter)
         case DemoConfig():
             return run_demo(config, reporter)
 

@@ -6,11 +6,10 @@ fields of the last base class first, and a field that is declared again stays wh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.options import (
@@ -27,6 +26,7 @@ from prunegym.agents.options import (
     parse_budgets,
 )
 from prunegym.agents.time_limit import TimeLimitOption
+from prunegym.agents.training_options import DistillationOptions, TrainingOptions
 from prunegym.agents.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
@@ -102,32 +102,6 @@ class AgentOptions(BudgetsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FittingOptions(Options):
-    """How a network is trained."""
-
-    epochs: int = 10
-    """Passes over the training images."""
-    learning_rate: float = 0.01
-    """Highest learning rate: it rises over the first tenth of the epochs and falls to 0 as a cosine."""
-    batch_size: int = 128
-    """Images per training step."""
-    weight_decay: float = 5e-4
-    """L2 penalty of kernels and matrices."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes, in [0, 1)."""
-    amp: bool = False
-    """Train in bfloat16 where that is safe."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 0, "epochs")
-        at_least(self, 1, "batch_size")
-        positive(self, "learning_rate")
-        require(0 <= self.weight_decay < math.inf, "weight-decay", "at least 0", self.weight_decay)
-        require(0 <= self.label_smoothing < 1, "label-smoothing", "in [0, 1)", self.label_smoothing)
-
-
-@dataclass(frozen=True, kw_only=True)
 class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNetwork):
     """List the channel groups of a network, their couplings, what is frozen and why, and reachable budgets.
 
@@ -139,10 +113,12 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     network's own."""
     latency: bool = False
     """Measure the latency too, and the least that pruning can reach."""
+    html: Path | None = None
+    """Write a page with the channel graph to this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TimeLimitOption, RunOptions, FittingOptions, DataOptions, OneNetwork):
+class PretrainConfig(TimeLimitOption, RunOptions, TrainingOptions, DataOptions, OneNetwork):
     """Train a network on the train split, to be pruned later.
 
     The run folder gets its weights (model.safetensors, for --weights) and its accuracy on the test images.
@@ -150,8 +126,11 @@ class PretrainConfig(TimeLimitOption, RunOptions, FittingOptions, DataOptions, O
 
     epochs: int = 30
     """Passes over the training images."""
-    learning_rate: float = 0.1
-    """Highest learning rate: it rises over the first tenth of the epochs and falls to 0 as a cosine."""
+    learning_rate: float | None = None
+    """Highest learning rate; by default 0.1 with sgd and 0.001 with adamw."""
+
+    sgd_rate: ClassVar[float] = 0.1
+    """Learning rate of SGD unless asked for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -288,7 +267,7 @@ class SearchOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(TimeLimitOption, ProblemOptions, FittingOptions, SearchOptions, OneNetwork):
+class PruneConfig(TimeLimitOption, ProblemOptions, DistillationOptions, TrainingOptions, SearchOptions, OneNetwork):
     """Prune a network for good: find a plan, cut, recover, fine-tune, save.
 
     The run folder gets the smaller network, its plan, and accuracy, cost and latency before and after.
@@ -296,12 +275,6 @@ class PruneConfig(TimeLimitOption, ProblemOptions, FittingOptions, SearchOptions
 
     epochs: int = 10
     """Passes over the training images in fine-tuning; 0 leaves it out."""
-    distill: bool = False
-    """Let the pruned network imitate the unpruned one while it is fine-tuned."""
-    distillation_weight: float = 0.9
-    """Share of the imitation in the loss."""
-    temperature: float = 4.0
-    """Softens the outputs that are imitated."""
     onnx: bool = False
     """Save the pruned network as model.onnx too (needs `pip install 'prunegym[onnx]'`)."""
     program: bool = False
@@ -309,9 +282,6 @@ class PruneConfig(TimeLimitOption, ProblemOptions, FittingOptions, SearchOptions
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weight = self.distillation_weight
-        require(0 <= weight <= 1, "distillation-weight", "in [0, 1]", weight)
-        positive(self, "temperature")
         rule, remedy = "left out with --plan", "A given plan is carried out as it is."
         for name in ("align", "min_channels", "bound"):
             value = getattr(self, name)

@@ -66,7 +66,7 @@ def dcpa(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> S
     many as the allowance holds beside the evaluation of the plan. With an allowance of 1 nothing is learned. Latency
     tables know nothing of blocks that are gone: with one, all blocks stay.
     """
-    search = Search("dcpa", problem, budget, settings)
+    search = Search("dcpa", problem, budget, settings, choosing=False)
     price = evaluations_per_step(problem.scorer.settings, BATCH)
     steps = int((search.left - 1) / price)
     choice = SoftChoice(problem, search.limit, settings.seed)

@@ -76,11 +76,14 @@ class GraphAttention(NamedTuple):
             and the real tokens that look; with that of the global token it sums to 1.
         bins: ``(B, G, K)`` share of each bin in its group's token, averaged over heads; sums to 1 per group.
         edges: ``(B, E)`` weight of each edge among those into the same node, averaged over layers and heads.
+        between: ``(B, T, T)`` attention that each token pays to each other in the transformer, averaged over layers
+            and heads; the first token is the global one. Rows of real tokens sum to 1.
     """
 
     groups: Tensor
     bins: Tensor
     edges: Tensor
+    between: Tensor
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -242,7 +245,7 @@ class GraphEncoder(nn.Module):
             observation: As for :meth:`forward`.
 
         Returns:
-            Attention on groups, bins and edges.
+            Attention on groups, bins and edges, and between the tokens.
 
         Raises:
             PruningError: As for :meth:`forward`.
@@ -250,12 +253,14 @@ class GraphEncoder(nn.Module):
         self._check(observation)
         pooled, bins, edges = self._read_graphs(observation)
         _, weights = self._relate_groups(observation, pooled)
-        received = pooled.new_zeros(pooled.shape[0], 1 + pooled.shape[1])
+        tokens = 1 + pooled.shape[1]
+        between = pooled.new_zeros(pooled.shape[0], tokens, tokens)
+        looking = self._token_mask(observation).to(pooled.dtype)  # (B, T)
         if weights:
-            looking = self._token_mask(observation).to(pooled.dtype)  # (B, T)
-            mean = torch.stack(weights).mean(dim=(0, 2))  # (B, T, T)
-            received = (looking[:, None] @ mean).squeeze(1) / looking.sum(dim=1, keepdim=True)
-        return GraphAttention(received[:, 1:], bins.mean(dim=-1), edges)
+            # what padding looks at means nothing
+            between = torch.stack(weights).mean(dim=(0, 2)) * looking[..., None]
+        received = between.sum(dim=1) / looking.sum(dim=1, keepdim=True)  # (B, T)
+        return GraphAttention(received[:, 1:], bins.mean(dim=-1), edges, between)
 
     def _read_graphs(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
         """Pass messages, then pool.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.journal import journaled
+from prunegym.agents.records import note_plan
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import SearchResult, SearchSettings, check_evaluations, searcher_named
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
@@ -97,6 +98,7 @@ def _searched(
             clock=journal.clock,
         )
         result = searcher_named(name)(problem, budget, search)
+    note_plan(run, name, problem, budget, result.plan)
     return plan_row(problem, budget, name, result, test=settings.test)
 
 

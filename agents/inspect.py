@@ -60,6 +60,10 @@ class FrozenRow:
     name: str
     channels: int
     reason: str
+    made_by: tuple[str, ...] = ()
+    """Layers whose output channels these are."""
+    read_by: tuple[str, ...] = ()
+    """Layers that read them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,8 @@ class Inspection:
     """Residual blocks that can be left out: depth, beside width."""
     unknown_operations: dict[str, str]
     """Operations without a rule -> where they were met; what passes through them is frozen."""
+    layers: tuple[str, ...]
+    """Paths of the layers that cost multiply-accumulates, in the order in which they run."""
     reachable: dict[str, float]
     """Smallest budget of each kind: a share of the unpruned network, rounded up so that it can be met."""
     latency_seconds: float | None = None
@@ -89,6 +95,12 @@ class Inspection:
         """The inspection in what JSON holds."""
         content: dict[str, Any] = plain(self)
         return content
+
+    def to_html(self) -> str:
+        """The inspection as a self-contained page, with a picture of the channel graph."""
+        from prunegym.agents.report.inspection import inspection_page
+
+        return inspection_page(self.to_json()).render()
 
     def to_text(self) -> str:
         """The inspection for a terminal."""
@@ -178,6 +190,7 @@ def inspect_network(
         frozen=tuple(_frozen_row(group) for group in graph.frozen),
         blocks=tuple(_block_row(network, block) for block in network.blocks),
         unknown_operations=dict(graph.unknown_operations),
+        layers=tuple(dict.fromkeys(one.module for one in graph.operations)),
         reachable=reachable,
         latency_seconds=None if latency is None else latency.full,
         width_rules=str(rules),
@@ -194,7 +207,13 @@ def _block_row(network: PrunableNetwork, block: str) -> BlockRow:
 
 
 def _frozen_row(group: ChannelGroup) -> FrozenRow:
-    return FrozenRow(name=group.name, channels=group.size, reason=group.frozen or "")
+    return FrozenRow(
+        name=group.name,
+        channels=group.size,
+        reason=group.frozen or "",
+        made_by=group.producers,
+        read_by=group.consumers,
+    )
 
 
 def _allowed(row: GroupRow) -> str:

@@ -55,7 +55,7 @@ def laasp(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
 
     The criteria are those of :data:`POOL`, whatever ``--criterion`` says: to choose among them is the method.
     """
-    search = Search("laasp", problem, budget, settings)
+    search = Search("laasp", problem, budget, settings, choosing=False)
     walk = Walk(problem, retrains=problem.scorer.settings.recovery_steps > 0)
     decrements = min(DECREMENTS, isqrt(search.left - 1))
     for left in range(decrements, 0, -1):

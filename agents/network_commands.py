@@ -8,6 +8,7 @@ from prunegym.agents.journal import JOURNAL, journaled
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
 from prunegym.agents.prune import carry_out, describe, find_plan, save
+from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.reload import EXAMPLE, save_example
 from prunegym.agents.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
 from prunegym.agents.runs import RunFolder
@@ -25,19 +26,15 @@ from prunegym.agents.setup import (
 from prunegym.agents.time_limit import TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.export import export_onnx
+from prunegym.pruning.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import require_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.program import check_exportable, export_program
 
 PLAN = "plan.json"
 SEARCH = "search.json"
 """What the search for the plan took."""
-ONNX = "model.onnx"
-PROGRAM = "model.pt2"
 #: Images whose outputs are kept with a pruned network, so that whoever loads it can compare.
 _EXAMPLES = 16
 
@@ -54,6 +51,11 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
         run.write_json(RESULT, content)
+    if config.html is not None:
+        from prunegym.agents.report.report import write_page
+
+        write_page(config.html, inspection.to_html(), argument="--html")
+        reporter.say(f"page: {config.html}")
     return Result(content, inspection.to_text())
 
 
@@ -94,8 +96,9 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         # what would fail at the end had better fail now
         if config.policy is not None:
             load_policy(config.policy)
-        if config.onnx:
-            require_onnx()
+        formats = [name for name, wanted in (("onnx", config.onnx), ("program", config.program)) if wanted]
+        if formats:
+            check_formats(formats)
         # a given plan is carried out whatever it costs
         budget = Budget("macs", 1.0) if config.plan is not None else Budget.parse(config.budget)
         task = build_task(config)
@@ -106,10 +109,13 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         if config.plan is not None:
             find_plan(problem, budget, config)
         if config.program:
-            network = problem.scorer.network
-            check_exportable(network.model, with_batch(network.example_inputs, 1))
+            check_program(problem.scorer.network.model, problem.scorer.network.example_inputs)
         run = launch.open()
         save_splits([problem], run)
+        save_networks([problem], run, splits=())
+        if config.searcher_name == "policy" and config.policy is not None:
+            policy, metadata = load_policy(config.policy, device=config.torch_device)
+            save_attention(policy, [problem], config.rounds or int(metadata.get("rounds", 1)), run)
         found = _find_plan_once(problem, budget, config, run, progress, reporter.limit)
         source = network_source(config.network, task.data)
         limit = reporter.limit
@@ -118,16 +124,19 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         inputs, _ = next(iter(task.batches("calibration", batch_size=_EXAMPLES, limit=_EXAMPLES)))
         save_example(run.path(EXAMPLE), result.model, inputs)
         content = {"folder": str(run.folder), **plain(result.to_json())}
-        example = with_batch(result.network.example_inputs, 1)
-        if config.onnx:
-            content["onnx_difference"] = export_onnx(result.model, example, run.path(ONNX))
-        if config.program:
-            content["program"] = plain(export_program(result.model, example, run.path(PROGRAM)))
+        if formats:
+            written = export_network(
+                result.model,
+                result.network.example_inputs,
+                run.folder,
+                formats,
+                blueprint=result.blueprint,
+            )
+            content["exports"] = plain(written)
         run.write_json(RESULT, content)
     lines = [describe(content), f"load it with prunegym.load('{content['folder']}')"]
-    if program := content.get("program"):
-        lines.append(f"or without its code with prunegym.load_program('{program['path']}')")
-        lines += [program["warning"]] if program["warning"] else []
+    for one in content.get("exports", []):
+        lines += [f"or with {one['load']}", *([one["warning"]] if one["warning"] else [])]
     return Result(content, "\n".join(lines))
 
 

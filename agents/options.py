@@ -261,23 +261,46 @@ class LatencyOptions(Options):
     """Images per run when latency is measured."""
     latency_threads: int | None = None
     """Threads when latency is measured on a processor; by default as many as torch uses."""
-    latency_backend: Literal["torch", "onnxruntime"] = "torch"
-    """What runs the network when a latency table is measured, for latency budgets and rewards."""
+    latency_backend: Literal["torch", "compile", "onnxruntime", "openvino"] = "torch"
+    """What runs the network that latency budgets, latency tables and rewards are about: PyTorch as it is,
+    torch.compile, ONNX Runtime or OpenVINO."""
+    latency_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of weights and images when latency is measured. ONNX Runtime takes float32 on processors, and
+    float16 too on graphics cards."""
+    latency_device: str | None = None
+    """Torch device that latency is measured on, where it is not --device: cpu for a network that is pruned on a
+    graphics card and deployed on a processor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "latency_batch", "latency_threads")
+        if self.latency_dtype != "float32" or self.latency_device is not None:
+            self.latency_settings(getattr(self, "torch_device", "cpu"))  # refuses what the backend does not take
 
-    def latency_settings(self, device: torch.device, backend: str | None = None) -> LatencySettings:
-        """The same, as :mod:`prunegym.pruning.latency` takes it."""
+    def latency_settings(self, device: torch.device | str, backend: str | None = None) -> LatencySettings:
+        """The same, as :mod:`prunegym.pruning.latency` takes it.
+
+        Args:
+            device: Where to measure if nothing else was asked for, and the backend runs there; else the processor.
+            backend: In place of the one asked for.
+
+        Raises:
+            PruningError: The backend does not take the data type, or the device asked for.
+        """
         from prunegym.pruning.latency import LatencySettings
+        from prunegym.pruning.runtimes import RUNTIMES
 
         backend = backend or self.latency_backend
+        if self.latency_device is not None:
+            device = self.latency_device
+        elif not RUNTIMES[backend].is_there(str(device)):
+            device = "cpu"
         return LatencySettings(
             batch_size=self.latency_batch,
             threads=self.latency_threads,
             backend=backend,
-            device="cpu" if backend == "onnxruntime" else str(device),
+            dtype=self.latency_dtype,
+            device=str(device),
         )
 
 

@@ -1,11 +1,13 @@
-"""Pictures of runs, drawn without a display."""
+"""One look for all pictures of runs, drawn without a display; and the overview of a demonstration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -13,7 +15,79 @@ from prunegym.pruning.files import replacing
 
 #: Colours that stay apart for colour-blind readers and in grey (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_GREY = "#777777"
+INK, MUTED, LINE, SURFACE = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
+"""Text, less important text, grids and frames, and what is behind them."""
+FORMATS = (".png", ".svg")
+_STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": SURFACE,
+    "figure.facecolor": SURFACE,
+    "figure.titlesize": 11,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,  # names may hold a dollar sign
+    "svg.fonttype": "none",  # text stays text: it can be searched, copied, and read in any size
+    "svg.hashsalt": "prunegym",  # the same picture is the same file
+}
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Draw and save in the look that all pictures share."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; to be drawn and saved within :func:`one_look`."""
+    # not pyplot, which keeps global state and asks for a display
+    figure = Figure(figsize=(width, height))
+    # room at the sides: a label below the last tick reaches beyond the axes
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.05)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, suffixes: Sequence[str] = FORMATS) -> list[Path]:
+    """Save a figure, replacing what is there.
+
+    Args:
+        figure: The figure.
+        path: The files, without the suffix.
+        suffixes: Kinds of files.
+
+    Returns:
+        The files.
+
+    Raises:
+        PruningError: A file could not be written.
+    """
+    # appended, not replaced: names hold dots
+    paths = [path.parent / f"{path.name}{suffix}" for suffix in suffixes]
+    for one in paths:
+        with replacing(one) as temporary:
+            figure.savefig(temporary, dpi=150, metadata={"Date": None} if one.suffix == ".svg" else None)
+    return paths
 
 
 def draw_overview(
@@ -37,15 +111,13 @@ def draw_overview(
     Raises:
         PruningError: The file could not be written.
     """
-    # not pyplot, which keeps global state and asks for a display
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _draw_curve(left, curve, references)
-    _draw_channels(right, channels)
-    figure.suptitle(title)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with one_look():
+        figure = new_figure(12, 4.5)
+        left, right = figure.subplots(1, 2)
+        _draw_curve(left, curve, references)
+        _draw_channels(right, channels)
+        figure.suptitle(title)
+        save_figure(figure, path.with_suffix(""), (path.suffix,))
 
 
 def _draw_curve(axes: Any, curve: Sequence[Mapping[str, Any]], references: Mapping[str, float]) -> None:
@@ -57,7 +129,7 @@ def _draw_curve(axes: Any, curve: Sequence[Mapping[str, Any]], references: Mappi
     ):
         axes.plot(evaluations, [row[name] for row in curve], marker=".", color=colour, label=label)
     for style, (name, score) in zip(("--", ":", "-."), references.items(), strict=False):
-        axes.axhline(score, color=_GREY, linestyle=style, label=name)
+        axes.axhline(score, color=MUTED, linestyle=style, label=name)
     axes.set(xlabel="evaluations", ylabel="score on the reward split", title="learning curve")
     axes.legend()
 

@@ -23,6 +23,9 @@ from prunegym.agents.policy import PruningPolicy
 
 Arrays = dict[str, NDArray[Any]]
 
+LATER_ROUNDS = 2
+"""Later rounds that each imitation step takes, for each starting state."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -125,21 +128,15 @@ class PruningPPO(PPO):
         episodes, weights = self.memory.elites(max(1, round(self.elites * (1 - self.progress))))
         if not episodes:
             return
-        observations = {
-            key: torch.as_tensor(
-                np.concatenate([np.stack([step[key] for step in one.observations]) for one in episodes])
-            ).to(self.device)
-            for key in episodes[0].observations[0]
-        }
-        actions = torch.as_tensor(np.concatenate([one.actions for one in episodes])).to(self.device)
-        rounds = [len(one.actions) for one in episodes]
-        weight = torch.as_tensor(np.repeat(weights, rounds)).to(self.device)
+        batch = ImitationBatch(episodes, weights, self.device)
         optimiser = self.policy.optimizer
         rates = [group["lr"] for group in optimiser.param_groups]
         self.policy.set_training_mode(True)
         for group in optimiser.param_groups:
             group["lr"] = self.imitation_rate
+        rng = np.random.default_rng(0)  # of its own: resuming needs no state
         for _ in range(self.imitation_steps):
+            observations, actions, weight = batch.draw(rng, LATER_ROUNDS * len(self.memory.episodes))
             _, log_prob, _ = self.policy.evaluate_actions(observations, actions)
             loss: Tensor = -(weight * log_prob).sum() / max(len(self.memory.episodes), 1)
             optimiser.zero_grad()
@@ -149,6 +146,44 @@ class PruningPPO(PPO):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
         self.logger.record("train/imitation_loss", float(loss.detach()))
+
+
+class ImitationBatch:
+    """Observations, actions and weights of episodes, of which each optimiser step takes a part.
+
+    First rounds of one starting state share their observation, which the policy encodes once; later rounds have one
+    each, and encoding them is what imitation costs. So each step takes all first rounds and a draw of the later ones,
+    whose weights make up for those left out.
+
+    Args:
+        episodes: to imitate.
+        weights: of each episode.
+        device: where the policy is.
+    """
+
+    def __init__(self, episodes: list[Episode], weights: NDArray[np.float32], device: torch.device) -> None:
+        rounds = [len(one.actions) for one in episodes]
+        self.observations = {
+            key: torch.as_tensor(
+                np.concatenate([np.stack([step[key] for step in one.observations]) for one in episodes])
+            )
+            for key in episodes[0].observations[0]
+        }
+        self.actions = torch.as_tensor(np.concatenate([one.actions for one in episodes]))
+        self.weights = np.repeat(weights, rounds)
+        numbers = np.concatenate([np.arange(count) for count in rounds])
+        self.first, self.later = np.flatnonzero(numbers == 0), np.flatnonzero(numbers > 0)
+        self.device = device
+
+    def draw(self, rng: np.random.Generator, later: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """All first rounds and so many later ones: observations, actions and weights."""
+        chosen = rng.permutation(self.later)[:later]
+        weights = np.concatenate(
+            [self.weights[self.first], self.weights[chosen] * (len(self.later) / max(len(chosen), 1))]
+        )
+        rows = torch.as_tensor(np.concatenate([self.first, chosen]))
+        observations = {key: value[rows].to(self.device) for key, value in self.observations.items()}
+        return observations, self.actions[rows].to(self.device), torch.as_tensor(weights).to(self.device)
 
 
 def finished_episodes(buffer: DictRolloutBuffer) -> list[Episode]:

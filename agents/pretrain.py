@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prunegym.agents.config import FittingOptions
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.training_options import TrainingOptions
 from prunegym.pruning.files import replacing
 from prunegym.pruning.task import Task
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
@@ -38,7 +39,7 @@ class PretrainResult:
 def pretrain(
     model: nn.Module,
     task: Task,
-    config: FittingOptions,
+    config: TrainingOptions,
     run: RunFolder,
     *,
     seed: int = 0,
@@ -64,17 +65,12 @@ def pretrain(
     rows = train_network(
         model,
         task,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        batch_size=config.batch_size,
-        weight_decay=config.weight_decay,
-        label_smoothing=config.label_smoothing,
-        amp=config.amp,
+        config.training_settings(seed),
         device=device,
-        seed=seed,
         checkpoint=run.path(CHECKPOINT),
+        checkpoint_minutes=config.checkpoint_minutes,
         progress=progress,
-        on_epoch=lambda row: note_epoch(run, row, limit),
+        on_epoch=partial(note_epoch, run, limit=limit),
     )
     complete_rows(run, rows)
     save_weights(run.path(WEIGHTS), model)
@@ -86,6 +82,8 @@ def pretrain(
 
 def note_epoch(run: RunFolder, row: EpochRow, limit: TimeLimit = NO_LIMIT) -> None:
     """Write down what an epoch did, its seconds apart, once its checkpoint is saved; then stop if the time is up.
+
+    A function of a module, so that other processes can be told to.
 
     Raises:
         PruningError: The row could not be written; the next attempt makes up for it.

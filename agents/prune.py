@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,25 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import save_network
-from prunegym.pruning.latency import BACKENDS, compare_latency, speed_up
+from prunegym.pruning.latency import compare_latency
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.modes import evaluating
+from prunegym.pruning.module_times import TimeProfile, compare_module_times
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
-from prunegym.pruning.onnx_export import require_onnx, with_batch
+from prunegym.pruning.onnx_export import with_batch
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.saving import save_network
+from prunegym.pruning.speed_up import speed_up
 from prunegym.pruning.training import EpochRow, evaluate_network, train_network
 
 CHECKPOINT = "checkpoint.pt"
 #: Names of the scores of a result, in the order in which they come about.
 STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
+
+
+#: Runtimes whose latency is told whatever was asked for, where they are there.
+MEASURED_IN = ("torch", "onnxruntime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +70,15 @@ class PruneResult:
     epochs: tuple[EpochRow, ...] = field(default=(), repr=False)
     latency: tuple[dict[str, Any], ...] = ()
     """Per runtime: latency before and after, measured side by side, and what can be said of it."""
-    source: Mapping[str, Any] = field(default_factory=lambda: {"constructor": None}, repr=False)
+    module_times: dict[str, TimeProfile] | None = field(default=None, repr=False)
+    """Where the time goes ``before`` and ``after``, where latency was measured."""
+    source: Mapping[str, Any] = field(default_factory=lambda: NO_SOURCE, repr=False)
     """How to build the unpruned network, for :func:`save`."""
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What rebuilds the pruned network around its tensors."""
+        return Blueprint.of_pruned(self.network, self.plan, self.model, self.source)
 
     def to_json(self) -> dict[str, Any]:
         """The result without the networks, in what JSON holds."""
@@ -85,6 +100,8 @@ class PruneResult:
             "search": {"evaluations": self.search.evaluations, "seconds": self.search.seconds},
             "epochs": len(self.epochs),
             "latency": list(self.latency),
+            "module_times": self.module_times
+            and {name: profile.to_json() for name, profile in self.module_times.items()},
         }
 
 
@@ -182,7 +199,8 @@ def carry_out(
         search=found,
         epochs=tuple(epochs),
         latency=tuple(measure_speed(network, model, config, scorer.device)) if latency else (),
-        source=source or {"constructor": None},
+        module_times=time_modules(network, model, config, scorer.device) if latency else None,
+        source=source or NO_SOURCE,
     )
 
 
@@ -200,20 +218,13 @@ def fine_tune(
     rows = train_network(
         model,
         scorer.task,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        batch_size=config.batch_size,
-        weight_decay=config.weight_decay,
-        label_smoothing=config.label_smoothing,
-        amp=config.amp,
+        config.training_settings(config.seed),
         teacher=scorer.network.model if config.distill else None,
-        distillation_weight=config.distillation_weight,
-        temperature=config.temperature,
         device=scorer.device,
-        seed=config.seed,
         checkpoint=None if run is None else run.path(CHECKPOINT),
+        checkpoint_minutes=config.checkpoint_minutes,
         progress=progress,
-        on_epoch=None if run is None else lambda row: note_epoch(run, row, limit),
+        on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
     )
     if run is not None:
         complete_rows(run, rows)
@@ -265,31 +276,35 @@ def count_macs(network: PrunableNetwork, model: nn.Module) -> int:
 def measure_speed(
     network: PrunableNetwork, model: nn.Module, options: LatencyOptions, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Measure latency before and after side by side, in every runtime that is there."""
+    """Measure latency before and after side by side: in the runtime asked for, in torch, and in ONNX Runtime."""
     rows: list[dict[str, Any]] = []
-    for backend in BACKENDS:
+    for backend in dict.fromkeys((*MEASURED_IN, options.latency_backend)):
         try:
-            if backend == "onnxruntime":
-                require_onnx()
             settings = options.latency_settings(device, backend)
             models = {"before": network.model, "after": model}
             measured = compare_latency(models, network.example_inputs, settings)
         except PruningError as fault:
-            if backend == "torch":
+            if backend == options.latency_backend:
                 raise
             rows.append({"backend": backend, "sentence": f"Not measured: {fault}"})
             continue
-        ratio, sentence = speed_up(measured["before"], measured["after"])
         rows.append(
             {
                 "backend": backend,
                 "before": measured["before"].to_json(),
                 "after": measured["after"].to_json(),
-                "speed_up": ratio,
-                "sentence": sentence,
+                **speed_up(measured["before"], measured["after"]).to_json(),
             }
         )
     return rows
+
+
+def time_modules(
+    network: PrunableNetwork, model: nn.Module, options: LatencyOptions, device: torch.device
+) -> dict[str, TimeProfile]:
+    """Where the time of a network goes before and after, in PyTorch."""
+    models = {"before": network.model, "after": model}
+    return compare_module_times(models, network.example_inputs, options.latency_settings(device, "torch"))
 
 
 def save(result: PruneResult, folder: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prunegym.pruning.export import load_network
 from prunegym.pruning.files import replacing
+from prunegym.pruning.saving import load_network
 
 EXAMPLE = "example.safetensors"
 

@@ -26,7 +26,7 @@ Scalar: TypeAlias = bool | int | float | str | None
 #: Where run folders are made unless ``--out`` says otherwise, relative to the working directory.
 DEFAULT_PARENT = Path("runs")
 #: Configuration fields that do not change what is computed, so that a run may be resumed with another value.
-NOT_COMPARED = frozenset({"out", "json", "progress", "ray", "time_limit"})
+NOT_COMPARED = frozenset({"out", "json", "progress", "checkpoint_minutes", "ray", "time_limit"})
 #: Characters; four such parts and the time stay below the 255 bytes of a file name.
 _LONGEST_PART = 56
 #: Characters of a name that is told from others by a digest; three such parts stay below 255 bytes too.

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from prunegym.agents.second_look import CONFIRMING, best_on_twice, confirmed_plans, has_further_images
 from prunegym.agents.trail import Improvement, Trail
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -107,6 +108,8 @@ class Search:
         budget: what may remain.
         settings: allowance and seed.
         least: evaluations that the searcher cannot do without.
+        choosing: the result is the best of many plans, so the best few deserve a second look. False for a searcher that
+            comes to one plan.
 
     Raises:
         PruningError: fewer evaluations are allowed than are needed.
@@ -120,16 +123,18 @@ class Search:
         settings: SearchSettings,
         *,
         least: LeastEvaluations = ONE_PLAN,
+        choosing: bool = True,
     ) -> None:
         least.check(name, settings.evaluations)
         self.name = name
         self.problem = problem
         self.budget = budget
         self.limit = problem.limits[budget]
-        self.allowed = settings.evaluations
+        self.looks = self._affordable_looks(settings.evaluations, least) if choosing else 0
+        self.allowed = settings.evaluations - CONFIRMING * self.looks
         self.rng = np.random.default_rng(settings.seed)
         self.trail = Trail(settings.clock)
-        self._bar = tqdm(total=self.allowed, desc=name, unit="plan", disable=not settings.progress)
+        self._bar = tqdm(total=settings.evaluations, desc=name, unit="plan", disable=not settings.progress)
 
     @property
     def evaluations(self) -> int:
@@ -138,7 +143,7 @@ class Search:
 
     @property
     def left(self) -> int:
-        """Evaluations that are left."""
+        """Evaluations that are left until the second look."""
         return self.allowed - self.evaluations
 
     def project(self, keep: NDArray[np.floating]) -> Counts:
@@ -206,9 +211,19 @@ class Search:
         return score
 
     def result(self) -> SearchResult:
-        """The best plan, and what was paid."""
+        """The best plan after a second look, and what was paid."""
+        plans = self.trail.leaders(self.looks)
+        if len(plans) > 1:
+            best = best_on_twice(self.problem.scorer, plans)
+            self.trail.settle(best, plans[best], CONFIRMING * len(plans))
+            self._bar.update(CONFIRMING * len(plans))
         self._bar.close()
         return SearchResult(**self.trail.result())
+
+    def _affordable_looks(self, evaluations: int, least: LeastEvaluations) -> int:
+        """Plans to look at again in the end: one alone is no choice, and the searcher's own work comes first."""
+        looks = min(confirmed_plans(evaluations), (evaluations - least.number) // CONFIRMING)
+        return looks if looks > 1 and has_further_images(self.problem.scorer) else 0
 
     def _check(self, counts: Counts) -> None:
         widths = self.problem.widths

@@ -31,7 +31,7 @@ def sensitivity(problem: PruningProblem, budget: Budget, settings: SearchSetting
         PruningError: the allowance is less than two evaluations and one for each group that may be pruned.
     """
     choices = problem.widths.choices()
-    search = Search("sensitivity", problem, budget, settings, least=least_evaluations(problem))
+    search = Search("sensitivity", problem, budget, settings, least=least_evaluations(problem), choosing=False)
     points = (search.left - 2) // max(1, _prunable(problem))
     widest = search.probe(problem.widths.largest)
     curves = [_measure(search, group, allowed, points, widest) for group, allowed in enumerate(choices)]

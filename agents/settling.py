@@ -1,7 +1,6 @@
 """How training ends: the best plans are looked at again, and the policy is drawn to the one that stands up.
 
-The best of hundreds of scores is partly luck with the reward images. So the best few plans are scored again on as many
-further images of the reward split, and the best over both halves is the one that the policy settles on.
+What the second look is for is said in :mod:`prunegym.agents.second_look`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prunegym.agents.ppo import Episode, EpisodeMemory
+from prunegym.agents.second_look import CONFIRMING, best_on_twice, confirmed_plans, has_further_images
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -18,15 +18,6 @@ from prunegym.pruning.plan import PruningPlan
 
 SETTLING = 5
 """Evaluations kept for the end, for each network and budget: the policy is drawn to its best plan until it makes it."""
-CONFIRMED = 10
-"""Plans that are looked at again, at most."""
-CONFIRMING = 2
-"""Evaluations that a second look counts for: it takes twice the images."""
-
-
-def confirmed_plans(evaluations: int) -> int:
-    """Plans of each network and budget that a training of so many evaluations can afford to look at again."""
-    return min(CONFIRMED, evaluations // 30)
 
 
 def reserved(evaluations: int) -> int:
@@ -67,13 +58,12 @@ def confirm(
         if len(plans) == count:
             break
         plans.setdefault(replayed(env, budget, episode), episode)
-    scorer, examples = problem.scorer, problem.scorer.settings.examples
-    if len(plans) < 2 or scorer.score(next(iter(plans)), examples=2 * examples).examples <= examples:
+    if len(plans) < 2 or not has_further_images(problem.scorer):
         return None
-    plan = max(plans, key=lambda one: scorer.score(one, examples=2 * examples).score)
+    plan = best_on_twice(problem.scorer, plans)
     best = replace(plans[plan], value=episodes[0].value + float(np.finfo(np.float32).eps))
     episodes.insert(0, best)
-    return Confirmation(plan, scorer.score(plan).score, CONFIRMING * len(plans))
+    return Confirmation(plan, problem.scorer.score(plan).score, CONFIRMING * len(plans))
 
 
 def replayed(env: ChannelPruningEnv, budget: Budget, episode: Episode) -> PruningPlan:

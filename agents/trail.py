@@ -56,6 +56,7 @@ class Trail:
         self.history: list[tuple[int, float]] = []
         """Best score after each evaluation, from the first plan on that can be returned."""
         self.improvements: list[Improvement] = []
+        self._scores: dict[PruningPlan, float] = {}
 
     @property
     def seconds(self) -> float:
@@ -80,6 +81,7 @@ class Trail:
         """
         better = score > self.best_score
         self.evaluations += 1
+        self._scores[plan] = score
         if better:
             self.improvements.append(Improvement(self.evaluations, self.seconds, plan, score))
         self.history.append((self.evaluations, score if better else self.best_score))
@@ -90,6 +92,18 @@ class Trail:
         self.evaluations += 1
         if self.history:
             self.history.append((self.evaluations, self.best_score))
+
+    def leaders(self, count: int) -> dict[PruningPlan, float]:
+        """The best ``count`` plans with their scores, best first; of equals the earlier."""
+        ranked = sorted(self._scores.items(), key=lambda one: -one[1])
+        return dict(ranked[:count])
+
+    def settle(self, plan: PruningPlan, score: float, evaluations: int) -> None:
+        """End with a plan that need not have the best score, after so many more evaluations."""
+        for _ in range(evaluations):
+            self.step()
+        if plan != self.best:
+            self.improvements.append(Improvement(self.evaluations, self.seconds, plan, score))
 
     def result(self) -> dict[str, Any]:
         """The arguments of a :class:`~prunegym.agents.search.SearchResult`.

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from prunegym.agents.config import TransferConfig
 from prunegym.agents.evaluate import KEY, plan_row
 from prunegym.agents.finished_rows import FinishedRows
+from prunegym.agents.records import note_plan
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
@@ -69,6 +70,7 @@ def _frozen(
 
     def make() -> Row:
         result = searcher_named(name)(problem, budget, SearchSettings(policy=config.policy))
+        note_plan(kept.run, label, problem, budget, result.plan)
         return plan_row(problem, budget, label, result, test=test)
 
     return kept.once(_key(problem, budget, label), make)
@@ -96,6 +98,7 @@ def _few_shot(
         plans = trained.own if label == FEW_SHOT[0] else trained.best
         plan = plans[f"{problem.scorer.network.name} {budget}"]
         found = SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds)
+        note_plan(kept.run, label, problem, budget, plan)
         return plan_row(problem, budget, label, found, test=test)
 
     return [kept.once(_key(problem, budget, label), partial(make, label)) for label in FEW_SHOT]

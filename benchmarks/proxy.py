@@ -34,7 +34,7 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Scorer
-from prunegym.pruning.training import evaluate_network, train_network, weights_digest
+from prunegym.pruning.training import TrainingSettings, evaluate_network, train_network, weights_digest
 
 KEYS = ("network", "setup", "budget", "counts", "measure", "seed")
 
@@ -187,17 +187,14 @@ class Proxies:
         checkpoint = arguments.runs / "proxy" / f"{digest}__s{seed}.pt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         model = copy.deepcopy(scorer.recovered(plan))
-        train_network(
-            model,
-            scorer.task,
+        settings = TrainingSettings(
             epochs=arguments.epochs,
             learning_rate=arguments.learning_rate,
             batch_size=arguments.batch_size,
             amp=arguments.amp,
-            device=scorer.device,
             seed=seed,
-            checkpoint=checkpoint,
         )
+        train_network(model, scorer.task, settings, device=scorer.device, checkpoint=checkpoint)
         measured = evaluate_network(model, scorer.task, "selection", device=scorer.device)
         checkpoint.unlink(missing_ok=True)
         return measured.score, measured.loss

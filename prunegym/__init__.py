@@ -7,10 +7,13 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunegym.agents.api import inspect, load, make_env, prune, save
+    from prunegym.agents.api import inspect, load, make_env, prune, report, save
+    from prunegym.agents.deployment.api import export, finetune
+    from prunegym.agents.deployment.finetune import FinetuneResult
     from prunegym.agents.prune import PruneResult
     from prunegym.pruning.data import load_data
     from prunegym.pruning.errors import InfeasibleBudgetError, PruningError, UnsupportedLayerError
+    from prunegym.pruning.export import Exported
     from prunegym.pruning.plan import PruningPlan
     from prunegym.pruning.program import export_program, load_program
     from prunegym.pruning.task import ClassificationTask, Task
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClassificationTask",
+    "Exported",
+    "FinetuneResult",
     "InfeasibleBudgetError",
     "PruneResult",
     "PruningError",
@@ -28,19 +33,24 @@ __all__ = [
     "UnsupportedLayerError",
     "__version__",
     "build_network",
+    "export",
     "export_program",
+    "finetune",
     "inspect",
     "load",
     "load_data",
     "load_program",
     "make_env",
     "prune",
+    "report",
     "save",
 ]
 
 #: Public name -> the module that defines it; the same names as in `__all__` and under TYPE_CHECKING.
 _HOME = {
     "ClassificationTask": "prunegym.pruning.task",
+    "Exported": "prunegym.pruning.export",
+    "FinetuneResult": "prunegym.agents.deployment.finetune",
     "InfeasibleBudgetError": "prunegym.pruning.errors",
     "PruneResult": "prunegym.agents.prune",
     "PruningError": "prunegym.pruning.errors",
@@ -48,13 +58,16 @@ _HOME = {
     "Task": "prunegym.pruning.task",
     "UnsupportedLayerError": "prunegym.pruning.errors",
     "build_network": "prunegym.pruning.zoo",
+    "export": "prunegym.agents.deployment.api",
     "export_program": "prunegym.pruning.program",
+    "finetune": "prunegym.agents.deployment.api",
     "inspect": "prunegym.agents.api",
     "load": "prunegym.agents.api",
     "load_data": "prunegym.pruning.data",
     "load_program": "prunegym.pruning.program",
     "make_env": "prunegym.agents.api",
     "prune": "prunegym.agents.api",
+    "report": "prunegym.agents.api",
     "save": "prunegym.agents.api",
 }
 

@@ -1,414 +1,250 @@
-"""Pruned networks on disk, without pickle: tensors, and the recipe that rebuilds the network around them.
+"""Networks in the formats that deployment asks for, each checked against the network before its file takes its name."""
 
-A pruned network keeps the class of the unpruned one, so a saved network is the tensors at their new shapes
-plus the few attributes that surgery changes. Loading builds the unpruned network, puts the tensors in place
-and sets the attributes; nothing is traced and no code from the files runs.
-"""
+from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from importlib import metadata as distributions
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prunegym.pruning.attention import HeadwiseAttention, can_be_headwise, make_headwise
-from prunegym.pruning.blocks import in_any, remove_blocks
-from prunegym.pruning.errors import PruningError
-from prunegym.pruning.files import plain, read_json, replacing
-from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import export_onnx
-from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.surgery import kept_indices, refresh_sizes
-from prunegym.pruning.zoo import build_network
+from prunegym.pruning.errors import PruningError, unknown_name
+from prunegym.pruning.onnx_export import export_onnx, require_onnx, with_batch
+from prunegym.pruning.program import check_exportable, export_program
+from prunegym.pruning.recipe import RECIPE, WEIGHTS, Blueprint
+from prunegym.pruning.saving import write_network
 
-__all__ = ["export_onnx", "load_network", "read_recipe", "save_network"]
+Format: TypeAlias = Literal["onnx", "program", "safetensors"]
+DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-FORMAT = 2
-WEIGHTS = "model.safetensors"
-RECIPE = "recipe.json"
-
-#: What the recipe may hold, with the type of each.
-_FIELDS: Mapping[str, type] = {
-    "source": dict,
-    "plan": dict,
-    "attributes": dict,
-    "modules": dict,
-    "unpruned_shapes": dict,
-    "shapes": dict,
-    "aliases": dict,
-    "channels_last": list,
-    "sha256": str,
-    "metadata": dict,
+ONNX = "model.onnx"
+PROGRAM = "model.pt2"
+FORMATS: tuple[Format, ...] = ("onnx", "program", "safetensors")
+"""Names of the formats."""
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
 }
-#: Arguments of `build_network` that decide the shapes of a network.
-_SOURCE_KEYS = ("network", "num_classes", "in_channels", "image_size")
-#: Attributes of any network that surgery changes, and one that torchvision switches on with its published weights
-#: only. Besides these, a recipe may only lower whole numbers that are there: sizes that follow the channels.
-_ATTRIBUTES = ("channel_padding", "transform_input")
-#: What a recipe may turn a module into.
-_HEADWISE, _REMOVED = "headwise", "removed"
-#: Largest difference between a network and its saved self, as a share of the largest output; on a CPU it is
-#: zero.
-_CHECK_TOLERANCE = 1e-4
-_SHOWN = 3
+"""Types of numbers that networks are exported in."""
+#: Largest difference between ONNX Runtime and torch as a share of the largest output: in float16 they round at other
+#: places.
+_ONNX_TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 
 
-def save_network(
-    folder: Path,
-    network: PrunableNetwork,
-    plan: PruningPlan,
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A network that was written in one format."""
+
+    format: Format
+    path: Path
+    """The file; of safetensors that with the tensors, beside its recipe."""
+    bytes: int
+    """Size on disk, of both files where there are two."""
+    difference: float
+    """Largest absolute difference between its outputs and the network's in torch, in the same type of numbers."""
+    from_float32: float
+    """Largest absolute difference that this type of numbers makes, in torch; 0 for float32."""
+    dynamic_batch: bool
+    """Whether it takes batches of any size, or one size only."""
+    load: str
+    """Code that loads it."""
+    warning: str | None = None
+    """Why it does not take batches of any size."""
+
+
+def export_network(
     model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    folder: Path,
+    formats: Sequence[str],
     *,
-    source: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    check: bool = True,
-) -> None:
-    """Write a pruned network as ``model.safetensors`` and ``recipe.json``.
+    blueprint: Blueprint,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+) -> list[Exported]:
+    """Write a network into a folder, in several formats.
 
-    Each file takes its name in one step. Should the machine stop between the two, :func:`load_network`
-    refuses the pair.
+    ONNX files and programs take and give float32 whatever they compute in; a network from safetensors takes the type it
+    was saved in.
 
     Args:
-        folder: where the two files belong; made if need be.
-        network: the unpruned network.
-        plan: the plan that was carried out.
-        model: the pruned network, as from ``network.pruned(plan)``, fine-tuned or not.
-        source: how to build the unpruned network: ``network``, ``num_classes``, ``in_channels`` and
-            ``image_size`` of :func:`~prunegym.pruning.zoo.build_network`; ``{"constructor": None}`` if the
-            reader has to bring it.
-        metadata: anything worth knowing about the network (accuracies, cost), in what JSON holds.
-        check: rebuild the network from what is to be written and compare outputs on the example inputs.
+        model: the network; it is not changed.
+        example_inputs: inputs for ``model(*inputs)`` with a batch dimension.
+        folder: made if need be; files of the same name are replaced.
+        formats: of :data:`FORMATS`.
+        blueprint: what rebuilds the network around safetensors.
+        metadata: what is told in their recipe.
+        dtype: of :data:`DTYPES`.
 
     Raises:
-        PruningError: model and plan do not belong together, the tensors are not finite, ``source`` builds
-            another network, or the folder cannot be written.
+        PruningError: a format or type is unknown or does not suit the network, an extra is missing, or the outputs of a
+            file differ. Files that were written before are kept.
     """
-    _check_shapes(network, plan, model)
-    tensors, aliases, channels_last = _contents(model)
-    _check_finite(tensors, network.model, "model")
-    data = serialise_tensors(tensors, {"format": "pt"})
-    recipe: dict[str, Any] = {
-        "format": FORMAT,
-        "source": dict(source),
-        "plan": plan.to_json(),
-        "attributes": _changed_attributes(network, model),
-        "modules": _changed_modules(model, plan),
-        "unpruned_shapes": {name: list(tensor.shape) for name, tensor in _named_tensors(network.model)},
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "aliases": aliases,
-        "channels_last": channels_last,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "versions": {"prunegym": distributions.version("prunegym"), "torch": str(torch.__version__)},
-        "metadata": dict(metadata),
+    check_formats(formats, dtype)
+    model = copy.deepcopy(model).cpu().eval()
+    inputs: tuple[Any, ...] = tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    twin = model if dtype == "float32" else in_dtype(model, dtype)
+    rounding = _difference(model, twin, inputs)
+    metadata = metadata or {}
+
+    def safetensors() -> dict[str, Any]:
+        bare = copy.deepcopy(model).to(DTYPES[dtype])
+        difference = write_network(folder, blueprint, bare, example_inputs=inputs, metadata=metadata)
+        size = sum((folder / name).stat().st_size for name in (WEIGHTS, RECIPE))
+        load = f"prunegym.load('{folder}'{_needed(blueprint.source)})"
+        return {
+            "path": folder / WEIGHTS,
+            "bytes": size,
+            "difference": difference,
+            "dynamic_batch": True,
+            "load": load,
+        }
+
+    writers: dict[str, Callable[[], dict[str, Any]]] = {
+        "onnx": lambda: _onnx(twin, inputs, folder / ONNX, dtype),
+        "program": lambda: _program(twin, inputs, folder / PROGRAM),
+        "safetensors": safetensors,
     }
-    text = json.dumps(plain(recipe), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    if check:
-        original = network.model if source.get("network") is None else _original(source, allow_code=True)
-        restored = _restored(copy.deepcopy(original), parse_tensors(data), json.loads(text))
-        _check_outputs(model, restored, network.example_inputs)
-    # left in reverse order: the recipe, which names the other file's hash, is put in place last
-    with (
-        replacing(folder / RECIPE, argument="folder") as recipe_file,
-        replacing(folder / WEIGHTS, argument="folder") as weights_file,
-    ):
-        weights_file.write_bytes(data)
-        recipe_file.write_text(text, encoding="utf-8")
+    done = []
+    for name in dict.fromkeys(formats):
+        written = writers[name]()
+        size = written.pop("bytes", None) or written["path"].stat().st_size
+        done.append(Exported(format=_known(name), bytes=size, from_float32=rounding, **written))
+    return done
 
 
-def load_network(folder: Path, *, model: nn.Module | None = None, allow_code: bool = False) -> nn.Module:
-    """Rebuild a network that :func:`save_network` wrote.
-
-    Args:
-        folder: holds ``model.safetensors`` and ``recipe.json``.
-        model: the unpruned network, with any weights; it is not changed. None: built as the recipe says.
-        allow_code: let a recipe that names ``path/file.py:function`` run that file. Leave it at False for
-            folders from others.
-
-    Returns:
-        The pruned network in eval mode, on the CPU.
+def check_formats(formats: Sequence[str], dtype: str = "float32") -> None:
+    """Make sure that formats can be written here, before work is spent on them.
 
     Raises:
-        PruningError: a file is missing, damaged or of another format version, the tensors are not finite, or
-            the unpruned network is not the one that was pruned.
+        PruningError: one is unknown, needs an extra, or has no such numbers.
     """
-    recipe = read_recipe(folder)
-    path = folder / WEIGHTS
-    try:
-        data = path.read_bytes()
-    except OSError as fault:
-        raise PruningError(
-            f"`folder` should hold {WEIGHTS} beside {RECIPE}. Received '{folder}' ({fault.strerror}). "
-            "Copy both files of the saved network."
-        ) from fault
-    if hashlib.sha256(data).hexdigest() != recipe["sha256"]:
-        raise PruningError(
-            f"`folder` should hold two files that were written together. Received '{path}', whose SHA-256 "
-            f"is not the one in {RECIPE}: one of them is damaged or from another save. Save or copy the "
-            "network again."
-        )
-    try:
-        tensors = parse_tensors(data)
-    except SafetensorError as fault:
-        raise PruningError(
-            f"`folder` should hold an undamaged {WEIGHTS}. Received '{path}': {fault}. Save the network "
-            "again."
-        ) from fault
-    original = _original(recipe["source"], allow_code) if model is None else copy.deepcopy(model).cpu()
-    return _restored(original, tensors, recipe).eval()
-
-
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """Read the recipe of a saved network.
-
-    Returns:
-        ``plan`` (for ``PruningPlan.from_json``), ``source``, ``metadata`` and what loading needs.
-
-    Raises:
-        PruningError: missing, damaged, or of another format version.
-    """
-    path = folder / RECIPE
-    recipe = read_json(path, argument="folder")
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
-        found = recipe.get("format") if isinstance(recipe, dict) else None
-        raise PruningError(
-            f"`folder` should hold a network saved in format {FORMAT}. Received '{path}' with format "
-            f"{found!r}. Save it with this version of prunegym, or install the version named in the file."
-        )
-    for key, kind in _FIELDS.items():
-        if not isinstance(recipe.get(key), kind):
+    if not formats:
+        raise PruningError(f"`format` should be given at least once. Received none. Choose from {', '.join(FORMATS)}.")
+    for name in formats:
+        _known(name)
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    if "onnx" in formats:
+        require_onnx()
+        if dtype not in _ONNX_TOLERANCE:
             raise PruningError(
-                f"`folder` should hold a complete recipe. Received '{path}', where `{key}` is "
-                f"{'missing' if key not in recipe else f'not a {kind.__name__}'}. Save the network again."
-            )
-    return recipe
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have.
-
-    Not ``state_dict``, which leaves out buffers that are not persistent: surgery shrinks those too.
-    """
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Tensors by first name, first names of tied ones by further name, and names of those channels last."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    channels_last: list[str] = []
-    first_name: dict[int, str] = {}
-    for name, tensor in _named_tensors(model):
-        known = first_name.setdefault(id(tensor), name)
-        if known != name:
-            aliases[name] = known
-            continue
-        if _is_channels_last(tensor):
-            channels_last.append(name)
-        # cloned, because safetensors refuses tensors that share memory
-        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return tensors, aliases, channels_last
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether the layout is one that selects other kernels, whose sums round otherwise."""
-    return (
-        tensor.ndim == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _check_shapes(network: PrunableNetwork, plan: PruningPlan, model: nn.Module) -> None:
-    """Refuse a model that is not what the plan makes of the network."""
-    wanted = {name: list(tensor.shape) for name, tensor in network.model.named_parameters()}
-    wanted |= {name: list(tensor.shape) for name, tensor in network.model.named_buffers()}
-    for (name, dim), indices in kept_indices(network.graph, plan.mask(network.graph)).items():
-        wanted[name][dim] = len(indices)
-    wanted = {name: shape for name, shape in wanted.items() if not in_any(name, plan.removed)}
-    found = {name: list(tensor.shape) for name, tensor in _named_tensors(model)}
-    whole = {name for name, _ in _named_tensors(network.model) if not in_any(name, plan.removed)}
-    for name in sorted(wanted.keys() | whole | found.keys()):
-        # tied tensors are sliced once, under their first name
-        expected = wanted.get(name, found.get(name))
-        if name not in found or expected != found[name]:
-            raise PruningError(
-                f"`model` should be what `plan` makes of `network`. Received {name} of shape "
-                f"{found.get(name)} where the plan leaves {expected}. Give network.pruned(plan), fine-tuned "
-                "or not, and that plan."
+                f"`dtype` should be float32 or float16 for ONNX. Received {dtype}, in which ONNX Runtime has no "
+                "convolutions. Choose one of these, or the format program."
             )
 
 
-def _changed_attributes(network: PrunableNetwork, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What surgery set besides tensors, by module path."""
-    modules = dict(model.named_modules())
-    pairs = [(one.module, "channel_padding") for one in network.graph.paddings]
-    pairs += [(one.place.module, one.place.name) for one in network.graph.size_rules]
-    pairs += [(path, "transform_input") for path in modules]
-    changed: dict[str, dict[str, Any]] = {}
-    for path, name in dict.fromkeys(pairs):
-        value = getattr(modules.get(path), name, None)
-        if value is not None:
-            changed.setdefault(path, {})[name] = plain(value)
-    return changed
+def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
+    """A copy that takes and gives float32 and computes in another type.
+
+    Raises:
+        PruningError: a tensor of the network does not fit into the type.
+    """
+    kind = DTYPES[dtype]
+    largest = torch.finfo(kind).max
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and bool((tensor.abs() > largest).any() & torch.isfinite(tensor).all()):
+            raise PruningError(
+                f"`dtype` should be a type that holds the network's numbers. Received {dtype}, whose largest is "
+                f"{largest:g}, and '{name}' with {float(tensor.abs().max()):g}. Choose bfloat16 or float32."
+            )
+    twin = copy.deepcopy(model).to(kind)
+    twin.register_forward_pre_hook(lambda _, inputs: _cast(inputs, kind))
+    twin.register_forward_hook(lambda _, inputs, outputs: _cast(outputs, torch.float32))
+    return twin
 
 
-def _changed_modules(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
-    """Modules whose class surgery changed."""
-    found = {name: _HEADWISE for name, one in model.named_modules() if type(one) is HeadwiseAttention}
-    return {**found, **dict.fromkeys(plan.removed, _REMOVED)}
+def check_program(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """Make sure that a network can be exported as a program at all, before work is spent on it.
+
+    Raises:
+        PruningError: it cannot.
+    """
+    check_exportable(model, with_batch(example_inputs, 1))
 
 
-def _change_modules(model: nn.Module, changes: Mapping[str, Any]) -> None:
-    """Do to the modules of an unpruned network what surgery did."""
-    modules = dict(model.named_modules())
-    for path, change in changes.items():
-        known = path in modules and (change == _REMOVED or (change == _HEADWISE and can_be_headwise(modules[path])))
-        if not known:
-            raise _misfit(f"a recipe that makes module '{path}' {change!r}", "Save the network again.")
-        if change == _HEADWISE:
-            make_headwise(modules[path])
-    remove_blocks(model, [path for path, change in changes.items() if change == _REMOVED])
+def _known(name: str) -> Format:
+    """The format of a name."""
+    for known in FORMATS:
+        if known == name:
+            return known
+    raise unknown_name("format", name, FORMATS)
 
 
-def _original(source: Mapping[str, Any], allow_code: bool) -> nn.Module:
-    """Build the unpruned network, with weights that will be overwritten."""
+def _onnx(model: nn.Module, inputs: tuple[Any, ...], path: Path, dtype: str) -> dict[str, Any]:
+    """Write an ONNX file, with a fixed batch where the network's code fixes it."""
+    warning, one = None, with_batch(inputs, 1)
+    tolerance = _ONNX_TOLERANCE[dtype]
+    try:
+        difference = export_onnx(model, one, path, tolerance=tolerance)
+    except PruningError as fault:  # whatever it is, a file of fixed size may do without
+        difference = export_onnx(model, one, path, tolerance=tolerance, dynamic_batch=False)
+        warning = f"The ONNX file takes batches of 1 only: {fault}"
+    load = f"onnxruntime.InferenceSession('{path}')"
+    return {
+        "path": path,
+        "difference": difference,
+        "dynamic_batch": warning is None,
+        "load": load,
+        "warning": warning,
+    }
+
+
+def _program(model: nn.Module, inputs: tuple[Any, ...], path: Path) -> dict[str, Any]:
+    """Write a program."""
+    written = export_program(model, with_batch(inputs, 1), path)
+    return {
+        "path": path,
+        "difference": written.difference,
+        "dynamic_batch": written.dynamic_batch,
+        "load": f"prunegym.load_program('{path}')",
+        "warning": written.warning,
+    }
+
+
+def _needed(source: Mapping[str, Any]) -> str:
+    """What the reader of safetensors has to bring, as further arguments of ``load``."""
     name = source.get("network")
     if not isinstance(name, str):
-        raise PruningError(
-            "`model` should be given for a network that was saved without a name to build it by. Received "
-            "None. Pass the unpruned network: load_network(folder, model=...)."
-        )
-    if ":" in name and not allow_code:
-        raise PruningError(
-            f"`model` should be given where the recipe names a Python file. Received None and '{name}'. "
-            "Pass the unpruned network, or allow_code=True if you trust that file."
-        )
-    arguments = {key: source[key] for key in _SOURCE_KEYS[1:] if source.get(key) is not None}
-    if not all(isinstance(value, int) for value in arguments.values()):
-        raise PruningError(
-            f"`source` should give {', '.join(_SOURCE_KEYS[1:])} as whole numbers. Received {arguments}. "
-            "Save the network again."
-        )
-    return build_network(name, **arguments)
+        return ", model=..."
+    return ", allow_code=True" if ":" in name else ""
 
 
-def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> nn.Module:
-    """Put the saved tensors and attributes into ``model``, which is changed and returned."""
-    _change_modules(model, recipe["modules"])
-    removed = [path for path, change in recipe["modules"].items() if change == _REMOVED]
-    unpruned = {name: shape for name, shape in recipe["unpruned_shapes"].items() if not in_any(name, removed)}
-    known = dict(_named_tensors(model))
-    aliases: dict[str, str] = recipe["aliases"]
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != recipe["shapes"]:
-        raise _misfit(f"{WEIGHTS} with other tensors than {RECIPE} lists", "Save or copy both files again.")
-    odd = sorted(known.keys() ^ {*tensors, *aliases, *unpruned})
-    odd += [name for name, first in aliases.items() if not isinstance(first, str) or first not in tensors]
-    # buffers that a network makes anew for each size of input may have another shape before it has run
-    fixed = {name for name, tensor in known.items() if isinstance(tensor, nn.Parameter) or name in model.state_dict()}
-    odd += [name for name in known if name in fixed and list(known[name].shape) != unpruned.get(name)]
-    odd += [name for name in tensors if not odd and name in fixed and not _fits(tensors[name], known[name])]
-    if odd:
-        names = ", ".join(odd[:_SHOWN]) + (f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else "")
-        raise _misfit(f"a network that differs in {names}", "Give the network that was pruned, unpruned.")
-    _check_finite(tensors, model, "folder")
-    new: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layout = torch.channels_last if name in recipe["channels_last"] else torch.contiguous_format
-        tensor = tensor.contiguous(memory_format=layout)
-        old = known[name]
-        new[name] = (
-            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        )
-    for name in known:
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, new[aliases.get(name, name)])
-    _set_attributes(model, recipe["attributes"])
-    for module in model.modules():
-        refresh_sizes(module)
-    return model
+def _cast(values: Any, kind: torch.dtype) -> Any:
+    """Floating-point tensors in another type."""
+    return tree_map_only(Tensor, lambda one: one.to(kind) if one.is_floating_point() else one, values)
 
 
-def _fits(tensor: Tensor, unpruned: Tensor) -> bool:
-    """Whether a tensor can be what pruning left of another."""
-    return (
-        tensor.ndim == unpruned.ndim
-        and tensor.is_floating_point() == unpruned.is_floating_point()
-        and all(0 < new <= old or new == old for new, old in zip(tensor.shape, unpruned.shape, strict=True))
-    )
+def _difference(model: nn.Module, twin: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Largest absolute difference between the outputs of a network and of its twin in another type of numbers.
 
-
-def _misfit(received: str, remedy: str) -> PruningError:
-    return PruningError(
-        f"`folder` should hold tensors that fit the unpruned network. Received {received}. {remedy}"
-    )
-
-
-def _set_attributes(model: nn.Module, attributes: Mapping[str, Any]) -> None:
-    """Set what surgery set besides tensors; nothing that was not there before, and numbers only."""
-    modules = dict(model.named_modules())
-    for path, values in attributes.items():
-        for name, value in values.items() if isinstance(values, dict) else [("", None)]:
-            before = getattr(modules.get(path), name, None)
-            if not _may_become(name, before, value):
-                raise _misfit(
-                    f"a recipe that sets `{name}` of module '{path}' to {value!r}", "Save the network again."
-                )
-            setattr(modules[path], name, tuple(value or ()) if isinstance(before, tuple) else value)
-
-
-def _may_become(name: str, before: Any, value: Any) -> bool:
-    """Whether surgery may have turned an attribute into this."""
-    if before is None:
-        return False
-    several = isinstance(value, list)
-    if several != isinstance(before, list | tuple):
-        return False
-    pairs = list(zip(before, value, strict=False)) if several else [(before, value)]
-    if several and len(before) != len(value):
-        return False
-    if name in _ATTRIBUTES:
-        return all(isinstance(new, int) and new >= 0 for _, new in pairs)
-    # a list may hold other things beside the number that changed
-    return all(new == old or (type(old) is int and type(new) is int and 0 < new < old) for old, new in pairs)
-
-
-def _check_finite(tensors: Mapping[str, Tensor], unpruned: nn.Module, argument: str) -> None:
-    """Refuse NaN and infinity, except in buffers that hold them by design (attention masks)."""
-    buffers = dict(unpruned.named_buffers())
-    for name, tensor in tensors.items():
-        by_design = name in buffers and not bool(torch.isfinite(buffers[name]).all())
-        if not by_design and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise PruningError(
-                f"`{argument}` should hold finite tensors. Received {count} NaN or infinite values in "
-                f"'{name}'. Fine-tune again with a lower learning rate, or use an earlier checkpoint."
-            )
-
-
-def _check_outputs(model: nn.Module, restored: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Compare a network with what would be loaded from its files."""
-    inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
+    Raises:
+        PruningError: The twin does not run, or its outputs are not finite where the network's are.
+    """
+    if model is twin:
+        return 0.0
     with torch.no_grad():
-        pairs = [tree_leaves(one.eval()(*inputs)) for one in (copy.deepcopy(model).cpu(), restored.cpu())]
-    for mine, theirs in zip(*pairs, strict=True):
-        if not isinstance(mine, Tensor):
-            continue
-        scale = float(mine.abs().max()) if mine.numel() else 0.0
-        if not torch.allclose(mine, theirs, rtol=0.0, atol=_CHECK_TOLERANCE * scale, equal_nan=True):
-            raise PruningError(
-                "`source` should build the network that was pruned. Received one whose outputs differ after "
-                f"its tensors were replaced, by up to {float((mine - theirs).abs().max()):.2g} of "
-                f"{scale:.2g}. Correct its arguments, or save with source={{'constructor': None}} and bring "
-                "the network when loading."
-            )
+        expected = _outputs(model, inputs)
+        try:
+            found = _outputs(twin, inputs)
+        except Exception as fault:  # whatever a network may raise
+            raise _unsuited(f"which raised {type(fault).__name__}: {fault}") from fault
+    worst = max((float((mine - theirs).abs().max()) for mine, theirs in zip(expected, found, strict=True)), default=0.0)
+    if not worst < float("inf"):
+        raise _unsuited("in which its outputs are not finite")
+    return worst
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    return [leaf.double() for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor) and leaf.numel()]
+
+
+def _unsuited(what: str) -> PruningError:
+    return PruningError(
+        f"`dtype` should be a type that the network can compute in. Received one {what}. Choose another, or float32."
+    )

@@ -27,6 +27,10 @@ _CROP_ASPECT = (3 / 4, 4 / 3)
 _RESIZE = 256 / 224
 
 
+#: Every batch of a pass.
+ALL_BATCHES = slice(None)
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How stored pixels become network inputs.
@@ -49,33 +53,54 @@ class Preparation:
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return images.float().div_(255.0).sub_(mean).div_(std)
 
-    def augment(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Shift, then mirror, each of the uint8 images ``(B, C, H, W)`` at random."""
+    def draw(self, count: int, generator: torch.Generator | None) -> "Changes":
+        """Draw how so many training images are changed."""
+        shifts = mirrored = None
         if self.crop_padding:
-            images = random_shift(images, self.crop_padding, generator)
+            shifts = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=generator)
         if self.flip:
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
+            mirrored = torch.rand(count, generator=generator) < 0.5
+        return Changes(shifts, mirrored)
+
+    def augment(self, images: Tensor, changes: "Changes") -> Tensor:
+        """Shift, then mirror, each of the uint8 images ``(B, C, H, W)`` as drawn."""
+        if changes.shifts is not None:
+            images = shift_images(images, self.crop_padding, changes.shifts)
+        if changes.mirrored is not None:
+            mirrored = changes.mirrored.to(images.device).view(-1, 1, 1, 1)
+            images = torch.where(mirrored, images.flip(3), images)
         return images
 
 
-def random_shift(images: Tensor, padding: int, generator: torch.Generator | None = None) -> Tensor:
-    """Crop each image at a random place of its zero-padded self.
+@dataclass(frozen=True)
+class Changes:
+    """How the training images of a batch are changed.
+
+    Args:
+        shifts: ``(2, B)``, pixels down and right in the padded image; None shifts nothing.
+        mirrored: ``(B,)``, which are mirrored; None mirrors nothing.
+    """
+
+    shifts: Tensor | None
+    mirrored: Tensor | None
+
+
+def shift_images(images: Tensor, padding: int, shifts: Tensor) -> Tensor:
+    """Crop each image at a place of its own in its zero-padded self.
 
     Args:
         images: ``(B, C, H, W)``.
         padding: Border added on each side, pixels.
-        generator: CPU generator; None uses torch's global one.
+        shifts: ``(2, B)``, pixels down and right, from 0 to ``2 * padding``; ``padding`` leaves an image in place.
 
     Returns:
         ``(B, C, H, W)``, each image shifted by up to ``padding`` pixels each way.
     """
-    size = len(images)
     height, width = images.shape[2:]
     padded = F.pad(images, (padding, padding, padding, padding))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2p+1, 2p+1, H, W)
-    down, right = torch.randint(0, 2 * padding + 1, (2, size), generator=generator).to(images.device)
-    return windows[torch.arange(size, device=images.device), :, down, right]
+    down, right = shifts.to(images.device)
+    return windows[torch.arange(len(images), device=images.device), :, down, right]
 
 
 class ImageSet(Protocol):
@@ -94,6 +119,7 @@ class ImageSet(Protocol):
         drop_last: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
+        wanted: slice = ALL_BATCHES,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go once through the images.
 
@@ -106,6 +132,8 @@ class ImageSet(Protocol):
             drop_last: Leave out an incomplete last batch, unless it is the only one.
             generator: CPU generator for order and augmentation; None uses torch's global one.
             device: Where to put the batches.
+            wanted: Which of the batches to give. The generator goes on as if all had been given, and what is left out
+                is not read: a training resumes in the middle of a pass, and devices share one.
 
         Yields:
             Images ``(B, C, H, W)`` float32, normalised, and classes ``(B,)`` int64.
@@ -165,14 +193,18 @@ class MemoryImages:
         drop_last: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
+        wanted: slice = ALL_BATCHES,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go once through the images; see :meth:`ImageSet.batches`."""
-        for positions in _order(len(self), batch_size, limit, shuffle, drop_last, generator):
-            chosen = self._indices[positions]
-            images = self._images[chosen].to(device)
-            if augment:
-                images = self._preparation.augment(images, generator)
-            yield self._preparation.normalise(images), self._labels[chosen].to(device)
+        order = _order(len(self), batch_size, limit, shuffle, drop_last, generator)
+        given = set(range(len(order))[wanted])
+        for number, positions in enumerate(order):
+            changes = self._preparation.draw(len(positions), generator) if augment else None
+            if number in given:
+                chosen = self._indices[positions]
+                images = self._images[chosen].to(device)
+                images = images if changes is None else self._preparation.augment(images, changes)
+                yield self._preparation.normalise(images), self._labels[chosen].to(device)
 
 
 ImageReader = Callable[[int], Image.Image]
@@ -300,17 +332,19 @@ class FileImages:
         drop_last: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
+        wanted: slice = ALL_BATCHES,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go once through the images; see :meth:`ImageSet.batches`."""
         order = _order(len(self), batch_size, limit, shuffle, drop_last, generator)
         chosen = [self._indices[positions] for positions in order]
         keys: list[list[tuple[int, int | None]]] = []
-        for batch in chosen:
+        for batch in chosen:  # all of them, for the generator's sake
             draws = torch.randint(0, 2**31, (len(batch),), generator=generator).tolist() if augment else None
             keys.append(list(zip(batch.tolist(), draws or [None] * len(batch), strict=True)))
+        chosen = chosen[wanted]
         loader = DataLoader(
             self._files,
-            batch_sampler=keys,
+            batch_sampler=keys[wanted],
             num_workers=self._num_workers,
             collate_fn=_collate,
             # else the loader would draw its base seed from torch's global generator

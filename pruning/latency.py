@@ -1,32 +1,39 @@
 """Measured latency: warmed up, with a fixed number of threads, median and quartiles, networks side by side.
 
-Machines drift (heat, other work), so two networks are compared by running them in turn: the ratio of
-neighbouring runs survives what shifts both.
+Machines drift (heat, other work), so networks are measured in turns: each runs a few times before the next one does,
+over and over, and the ratio of neighbouring turns survives what shifts both. The first run of a turn is not timed: it
+brings back to the caches what the other networks drove out, as in a program that runs one network.
 """
 
-import copy
+from __future__ import annotations
+
 import gc
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from prunegym.pruning.errors import PruningError, unknown_name
-from prunegym.pruning.onnx_export import onnx_bytes, open_session, require_onnx, session_feeds, with_batch
+from prunegym.pruning.onnx_export import with_batch
+from prunegym.pruning.runtimes import DTYPES, RUNTIMES, Run, runtime_named
 
-BACKENDS = ("torch", "onnxruntime")
-DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = tuple(RUNTIMES)
 
-#: Repeats that are made even if they exceed the time limit; quartiles of fewer say nothing.
-_FEWEST_REPEATS = 5
+#: Turns that are made even if they exceed the time limit; quartiles of fewer say nothing.
+_FEWEST_TURNS = 5
+#: Timed runs of one turn, whose median counts.
+_RUNS_PER_TURN = 3
+#: Seconds of a run above which a turn is one run: refilling the caches is no part of it that can be seen.
+_LONG_RUN = 0.05
+#: Change from the first third of the turns to the last that is called a drift, if it is beyond the quartiles too.
+_DRIFT = 0.05
 
 Clock = Callable[[], float]
 """Seconds since some fixed moment."""
@@ -45,17 +52,17 @@ class LatencySettings:
     threads: int | None = None
     """Threads that work on one operation; None leaves torch's number."""
     backend: str = "torch"
-    """``torch`` (eager) or ``onnxruntime``."""
+    """``torch`` (eager), ``compile`` (torch.compile), ``onnxruntime`` or ``openvino``."""
     dtype: str = "float32"
-    """Of weights and inputs; ONNX Runtime takes float32 only."""
+    """Of weights and inputs: ``float32``, ``bfloat16`` or ``float16``, where the backend takes it."""
     device: str = "cpu"
-    """A torch device; ONNX Runtime takes ``cpu`` only."""
+    """A torch device; ONNX Runtime takes ``cpu`` and ``cuda``, OpenVINO ``cpu``."""
     repeats: int = 50
-    """Timed runs of each network."""
+    """Turns of each network."""
     warmup: int = 5
     """Runs before that, which are not timed."""
     time_limit: float = 20.0
-    """Seconds after which no further repeat begins (but a few are always made)."""
+    """Seconds after which no further turn begins (but a few are always made)."""
 
     def __post_init__(self) -> None:
         for name, smallest in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("threads", 1)):
@@ -64,13 +71,14 @@ class LatencySettings:
                 raise PruningError(f"`{name}` should be at least {smallest}. Received {value}.")
         if not self.time_limit > 0:
             raise PruningError(f"`time_limit` should be above 0 seconds. Received {self.time_limit}.")
-        for name, choices in (("backend", BACKENDS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise unknown_name(name, getattr(self, name), choices)
-        if self.backend == "onnxruntime" and (self.device, self.dtype) != ("cpu", "float32"):
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+        if not runtime_named(self.backend).accepts(self.device, self.dtype):
+            able = [name for name, one in RUNTIMES.items() if one.accepts(self.device, self.dtype)]
             raise PruningError(
-                "`backend` onnxruntime should be used with device cpu and dtype float32. Received device "
-                f"{self.device} and dtype {self.dtype}. Use backend torch for these."
+                f"`backend` {self.backend} should be used with a device and a data type that it takes. Received device "
+                f"{self.device} and dtype {self.dtype}. Use float32 on the CPU, or for these backend "
+                f"{' or '.join(able)}."
             )
 
 
@@ -82,23 +90,35 @@ class Latency:
     lower_quartile: float
     upper_quartile: float
     repeats: int
+    """Turns."""
     settings: LatencySettings
     """With the number of threads that was in force."""
     device_name: str
     samples: tuple[float, ...] = ()
-    """Seconds of every run, in order; those of networks measured side by side belong together."""
+    """Seconds per run of every turn, in order; those of networks measured side by side belong together."""
 
     @classmethod
-    def from_samples(cls, samples: list[float], settings: LatencySettings) -> "Latency":
-        """Summarise timed runs, in seconds."""
-        lower, median, upper = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+    def from_samples(cls, samples: list[float], settings: LatencySettings) -> Latency:
+        """Summarise timed turns, in seconds."""
+        lower, middle, upper = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
         name = device_name(settings.device)
-        return cls(median, lower, upper, len(samples), settings, name, tuple(samples))
+        return cls(middle, lower, upper, len(samples), settings, name, tuple(samples))
+
+    @property
+    def drift(self) -> float:
+        """How much slower the last third of the turns was than the first, as a share; 0 if within the quartiles."""
+        third = len(self.samples) // 3
+        if third < 3:
+            return 0.0
+        change = median(self.samples[-third:]) - median(self.samples[:third])
+        noticed = abs(change) > max(_DRIFT * self.median, self.upper_quartile - self.lower_quartile)
+        return change / median(self.samples[:third]) if noticed else 0.0
 
     def describe(self) -> str:
         """Say what was measured, on what, and how much it varied."""
         quartiles = f"quartiles {1e3 * self.lower_quartile:.3g} to {1e3 * self.upper_quartile:.3g}"
-        return f"{1e3 * self.median:.3g} ms ({quartiles}, {self.repeats} runs; {self.conditions})"
+        drift = f" The machine drifted: {drifted(self.drift)}." if self.drift else ""
+        return f"{1e3 * self.median:.3g} ms ({quartiles}, {self.repeats} turns; {self.conditions}).{drift}"
 
     @property
     def conditions(self) -> str:
@@ -111,14 +131,20 @@ class Latency:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The summary in what JSON holds, without the single runs."""
+        """The summary in what JSON holds, without the single turns."""
         return {
             "median_seconds": self.median,
             "lower_quartile_seconds": self.lower_quartile,
             "upper_quartile_seconds": self.upper_quartile,
             "repeats": self.repeats,
+            "drift": self.drift,
             **device_fingerprint(self.settings),
         }
+
+
+def drifted(change: float) -> str:
+    """A drift in words."""
+    return f"the last third of the turns took {abs(change):.0%} {'longer' if change > 0 else 'less'} than the first"
 
 
 def measure_latency(
@@ -139,7 +165,7 @@ def compare_latency(
     *,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Measure networks side by side: one run of each in turn, over and over.
+    """Measure networks side by side: a few runs of each in turn, over and over.
 
     Args:
         models: networks by name. They run as copies in eval mode and are not changed.
@@ -156,57 +182,67 @@ def compare_latency(
         there.
     """
     settings = settings or LatencySettings()
-    samples: dict[str, list[float]] = {name: [] for name in models}
+    runtime_named(settings.backend).require()
     with _threads(settings.threads) as threads:
         settings = replace(settings, threads=threads)
         inputs = with_batch(example_inputs, settings.batch_size)
-        runners = {name: _runner(name, model, inputs, settings) for name, model in models.items()}
+        runs = {name: prepare_run(name, model, inputs, settings) for name, model in models.items()}
         with torch.inference_mode(), _no_garbage_collection():
-            for _ in range(settings.warmup):
-                for run in runners.values():
-                    run()
-            start = clock()
-            for done in range(settings.repeats):
-                if done >= _FEWEST_REPEATS and clock() - start > settings.time_limit:
-                    break
-                for name, run in runners.items():
-                    before = clock()
-                    run()
-                    samples[name].append(clock() - before)
+            samples = _take_turns(runs, settings, clock)
     return {name: Latency.from_samples(times, settings) for name, times in samples.items()}
 
 
-def speed_up(before: Latency, after: Latency) -> tuple[float, str]:
-    """How many times faster the second network is, and what can honestly be said about it.
+def _take_turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock) -> dict[str, list[float]]:
+    """Warm up, then let each network take its turns; seconds per run of each turn, by network."""
+    longest = 0.0
+    for _ in range(settings.warmup):
+        longest = max(_seconds(run, clock) for run in runs.values())
+    timed, untimed = (1, 0) if longest > _LONG_RUN else (_RUNS_PER_TURN, 1)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start = clock()
+    for done in range(settings.repeats):
+        if done >= _FEWEST_TURNS and clock() - start > settings.time_limit:
+            break
+        for name, run in runs.items():
+            for _ in range(untimed):
+                run()
+            samples[name].append(median(_seconds(run, clock) for _ in range(timed)))
+    return samples
+
+
+def _seconds(run: Run, clock: Clock) -> float:
+    before = clock()
+    run()
+    return clock() - before
+
+
+def prepare_run(name: str, model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings) -> Run:
+    """What is timed, after one run that shows that it works.
 
     Args:
-        before: latency of the unpruned network.
-        after: latency of the pruned network, from the same :func:`compare_latency`.
-
-    Returns:
-        The median ratio of neighbouring runs (above 1 is faster), and a sentence. The sentence claims a
-        difference only if the quartiles of the ratios lie on one side of 1.
+        name: of the network, for errors.
+        model: the network.
+        inputs: of the batch size wanted.
+        settings: how to run it.
 
     Raises:
-        PruningError: the two were not measured side by side.
+        PruningError: it does not run.
     """
-    if not before.samples or len(before.samples) != len(after.samples) or before.settings != after.settings:
+    try:
+        with torch.no_grad():
+            run = runtime_named(settings.backend).prepare(model, inputs, settings)
+        with torch.inference_mode():  # as it is timed: torch.compile compiles for the mode that it sees
+            run()
+    except PruningError:
+        raise
+    except Exception as fault:  # whatever the network, the device or the runtime may raise
+        reason = (str(fault).splitlines() or [""])[0]
         raise PruningError(
-            "`after` should be measured side by side with `before`. Received measurements of "
-            f"{len(before.samples)} and {len(after.samples)} runs, made under "
-            f"{'the same' if before.settings == after.settings else 'different'} settings. Use one "
-            "compare_latency for both."
-        )
-    # a clock too coarse for a tiny network may show no time at all
-    floor = np.finfo(np.float64).tiny
-    ratios = np.maximum(before.samples, floor) / np.maximum(after.samples, floor)
-    lower, ratio, upper = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-    spread = f"quartiles {lower:.3g} to {upper:.3g}, {len(ratios)} paired runs; {after.conditions}"
-    if lower > 1:
-        return ratio, f"{ratio:.3g} times as fast as before ({spread})."
-    if upper < 1:
-        return ratio, f"Slower than before: {ratio:.3g} times as fast ({spread})."
-    return ratio, f"No measurable speed-up: {ratio:.3g} times as fast ({spread})."
+            f"`models` should run on the example inputs with batch size {settings.batch_size}, "
+            f"{settings.dtype}, on {settings.device} in {settings.backend}. Received {name}, which raised "
+            f"{type(fault).__name__}: {reason} Give inputs of the shape that the network takes, or other settings."
+        ) from fault
+    return run
 
 
 def device_fingerprint(settings: LatencySettings) -> dict[str, str | int]:
@@ -244,12 +280,8 @@ def device_name(device: str) -> str:
 
 def _runtime(backend: str) -> str:
     """Name of the runtime with its version."""
-    if backend == "torch":
-        return f"torch {torch.__version__}"
-    try:
-        return f"onnxruntime {metadata.version('onnxruntime')}"
-    except metadata.PackageNotFoundError:
-        return "onnxruntime"  # other builds of it have other names
+    version = runtime_named(backend).version
+    return f"{'torch.compile' if backend == 'compile' else backend} {version}".rstrip()
 
 
 @contextmanager
@@ -276,55 +308,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _runner(
-    name: str, model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings
-) -> Callable[[], object]:
-    """What is timed, after one run that shows that it works."""
-    prepare = _onnx_runner if settings.backend == "onnxruntime" else _torch_runner
-    try:
-        with torch.no_grad():
-            run = prepare(model, inputs, settings)
-            run()
-    except PruningError:
-        raise
-    except Exception as fault:  # whatever the network, the device or the runtime may raise
-        reason = (str(fault).splitlines() or [""])[0]
-        raise PruningError(
-            f"`models` should run on the example inputs with batch size {settings.batch_size}, "
-            f"{settings.dtype}, on {settings.device}. Received {name}, which raised {type(fault).__name__}: "
-            f"{reason} Give inputs of the shape that the network takes, or other settings."
-        ) from fault
-    return run
-
-
-def _torch_runner(
-    model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings
-) -> Callable[[], object]:
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    twin = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
-    moved = tree_map_only(
-        Tensor, lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype), inputs
-    )
-    if device.type == "cpu":
-        return lambda: twin(*moved)
-
-    def run_and_wait() -> None:
-        twin(*moved)
-        torch.accelerator.synchronize(device)
-
-    return run_and_wait
-
-
-def _onnx_runner(
-    model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings
-) -> Callable[[], object]:
-    require_onnx()
-    inputs = tree_map_only(
-        Tensor, lambda leaf: leaf.cpu().float() if leaf.is_floating_point() else leaf.cpu(), inputs
-    )
-    data = onnx_bytes(copy.deepcopy(model).float().cpu().eval(), inputs)
-    session = open_session(data, settings.threads or torch.get_num_threads())
-    feeds = session_feeds(session, inputs)
-    return lambda: session.run(None, feeds)

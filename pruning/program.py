@@ -30,9 +30,9 @@ from prunegym.pruning.onnx_export import batch_shapes, with_batch
 
 #: Largest difference between a program and its network, as a share of the largest output.
 _TOLERANCE = 1e-4
-#: Sizes of the batches on which a program with open batch size is checked: the smallest, and one that the exporter
+#: Sizes of the batches on which a program with open batch size is checked: the smallest, and two that the exporter
 #: never saw.
-_CHECKED_BATCHES = (1, 3)
+_CHECKED_BATCHES = (1, 3, 8)
 #: What torch's archives of programs hold. Not here, and refused: compiled libraries, and formats of old versions.
 _PARTS = (
     *("models/", "data/weights/", "data/constants/", "data/sample_inputs/", "extra/", ".data/"),
@@ -85,7 +85,7 @@ def export_program(
 ) -> ProgramExport:
     """Write a network as a program, in evaluation mode and on the CPU, and check it.
 
-    The file is read back and compared with the network, on batches of 1 and 3 where its batch size is open, before
+    The file is read back and compared with the network, on batches of 1, 3 and 8 where its batch size is open, before
     it takes its name. Where the network's code fixes the batch size, the program takes batches of the example's size
     and the result carries a warning.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.data import DataSplits
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.image_sets import ALL_BATCHES
 
 Inputs = Tensor | tuple[Tensor, ...]
 """What a network is called with: one tensor, or a tuple that becomes its positional arguments."""
@@ -104,8 +105,13 @@ class ClassificationTask:
         train: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
+        wanted: slice = ALL_BATCHES,
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Go once through a split: normalised images ``(B, C, H, W)`` float32, classes ``(B,)`` int64."""
+        """Go once through a split: normalised images ``(B, C, H, W)`` float32, classes ``(B,)`` int64.
+
+        ``wanted`` is not part of a :class:`Task`: only some of the batches are given, see
+        :meth:`~prunegym.pruning.image_sets.ImageSet.batches`.
+        """
         return self.data[split].batches(
             batch_size,
             limit=limit,
@@ -114,6 +120,7 @@ class ClassificationTask:
             drop_last=train,
             generator=generator,
             device=device,
+            wanted=wanted,
         )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

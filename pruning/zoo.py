@@ -28,6 +28,7 @@ __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
 _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000
+#: How the names of modules begin that are made of a user's files.
 #: Arguments of single torchvision networks: the auxiliary heads only help the first training, and the slow
 #: initialisation that goes with them is being retired (torchvision warns if it is not turned off).
 _TORCHVISION_ARGUMENTS = {
@@ -224,7 +225,7 @@ def _replace_stem(network: nn.Module, in_channels: int) -> None:
 def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
     """Call a function of a user's file with the sizes it has parameters for."""
     file, function_name = name.rsplit(":", 1)
-    module = _import_file(Path(file).expanduser())
+    module = import_file(Path(file).expanduser())
     function: Callable[..., object] | None = getattr(module, function_name, None)
     if not callable(function):
         functions = [
@@ -247,8 +248,12 @@ def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
     return network
 
 
-def _import_file(path: Path) -> ModuleType:
-    """Run a Python file as a module."""
+def import_file(path: Path) -> ModuleType:
+    """Run a user's Python file as a module; an unchanged file is run once.
+
+    Raises:
+        PruningError: The file is not there, or cannot be imported.
+    """
     if not path.is_file():
         raise PruningError(
             f"`--network` should be a name, or an existing file and function. Received file {path}, which is "
@@ -278,6 +283,12 @@ def _import_file(path: Path) -> ModuleType:
             f"{type(error).__name__}: {error}. Correct it, or install what it needs."
         ) from error
     return module
+
+
+def imported_files() -> list[Path]:
+    """The user's files that were imported: another process has to import them before it unpickles their classes."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(USER_MODULES)]
+    return list(dict.fromkeys(Path(one.__file__) for one in modules if one.__file__))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Networks and problems are made once per session and shared: tests must not chang
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunegym.agents.cli import main
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.allocation import project
 from prunegym.pruning.budget import Budget, apply_budget
@@ -26,7 +28,7 @@ from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
-from prunegym.pruning.training import train_network
+from prunegym.pruning.training import TrainingSettings, train_network
 from prunegym.pruning.widths import Widths
 from prunegym.pruning.zoo import build_network, input_shape_of
 
@@ -383,7 +385,7 @@ def digits() -> ClassificationTask:
 def trained(digits: ClassificationTask) -> PrunableNetwork:
     """A residual network that has learned something of the digits: pruning hurts it, and unevenly."""
     model = build_network("digits_resnet")
-    train_network(model, digits, epochs=4, seed=0, progress=False)
+    train_network(model, digits, TrainingSettings(epochs=4))
     return PrunableNetwork(model.eval(), torch.zeros(2, 1, 8, 8), name="digits_resnet")
 
 
@@ -524,6 +526,9 @@ class KnownScorer:
         distance = float(np.abs(difference).mean())
         return Score(1 - distance, distance, 1)
 
+    def unpruned(self, **_: Any) -> Score:
+        return Score(0.0, 1.0, 1)  # of one example: there are no others for a second look
+
 
 @pytest.fixture(scope="session")
 def known_scorer(scorer: Scorer) -> Callable[[], KnownScorer]:
@@ -591,3 +596,26 @@ def random_plan() -> Callable[[PrunableNetwork, np.random.Generator], PruningPla
         return PruningPlan.from_mask(network.graph, mask)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pruning_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders of `train`, `evaluate`, `prune` and `compare` on digits, by command: little of everything."""
+    folders = {name: tmp_path_factory.mktemp("runs") / name for name in ("train", "evaluate", "prune", "compare")}
+    few = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32"]
+    shared = ["--network", "digits_resnet", "--budget", "macs:0.5", "--device", "cpu", *few]
+    size = ["--evaluations", "8", "--update-evaluations", "2", "--rounds", "1"]
+    learning = [*size, "--imitation-steps", "1", "--ppo-epochs", "1"]
+    searchers = [part for name in ("uniform", "random", "agent") for part in ("--searcher", name)]
+    policy = ["--policy", str(folders["train"] / "policy.safetensors")]
+    more = {
+        "train": learning,
+        "evaluate": policy,
+        "prune": [*policy, "--epochs", "1"],
+        "compare": [*learning, *searchers, "--repeats", "2", "--latency"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunegym.agents.prune.BACKENDS", ("torch",))  # exports take seconds
+        for command, folder in folders.items():
+            assert main([command, *shared, *more[command], "--out", str(folder)]) == 0
+    return folders

@@ -59,6 +59,10 @@ def user_network(folder: Path, classes: int) -> Path:
     return path
 
 
+#: Images of another size.
+SMALL = {name: np.zeros((120 if name == "x_train" else 40, 6, 6), dtype=np.uint8) for name in ("x_train", "x_test")}
+
+
 #: What is typed, for a folder to put files in, and what must be said.
 BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "network": (
@@ -153,6 +157,35 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "run folder with other files": (
         lambda f: ["pretrain", *NETWORK, "--out", with_bytes(f / "thesis.tex", b"").parent],
         r"`--out` should be a new or empty folder.*holds 'thesis\.tex'",
+    ),
+    "no saved network": (
+        lambda f: ["finetune", f],
+        r"`folder` should hold a saved network.*which has no recipe.json. Give the run folder of `prunegym prune`",
+    ),
+    "saved network of another format": (
+        lambda f: ["export", with_bytes(f / "recipe.json", b'{"format": 99}').parent],
+        "`folder` should hold a network saved in format 2.*with format 99",
+    ),
+    "damaged recipe": (
+        lambda f: ["export", with_bytes(f / "recipe.json", b"{").parent],
+        "`folder` should lead to a readable JSON file.*not JSON",
+    ),
+    "export format": (
+        lambda _: ["export", *NETWORK, "--format", "onnxx"],
+        "`--format` should be one of .*Received 'onnxx'. Did you mean 'onnx'",
+    ),
+    "export type": (
+        lambda _: ["export", *NETWORK, "--dtype", "bfloat16"],
+        "`dtype` should be float32 or float16 for ONNX. Received bfloat16",
+    ),
+    "export of images that do not fit": (
+        lambda _: ["export", *NETWORK, "--format", "program", "--in-channels", "3", "--image-size", "1"],
+        r"`--image-size` and `--in-channels` should be those of the network. Received images of shape \(3, 1, 1\)",
+    ),
+    "neither network nor run": (lambda _: ["export"], "`--network` should be given, or else the folder"),
+    "fine-tuning on other data": (
+        lambda f: ["finetune", "--network", f"{user_network(f, 10)}:net", "--data", data_file(f / "d.npz", **SMALL)],
+        "`--data` should be what the network takes.*for which the network raised RuntimeError",
     ),
     "regime without steps": (
         lambda _: ["train", *NETWORK, "--regime", "finetuned", "--recovery-steps", "0"],

@@ -15,9 +15,9 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.blocks import RemovedBlock
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import load_network, save_network
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.saving import load_network, save_network
 from prunegym.pruning.scoring import Scorer
 from prunegym.pruning.zoo import build_network
 

@@ -70,7 +70,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"prunegym {prunegym.__version__}\n"
 
 
-COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "demo")
+COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "report", "demo")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -293,10 +293,10 @@ def test_prune_saves_a_smaller_network(
     assert content["macs"]["after"] <= 0.5 * content["macs"]["before"]
     assert None not in content["test_scores"].values()
     assert [row["backend"] for row in content["latency"]] == ["torch", "onnxruntime"]
-    assert content["onnx_difference"] < 1e-3
+    assert [one["format"] for one in content["exports"]] == ["onnx", "program"]
+    assert all(one["difference"] < 1e-3 and one["dynamic_batch"] for one in content["exports"])
     for name in ("plan.json", "result.json", "model.onnx", "metrics.csv", "splits.npz"):
         assert (tmp_path / name).is_file()
-    assert content["program"]["dynamic_batch"]
     images = torch.randn(5, 1, 8, 8)
     assert torch.allclose(prunegym.load_program(tmp_path / "model.pt2")(images), model(images), atol=1e-5)
 

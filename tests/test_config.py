@@ -18,6 +18,7 @@ from prunegym.agents.config import (
     TrainConfig,
     TransferConfig,
 )
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS
 from prunegym.pruning.budget import Budget
@@ -25,9 +26,11 @@ from prunegym.pruning.criteria import CRITERIA
 from prunegym.pruning.errors import PruningError
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig, FinetuneConfig, ExportConfig]
 #: Commands that prune, or tell what pruning can do.
 WIDE = [InspectConfig, TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]
+#: Commands that train networks.
+FITTED = [PretrainConfig, CompareConfig, PruneConfig, FinetuneConfig]
 #: The least that each command must be told.
 NEEDED: dict[type, dict[str, Any]] = {
     InspectConfig: {"network": "digits_vgg"},
@@ -37,6 +40,8 @@ NEEDED: dict[type, dict[str, Any]] = {
     TransferConfig: {"network": ("digits_vgg",), "policy": Path("policy.safetensors")},
     CompareConfig: {"network": ("digits_vgg",)},
     PruneConfig: {"network": "digits_vgg"},
+    FinetuneConfig: {"network": "digits_vgg"},
+    ExportConfig: {"network": "digits_vgg"},
     DemoConfig: {},
 }
 
@@ -107,6 +112,13 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (PretrainConfig, {"batch_size": 0}, "`--batch-size` should be at least 1"),
         (PretrainConfig, {"weight_decay": -0.1}, "`--weight-decay` should be at least 0"),
         (PretrainConfig, {"label_smoothing": 1.0}, r"`--label-smoothing` should be in \[0, 1\)"),
+        (PretrainConfig, {"warmup": 1.5}, r"`--warmup` should be in \[0, 1\], a share of the epochs. Received 1.5"),
+        (PretrainConfig, {"accumulate": 0}, "`--accumulate` should be at least 1"),
+        (PretrainConfig, {"devices": 0}, "`--devices` should be at least 1"),
+        (PretrainConfig, {"clip_grad": 0.0}, "`--clip-grad` should be above 0"),
+        (PretrainConfig, {"ema": 1.0}, r"`--ema` should be in \(0, 1\)"),
+        (PretrainConfig, {"checkpoint_minutes": -1.0}, "`--checkpoint-minutes` should be at least 0"),
+        (PretrainConfig, {"learning_rate": 0.0}, "`--learning-rate` should be above 0"),
         (PruneConfig, {"epochs": -1}, "`--epochs` should be at least 0"),
         (PruneConfig, {"budget": "latency:fast"}, "`budget` should be KIND:NUMBER"),
         (PruneConfig, {"searcher": "policy"}, "`--policy` should name a policy file"),
@@ -136,6 +148,16 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (CompareConfig, {"curve_examples": 0}, "`--curve-examples` should be at least 1"),
         (CompareConfig, {"finetune_rate": 0.0}, "`--finetune-rate` should be above 0"),
         (CompareConfig, {"seconds": (1.0, -1.0)}, "`--seconds` should be above 0 and finite. Received -1.0"),
+        (FinetuneConfig, {"epochs": 0}, "`--epochs` should be at least 1"),
+        (FinetuneConfig, {"run": Path("r")}, "`--network` should be given, or else the folder.*Received r and"),
+        (ExportConfig, {"network": None}, "`--network` should be given, or else the folder of a saved.*Received none"),
+        (FinetuneConfig, {"distill": True}, "`--teacher` should be given where --distill goes with --network"),
+        (FinetuneConfig, {"teacher": "w.pt"}, "`--teacher` should be given with --distill. Received w.pt"),
+        (ExportConfig, {"network": None, "run": Path("r"), "weights": "w"}, "`--weights` should be given with"),
+        (ExportConfig, {"network": None, "run": Path("r"), "num_classes": 3}, "`--num-classes` should be given with"),
+        (ExportConfig, {"format": ("onx",)}, "`--format` should be one of .*Received 'onx'. Did you mean 'onnx'"),
+        (ExportConfig, {"image_size": 0}, "`--image-size` should be at least 1"),
+        (ExportConfig, {"seed": -1}, "`--seed` should be at least 0"),
         (DemoConfig, {"seed": -1}, "`--seed` should be at least 0"),
     ],
 )
@@ -247,7 +269,10 @@ def test_compare_trains_agents_as_train_would() -> None:
     assert (training.policy, training.out) == (None, None)  # agents start afresh, in folders of the comparison
 
 
-@pytest.mark.parametrize("module", ["options", "width_options", "config", "comparison/config"])
+@pytest.mark.parametrize(
+    "module",
+    ["options", "width_options", "training_options", "config", "comparison/config", "deployment/config"],
+)
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
     tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))
@@ -277,13 +302,14 @@ def test_help_of_the_searcher_flag_lists_every_searcher(kind: str) -> None:
     ("flag", "commands"),
     [
         ("network", [kind for kind in ALL if kind is not DemoConfig]),
-        ("data", [kind for kind in ALL if kind is not DemoConfig]),
+        ("data", [kind for kind in ALL if kind not in (DemoConfig, ExportConfig)]),
         ("budget", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
         ("policy", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
         ("searcher", [EvaluateConfig, CompareConfig, PruneConfig]),
         ("criterion", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
         ("evaluations", [TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]),
-        ("epochs", [PretrainConfig, CompareConfig, PruneConfig]),
+        *((flag, FITTED) for flag in ("epochs", "optimizer", "ema", "accumulate", "devices")),
+        *((flag, [CompareConfig, PruneConfig, FinetuneConfig]) for flag in ("distill", "temperature")),
         ("workers", [TrainConfig, CompareConfig, TransferConfig]),
         *((flag, WIDE) for flag in ("align", "min_channels", "bound")),
         ("seed", ALL),
@@ -320,8 +346,9 @@ def test_policy_may_stand_beside_a_searcher_as_the_criterion() -> None:
 
 @pytest.mark.parametrize("flag", [one.name for one in fields(DataOptions)])
 def test_data_flags_have_one_default(flag: str) -> None:
-    """Except that `inspect` reads no data unless told to."""
+    """Except that `inspect` reads no data unless told to, and `finetune` those of the run before."""
     default: Callable[[type], Any] = lambda kind: getattr(made(kind), flag)  # noqa: E731
-    kinds = [kind for kind in ALL if hasattr(made(kind), flag) and (kind, flag) != (InspectConfig, "data")]
+    others = {(InspectConfig, "data"), (FinetuneConfig, "data")}
+    kinds = [kind for kind in ALL if hasattr(made(kind), flag) and (kind, flag) not in others]
 
     assert len({default(kind) for kind in kinds}) == 1

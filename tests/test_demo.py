@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demonstration, quickly; latency in PyTorch only, because exports take seconds."""
     path = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunegym.agents.prune.BACKENDS", ("torch",))
+        patch.setattr("prunegym.agents.prune.MEASURED_IN", ("torch",))
         demo.run_demo(DemoConfig(out=path, quick=True), Reporter(progress=False))
     return path
 

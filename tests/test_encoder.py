@@ -187,13 +187,16 @@ def test_attention_adds_up(encoder: GraphEncoder) -> None:
     """Weights are shares: of a group's bins, of the edges into a node, of what all tokens look at."""
     large = padded(graph(), groups=7, bins=5, edges=33)
 
-    groups, bins, edges = encoder.attention(large)
+    groups, bins, edges, between = encoder.attention(large)
 
     into = torch.zeros(7 * 5).index_add(0, large["edges"][0, 1].long(), edges[0])
     targets = large["edges"][0, 1, :EDGES].long().unique()
     torch.testing.assert_close(bins.sum(dim=2), large["group_mask"])
     torch.testing.assert_close(into[targets], torch.ones(len(targets)))
     assert 0 < groups.sum() < 1  # the rest goes to the global token
+    looking = torch.cat([torch.ones(1, 1), large["group_mask"]], dim=1)
+    torch.testing.assert_close(between.sum(dim=2), looking)
+    torch.testing.assert_close(between.sum(dim=1)[:, 1:] / looking.sum(), groups)
     assert (groups[:, GROUPS:] == 0).all()
     assert (bins[large["node_mask"] == 0] == 0).all()
     assert (edges[:, EDGES:] == 0).all()
@@ -274,7 +277,7 @@ def test_no_layers_is_allowed() -> None:
     """Ablations: pooling alone."""
     encoder = GraphEncoder(EncoderConfig(5, 3, 4, 2, width=16, heads=2, gat_layers=0, transformer_layers=0))
 
-    groups, _, edges = encoder.attention(graph())
+    groups, _, edges, _ = encoder.attention(graph())
 
     assert np.array_equal(groups.detach().numpy(), np.zeros((1, GROUPS)))
     assert np.array_equal(edges.detach().numpy(), np.zeros((1, EDGES)))

@@ -1,507 +1,213 @@
-"""Pruned networks on disk and in ONNX."""
+"""Networks in the formats of deployment, read back by what reads them there."""
 
-import errno
-import hashlib
-import json
-import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import prunegym
+from prunegym.pruning import onnx_export
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import load_network, read_recipe, save_network
+from prunegym.pruning.export import Exported, check_formats, export_network, in_dtype
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.zoo import build_network, input_shape_of
+from prunegym.pruning.program import load_program
+from prunegym.pruning.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.saving import load_network, read_recipe
+from prunegym.pruning.zoo import build_network
 
-NO_SOURCE = {"constructor": None}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for one another make small networks slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+EVERY = ("onnx", "program", "safetensors")
+IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+SOURCE = {"network": "digits_vgg", "num_classes": 10, "in_channels": 1}
 
 
-def half(network: PrunableNetwork) -> PruningPlan:
-    """A plan that keeps about half of every group, at random."""
-    graph, rng = network.graph, np.random.default_rng(0)
-    counts = np.maximum(1, graph.sizes // 2)
-    return PruningPlan.from_scores(graph, counts, rng.random(graph.units))
+@pytest.fixture(scope="module")
+def network() -> PrunableNetwork:
+    """A small network."""
+    return PrunableNetwork(build_network("digits_vgg").eval(), IMAGES[:2])
 
 
-def tuned(model: nn.Module) -> nn.Module:
-    """Every parameter and buffer moved a little, as by fine-tuning."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.fixture(scope="module")
+def pruned(network: PrunableNetwork) -> tuple[nn.Module, Blueprint]:
+    """It, pruned by half, and what rebuilds it."""
+    rng = np.random.default_rng(0)
+    counts = np.maximum(1, network.graph.sizes // 2)
+    plan = PruningPlan.from_scores(network.graph, counts, rng.random(network.graph.units))
+    model = network.pruned(plan)
+    return model, Blueprint.of_pruned(network, plan, model, SOURCE)
+
+
+def expected(model: nn.Module) -> Tensor:
+    """What the network says of the images."""
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point():
-                tensor.mul_(1 + 0.1 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
-    return model
+        outputs: Tensor = model.eval()(IMAGES)
+    return outputs
 
 
-def outputs(model: nn.Module, network: PrunableNetwork) -> Tensor:
-    """Outputs on the example input, in eval mode."""
+def onnx_outputs(path: Path) -> Tensor:
+    """What ONNX Runtime makes of the images."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})[0])
+
+
+def written(folder: Path, pruned: tuple[nn.Module, Blueprint], dtype: str, formats: Any = EVERY) -> dict[str, Exported]:
+    """Export, by format."""
+    model, blueprint = pruned
+    done = export_network(model, (IMAGES[:2],), folder, formats, blueprint=blueprint, metadata={"n": 1}, dtype=dtype)
+    return {one.format: one for one in done}
+
+
+@pytest.fixture(scope="module")
+def done(pruned: tuple[nn.Module, Blueprint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """The network in every format."""
+    return written(tmp_path_factory.mktemp("done"), pruned, "float32")
+
+
+def test_every_format_gives_what_the_network_gives(
+    pruned: tuple[nn.Module, Blueprint], done: dict[str, Exported]
+) -> None:
+    """For a batch of a size that none was exported or checked with; sizes are those on disk."""
+    wanted = expected(pruned[0])
+    folder = done["safetensors"].path.parent
+
+    assert torch.allclose(onnx_outputs(done["onnx"].path), wanted, atol=1e-4)
     with torch.no_grad():
-        found: Tensor = model.eval()(*network.example_inputs)
-    return found
+        assert torch.allclose(load_program(done["program"].path)(IMAGES), wanted, atol=1e-5)
+        assert torch.equal(load_network(folder)(IMAGES), wanted)
+    assert all(one.dynamic_batch and one.difference < 1e-4 and one.from_float32 == 0 for one in done.values())
+    assert done["onnx"].bytes == done["onnx"].path.stat().st_size
+    sizes = [(folder / name).stat().st_size for name in ("model.safetensors", "recipe.json")]
+    assert done["safetensors"].bytes == sum(sizes)
+    assert read_recipe(folder)["metadata"] == {"n": 1}
 
 
-class Saved:
-    """A small network, pruned by half, fine-tuned and saved."""
+@pytest.mark.parametrize(("dtype", "form", "rounding"), [("float16", "onnx", 1e-2), ("bfloat16", "program", 0.1)])
+def test_half_precision_takes_and_gives_float32(
+    pruned: tuple[nn.Module, Blueprint], tmp_path: Path, dtype: str, form: str, rounding: float
+) -> None:
+    """How far it is from float32 is told. Safetensors give a network of that type, half as large."""
+    done = written(tmp_path, pruned, dtype, [form, "safetensors"])
 
-    def __init__(self, folder: Path, name: str = "digits_resnet", num_classes: int = 10) -> None:
-        images = torch.randn(3, *input_shape_of(name), generator=torch.Generator().manual_seed(0))
-        self.network = PrunableNetwork(build_network(name, num_classes=num_classes), images, name=name)
-        self.plan = half(self.network)
-        self.model = tuned(self.network.pruned(self.plan))
-        self.source = {"network": name, "num_classes": num_classes}
-        self.folder = folder
-        save_network(
-            folder,
-            self.network,
-            self.plan,
-            self.model,
-            source=self.source,
-            metadata={"score": 0.9, "seed": 3},
-        )
-
-    def edit_recipe(self, edit: Callable[[dict[str, Any]], None]) -> None:
-        """Change the recipe on disk."""
-        path = self.folder / "recipe.json"
-        recipe = json.loads(path.read_text())
-        edit(recipe)
-        path.write_text(json.dumps(recipe))
-
-    def edit_tensors(self, edit: Callable[[dict[str, Tensor]], object]) -> None:
-        """Change the tensors on disk, and the recipe so that it agrees."""
-        path = self.folder / "model.safetensors"
-        tensors = load_file(path)
-        edit(tensors)
-        save_file(tensors, path)
-        self.edit_recipe(lambda recipe: recipe.update(sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    wanted = expected(pruned[0])
+    scale = float(wanted.abs().max())
+    for one in done.values():
+        assert 0 < one.from_float32 < rounding * scale
+    with torch.no_grad():
+        path = done[form].path
+        found = onnx_outputs(path) if form == "onnx" else load_program(path)(IMAGES)
+    assert found.dtype == torch.float32
+    assert float((found - wanted).abs().max()) < rounding * scale
+    assert {str(one.dtype) for one in load_network(tmp_path).parameters()} == {f"torch.{dtype}"}
+    written(tmp_path / "whole", pruned, "float32", ["safetensors"])
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path, tmp_path / "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Saved:
-    """The residual network, whose shortcuts pad channels."""
-    return Saved(tmp_path / "saved")
+def test_code_that_loads_is_told(
+    pruned: tuple[nn.Module, Blueprint], done: dict[str, Exported], tmp_path: Path
+) -> None:
+    """It runs, and where the reader has to bring something it says so."""
+    names: dict[str, Any] = {"prunegym": prunegym, "onnxruntime": onnxruntime}
+
+    for one in done.values():
+        assert eval(one.load, names) is not None
+    bare = Blueprint.of_unpruned(pruned[0], NO_SOURCE)
+    (one,) = export_network(pruned[0], (IMAGES,), tmp_path, ["safetensors"], blueprint=bare)
+    assert one.load.endswith(", model=...)")
 
 
-@pytest.mark.parametrize("name", ["digits_resnet", "digits_vgg", "digits_mobilenet"])
-def test_loaded_network_gives_identical_outputs(name: str, tmp_path: Path) -> None:
-    """To the last bit, for padded shortcuts, plain chains, depthwise convolutions and excitation."""
-    saved = Saved(tmp_path, name, num_classes=7)
-
-    loaded = load_network(tmp_path)
-
-    assert torch.equal(outputs(loaded, saved.network), outputs(saved.model, saved.network))
-    assert type(loaded) is type(saved.model)
-    assert not loaded.training
-    assert str(loaded) == str(saved.model.eval())  # every size attribute that is printed
-
-
-def test_loaded_network_gives_identical_outputs_in_a_new_process(saved: Saved, tmp_path: Path) -> None:
-    """Nothing is carried over but the folder."""
-    torch.save(saved.network.example_inputs[0], tmp_path / "images.pt")
-    script = (
-        "import sys, torch; from pathlib import Path; from prunegym.pruning.export import load_network\n"
-        f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "folder = Path(sys.argv[1]); model = load_network(folder / 'saved')\n"
-        "with torch.no_grad(): torch.save(model(torch.load(folder / 'images.pt')), folder / 'outputs.pt')\n"
-    )
-
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
-
-    found = torch.load(tmp_path / "outputs.pt", weights_only=True)
-    assert torch.equal(found, outputs(saved.model, saved.network))
-
-
-def test_loaded_network_trains(saved: Saved) -> None:
-    """It is a network like any other."""
-    loaded = load_network(saved.folder).train()
-
-    loaded(saved.network.example_inputs[0]).square().mean().backward()
-
-    assert all(parameter.grad is not None for parameter in loaded.parameters())
-
-
-def test_recipe_holds_plan_source_and_metadata(saved: Saved) -> None:
-    """What other commands ask for."""
-    recipe = read_recipe(saved.folder)
-
-    assert PruningPlan.from_json(recipe["plan"]) == saved.plan
-    assert recipe["source"] == saved.source
-    assert recipe["metadata"] == {"score": 0.9, "seed": 3}
-    assert set(recipe["versions"]) == {"prunegym", "torch"}
-    assert sorted(path.name for path in saved.folder.iterdir()) == ["model.safetensors", "recipe.json"]
-
-
-def test_metadata_that_is_not_finite_is_still_json(saved: Saved) -> None:
-    """JSON has no NaN."""
-    saved_again = saved.folder.parent / "again"
-    save_network(
-        saved_again, saved.network, saved.plan, saved.model, source=saved.source, metadata={"loss": math.nan}
-    )
-
-    assert read_recipe(saved_again)["metadata"] == {"loss": None}
-
-
-# ---- networks that are not in the zoo -----------------------------------------------------------
-
-
-class Tied(nn.Module):
-    """One layer under two names, a shrinking buffer outside the state dict, and a frozen parameter."""
-
-    scale: Tensor
+class FixedBatch(nn.Module):
+    """A network whose code fixes the size of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.first = nn.Conv2d(8, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.second.weight = self.first.weight
-        self.register_buffer("scale", torch.rand(1, 8, 1, 1), persistent=False)
-        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
-        self.head = nn.Linear(8, 5)
-        self.head.bias.requires_grad_(False)
+        self.layer = nn.Linear(64, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x)) * self.scale
-        x = x + torch.relu(self.first(x))
-        x = x + torch.relu(self.second(x))
-        out: Tensor = self.head(x.mean((2, 3)))
-        return out
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(images.reshape(1, 64))
+        return outputs
 
 
-def save_own(folder: Path, model: nn.Module, **changes: Any) -> tuple[PrunableNetwork, nn.Module]:
-    """Prune and save a network that has no name to build it by."""
-    network = PrunableNetwork(model, torch.randn(2, 3, 8, 8, dtype=next(model.parameters()).dtype))
-    pruned = tuned(network.pruned(half(network))).to(**changes)
-    save_network(folder, network, half(network), pruned, source=NO_SOURCE, metadata={})
-    return network, pruned
+def test_network_of_fixed_batch_is_exported_for_one_example(tmp_path: Path) -> None:
+    """With a warning that says why."""
+    model = FixedBatch().eval()
+    blueprint = Blueprint.of_unpruned(model, NO_SOURCE)
+
+    done = export_network(model, (IMAGES[:1],), tmp_path, ["onnx", "program"], blueprint=blueprint)
+
+    for one in done:
+        assert not one.dynamic_batch
+        assert one.warning is not None
+        assert "batches of 1 only" in one.warning
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[0] == 1
 
 
-def test_tied_and_unsaved_tensors_survive(tmp_path: Path) -> None:
-    """Ties stay ties; what is frozen stays frozen; infinities that belong there are let through."""
-    network, pruned = save_own(tmp_path, Tied())
-    template = Tied()
-    before = {name: tensor.clone() for name, tensor in template.state_dict().items()}
+class Constant(nn.Module):
+    """A network that makes a float32 number of its own."""
 
-    loaded = load_network(tmp_path, model=template)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 3)
 
-    assert isinstance(loaded, Tied)
-    assert torch.equal(outputs(loaded, network), outputs(pruned, network))
-    assert loaded.scale.shape[1] < 8
-    assert loaded.first.weight is loaded.second.weight
-    assert not loaded.head.bias.requires_grad
-    assert all(torch.equal(tensor, before[name]) for name, tensor in template.state_dict().items())
-
-
-@pytest.mark.parametrize("changes", [{"memory_format": torch.channels_last}, {}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layout_and_type_survive(dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Both decide how sums are rounded."""
-    network, pruned = save_own(tmp_path, Tied().to(dtype), **changes)
-
-    loaded = load_network(tmp_path, model=Tied())
-
-    assert torch.equal(outputs(loaded, network), outputs(pruned, network))
-    for mine, theirs in zip(pruned.parameters(), loaded.parameters(), strict=True):
-        assert (mine.stride(), mine.dtype) == (theirs.stride(), theirs.dtype)
-
-
-def test_network_of_a_file_is_built_only_when_allowed(tmp_path: Path) -> None:
-    """A recipe from a stranger must not run code."""
-    file = tmp_path / "own.py"
-    file.write_text(
-        "from torch import nn\n"
-        "def make(num_classes):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, num_classes, 6), "
-        "nn.Flatten())\n"
-    )
-    source = {"network": f"{file}:make", "num_classes": 4}
-    network = PrunableNetwork(build_network(source["network"], num_classes=4), torch.randn(2, 3, 8, 8))  # type: ignore[arg-type]
-    pruned = network.pruned(half(network))
-    save_network(tmp_path / "saved", network, half(network), pruned, source=source, metadata={})
-
-    with pytest.raises(PruningError, match=r"recipe names a Python file.*own.py:make.*allow_code=True"):
-        load_network(tmp_path / "saved")
-
-    loaded = load_network(tmp_path / "saved", allow_code=True)
-    assert torch.equal(outputs(loaded, network), outputs(pruned, network))
-
-
-def test_switch_that_comes_with_published_weights_survives(tmp_path: Path) -> None:
-    """GoogLeNet rescales its input only if it was built with torchvision's weights."""
-
-    class Rescaling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.transform_input = False
-            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 6), nn.Flatten())
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.layers(x * 2 + 1 if self.transform_input else x)
-            return out
-
-    model = Rescaling()
-    model.transform_input = True
-    network, pruned = save_own(tmp_path, model)
-
-    loaded = load_network(tmp_path, model=Rescaling())
-
-    assert getattr(loaded, "transform_input", None)
-    assert torch.equal(outputs(loaded, network), outputs(pruned, network))
-
-
-# ---- what is refused ----------------------------------------------------------------------------
-
-
-def test_network_without_a_name_needs_the_model(tmp_path: Path) -> None:
-    """There is nothing to build it from."""
-    save_own(tmp_path, Tied())
-
-    with pytest.raises(PruningError, match=r"`model` should be given.*load_network\(folder, model=...\)"):
-        load_network(tmp_path)
-
-
-def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    """With the path."""
-    with pytest.raises(PruningError, match=r"`folder` should lead to a readable JSON file.*recipe.json"):
-        load_network(tmp_path / "nowhere")
-
-
-def test_missing_tensors_are_refused(saved: Saved) -> None:
-    """Both files belong together."""
-    (saved.folder / "model.safetensors").unlink()
-
-    with pytest.raises(PruningError, match=r"should hold model.safetensors beside recipe.json.*Copy both"):
-        load_network(saved.folder)
-
-
-def test_damaged_tensors_are_refused(saved: Saved) -> None:
-    """One byte is enough."""
-    path = saved.folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-    with pytest.raises(PruningError, match="SHA-256 is not the one in recipe.json"):
-        load_network(saved.folder)
-
-
-def test_tensor_file_of_another_kind_is_refused(saved: Saved) -> None:
-    """Also with the right hash, and nothing in it is unpickled."""
-    data = b"not a safetensors file"
-    (saved.folder / "model.safetensors").write_bytes(data)
-    saved.edit_recipe(lambda recipe: recipe.update(sha256=hashlib.sha256(data).hexdigest()))
-
-    with pytest.raises(PruningError, match="should hold an undamaged model.safetensors"):
-        load_network(saved.folder)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1}'])
-def test_other_formats_are_refused(saved: Saved, content: str) -> None:
-    """Older and newer ones, and what is no recipe at all."""
-    (saved.folder / "recipe.json").write_text(content)
-
-    with pytest.raises(
-        PruningError, match="should hold a network saved in format 2. Received .* with format"
-    ):
-        load_network(saved.folder)
-
-
-def test_recipe_that_is_not_json_is_refused(saved: Saved) -> None:
-    """Cut off, for example."""
-    (saved.folder / "recipe.json").write_text('{"format": 1, ')
-
-    with pytest.raises(PruningError, match="should lead to a readable JSON file.*not JSON"):
-        load_network(saved.folder)
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(images.flatten(1) @ torch.eye(64))
+        return outputs
 
 
 @pytest.mark.parametrize(
-    "key", ["source", "attributes", "aliases", "channels_last", "sha256", "unpruned_shapes"]
-)
-def test_incomplete_recipe_is_refused(saved: Saved, key: str) -> None:
-    """Missing and of the wrong type."""
-    saved.edit_recipe(lambda recipe: recipe.update({key: 3}))
-    with pytest.raises(PruningError, match=f"complete recipe.*`{key}` is not a "):
-        load_network(saved.folder)
-
-    saved.edit_recipe(lambda recipe: recipe.pop(key))
-    with pytest.raises(PruningError, match=f"complete recipe.*`{key}` is missing"):
-        load_network(saved.folder)
-
-
-@pytest.mark.parametrize(
-    ("attributes", "message"),
+    ("formats", "dtype", "message"),
     [
-        ({"conv1": {"forward": 1}}, "sets `forward` of module 'conv1' to 1"),
-        ({"nowhere": {"groups": 1}}, "sets `groups` of module 'nowhere'"),
-        ({"conv1": {"groups": -1}}, "sets `groups` of module 'conv1' to -1"),
-        ({"conv1": {"groups": "1"}}, "sets `groups` of module 'conv1' to '1'"),
-        ({"bn1": {"channel_padding": [1, 1]}}, "sets `channel_padding` of module 'bn1'"),
-        ({"conv1": 3}, "of module 'conv1'"),
+        ([], "float32", "`format` should be given at least once"),
+        (["onx"], "float32", "`format` should be one of .*Received 'onx'. Did you mean 'onnx'"),
+        (["program"], "float8", "`dtype` should be one of .*Received 'float8'"),
+        (["onnx"], "bfloat16", "`dtype` should be float32 or float16 for ONNX. Received bfloat16.*format program"),
     ],
 )
-def test_recipe_may_set_only_what_surgery_sets(saved: Saved, attributes: Any, message: str) -> None:
-    """A recipe comes from anywhere."""
-    saved.edit_recipe(lambda recipe: recipe.update(attributes=attributes))
-
+def test_unknown_format_or_type_is_refused(formats: list[str], dtype: str, message: str) -> None:
+    """With the nearest name, before anything is computed."""
     with pytest.raises(PruningError, match=message):
-        load_network(saved.folder)
+        check_formats(formats, dtype)
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda recipe: recipe["source"].update(num_classes=11),
-        lambda recipe: recipe["source"].update(network="digits_vgg"),
-        lambda recipe: recipe["unpruned_shapes"].pop("linear.bias"),
-        lambda recipe: recipe["aliases"].update({"linear.bias": []}),
-        lambda recipe: recipe["unpruned_shapes"].update({"linear.bias": [2]}),
-    ],
-)
-def test_tensors_of_another_network_are_refused(saved: Saved, edit: Callable[[dict[str, Any]], None]) -> None:
-    """The unpruned network must be the one that was pruned, in every shape."""
-    saved.edit_recipe(edit)
+def test_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other formats do not need it."""
+    real: Callable[[str], Any] = onnx_export.import_module
 
-    with pytest.raises(
-        PruningError, match="`folder` should hold tensors that fit.*a network that differs in "
-    ):
-        load_network(saved.folder)
+    def absent(name: str) -> Any:
+        if name == "onnxruntime":
+            raise ImportError("No module named 'onnxruntime'")
+        return real(name)
+
+    monkeypatch.setattr(onnx_export, "import_module", absent)
+
+    check_formats(["program", "safetensors"])
+    with pytest.raises(PruningError, match=r"needs the package onnxruntime.*pip install 'prunegym\[onnx\]'"):
+        check_formats(["onnx"])
 
 
-def test_tensors_that_the_recipe_does_not_list_are_refused(saved: Saved) -> None:
-    """Shapes included."""
-    saved.edit_tensors(lambda tensors: tensors.update({"linear.bias": torch.zeros(3)}))
+def test_type_that_is_too_small_for_a_number_is_refused() -> None:
+    """Before it becomes infinite; bfloat16 has float32's range."""
+    model = nn.BatchNorm1d(4)
+    assert model.running_var is not None
+    model.running_var[2] = 1e6
 
-    with pytest.raises(PruningError, match="other tensors than recipe.json lists"):
-        load_network(saved.folder)
-
-
-@pytest.mark.parametrize("tensor", [torch.zeros(11), torch.zeros(10, 1), torch.zeros(10, dtype=torch.int64)])
-def test_tensors_that_pruning_cannot_leave_are_refused(saved: Saved, tensor: Tensor) -> None:
-    """Larger than unpruned, of other dimensions, or whole numbers."""
-    saved.edit_tensors(lambda tensors: tensors.update({"linear.bias": tensor}))
-    saved.edit_recipe(lambda recipe: recipe["shapes"].update({"linear.bias": list(tensor.shape)}))
-
-    with pytest.raises(PruningError, match=r"differs in linear.bias\. Give the network that was pruned"):
-        load_network(saved.folder)
+    with pytest.raises(PruningError, match="whose largest is 65504, and 'running_var' with 1e.06. Choose bfloat16"):
+        in_dtype(model, "float16")
+    in_dtype(model, "bfloat16")
 
 
-def test_given_model_of_another_class_is_refused(saved: Saved) -> None:
-    """It is the unpruned network that is asked for."""
-    with pytest.raises(PruningError, match=r"a network that differs in .* and \d+ more\. Give the network"):
-        load_network(saved.folder, model=build_network("digits_vgg"))
+def test_network_that_does_not_run_in_a_type_is_refused(tmp_path: Path) -> None:
+    """What it raised is told."""
+    model = Constant().eval()
 
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_tensors_that_are_not_finite_are_refused(saved: Saved, value: float) -> None:
-    """Before they are written, and after they are read."""
-    saved.edit_tensors(lambda tensors: tensors["conv1.weight"].flatten()[:2].fill_(value))
-
-    with pytest.raises(
-        PruningError, match="`folder` should hold finite.*2 NaN or infinite values in 'conv1.weight'"
-    ):
-        load_network(saved.folder)
-
-
-def test_diverged_network_is_not_saved(saved: Saved) -> None:
-    """Batch norm statistics count too, and the file that was there stays."""
-    saved.model.bn1.running_var[0] = math.inf  # type: ignore[union-attr, operator]
-
-    with pytest.raises(
-        PruningError, match="`model` should hold finite.*1 NaN or infinite values in 'bn1.running_var'"
-    ):
-        save_network(saved.folder, saved.network, saved.plan, saved.model, source=saved.source, metadata={})
-    load_network(saved.folder)
-
-
-def test_model_of_another_plan_is_not_saved(saved: Saved) -> None:
-    """Plan and tensors would contradict each other."""
-    unpruned = PruningPlan.unpruned(saved.network.graph)
-
-    with pytest.raises(
-        PruningError, match=r"`model` should be what `plan` makes of `network`.*network.pruned\(plan\)"
-    ):
-        save_network(saved.folder, saved.network, unpruned, saved.model, source=saved.source, metadata={})
-
-
-def test_source_that_builds_another_network_is_not_saved(saved: Saved) -> None:
-    """It would be noticed when it is too late."""
-    source = {"network": "digits_resnet", "num_classes": 11}
-
-    with pytest.raises(PruningError, match="a network that differs in linear.weight, linear.bias"):
-        save_network(saved.folder, saved.network, saved.plan, saved.model, source=source, metadata={})
-
-
-def test_source_that_computes_something_else_is_not_saved(tmp_path: Path) -> None:
-    """Same tensors, other activation."""
-    file = tmp_path / "own.py"
-    file.write_text(
-        "from torch import nn\n"
-        "def make(last=nn.Tanh):\n"
-        "    return nn.Sequential(nn.Linear(3, 8), last(), nn.Linear(8, 2))\n"
-    )
-    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-    network = PrunableNetwork(model, torch.randn(4, 3))
-    source = {"network": f"{file}:make"}
-
-    with pytest.raises(
-        PruningError, match="`source` should build the network that was pruned.*outputs differ"
-    ):
-        save_network(
-            tmp_path, network, half(network), network.pruned(half(network)), source=source, metadata={}
+    with pytest.raises(PruningError, match="`dtype` should be a type that the network can compute in.*RuntimeError"):
+        export_network(
+            model, (IMAGES,), tmp_path, ["program"], blueprint=Blueprint.of_unpruned(model, NO_SOURCE), dtype="float16"
         )
-
-
-def test_source_with_odd_arguments_is_refused(saved: Saved) -> None:
-    """They would reach a constructor."""
-    saved.edit_recipe(lambda recipe: recipe["source"].update(num_classes="ten"))
-
-    with pytest.raises(PruningError, match="`source` should give num_classes, .* as whole numbers"):
-        load_network(saved.folder)
-
-
-def test_failed_write_leaves_the_old_network(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk costs nothing that was stored."""
-    before = outputs(saved.model, saved.network)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(
-        PruningError, match="`folder` should be a place that can be written to.*Free some space"
-    ):
-        save_network(
-            saved.folder, saved.network, saved.plan, tuned(saved.model), source=saved.source, metadata={}
-        )
-    monkeypatch.undo()
-
-    assert torch.equal(outputs(load_network(saved.folder), saved.network), before)
-    assert len(list(saved.folder.iterdir())) == 2
-
-
-def test_unwritable_folder_is_refused(saved: Saved, tmp_path: Path) -> None:
-    """A file stands where the folder should be."""
-    (tmp_path / "file").write_text("")
-
-    with pytest.raises(PruningError, match="`folder` should be a place that can be written to"):
-        save_network(
-            tmp_path / "file", saved.network, saved.plan, saved.model, source=saved.source, metadata={}
-        )
+    assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,10 @@ from prunegym.agents import config as configs
 from prunegym.agents import network_commands, pretrain, prune, setup
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.agents.policy_file import save_policy
+from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.running import Reporter
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
@@ -23,6 +25,7 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.training import TrainingSettings
 
 #: Few images of everything: the numbers do not matter.
 FEW = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
@@ -39,7 +42,13 @@ SCORING = {
     "precision": "float32",
     "seed": 3,
 }
-LATENCY = {"latency_batch": 2, "latency_threads": 1, "latency_backend": "onnxruntime"}
+LATENCY = {
+    "latency_batch": 2,
+    "latency_threads": 1,
+    "latency_backend": "onnxruntime",
+    "latency_dtype": "bfloat16",
+    "latency_device": "cuda:1",
+}
 DATA = {
     "data": "cifar10",
     "data_root": Path("elsewhere"),
@@ -56,6 +65,14 @@ FITTING = {
     "weight_decay": 0.5,
     "label_smoothing": 0.5,
     "amp": True,
+    "optimizer": "adamw",
+    "schedule": "constant",
+    "warmup": 0.5,
+    "accumulate": 2,
+    "clip_grad": 0.5,
+    "ema": 0.5,
+    "devices": 2,
+    "checkpoint_minutes": 3.0,
 }
 DISTILLATION = {"distill": True, "distillation_weight": 0.5, "temperature": 2.0}
 AGENT = {
@@ -100,8 +117,18 @@ ELSEWHERE = {
     "finetune_rate": "",
     "seconds": "test_cli.py",
     "curve_examples": "test_compare.py",
+    "html": "test_report.py",
+    "runs": "test_report.py",
+    "pictures": "test_report.py",
     "time_limit": "test_time_limit.py",
     "ray": "test_vector.py",
+    "run": "test_deployment.py",
+    "teacher": "test_deployment.py",
+    "allow_code": "test_deployment.py",
+    "format": "test_deployment.py",
+    "dtype": "test_deployment.py",
+    "num_classes": "test_deployment.py",
+    "in_channels": "test_deployment.py",
 }
 
 
@@ -109,7 +136,10 @@ def test_every_flag_is_followed() -> None:
     """A new flag needs an entry above."""
     followed = {*SCORING, *LATENCY, *DATA, *FITTING, *DISTILLATION, *AGENT, *WIDTHS, *SEARCH, *ELSEWHERE}
 
-    kinds = [*(getattr(configs, name) for name in configs.__all__), CompareConfig]
+    kinds = [
+        *(getattr(configs, name) for name in configs.__all__),
+        *(CompareConfig, ReportConfig, FinetuneConfig, ExportConfig),
+    ]
     assert {one.name for kind in kinds for one in fields(kind)} == followed
 
 
@@ -206,9 +236,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """How networks were asked to be trained; none is."""
     asked: list[dict[str, Any]] = []
 
-    def note(*_: Any, on_epoch: Any, checkpoint: Any, **settings: Any) -> list[Any]:
-        settings["teacher"] = settings.get("teacher") is not None
-        asked.append(settings)
+    def note(_model: Any, _task: Any, settings: TrainingSettings, **options: Any) -> list[Any]:
+        minutes, teacher = options["checkpoint_minutes"], options.get("teacher")
+        asked.append({**vars(settings), "checkpoint_minutes": minutes, "teacher": teacher is not None})
         return []
 
     monkeypatch.setattr(pretrain, "train_network", note)
@@ -241,7 +271,7 @@ def test_training_flag_reaches_fine_tuning(
     assert trained[0] != trained[1]
 
 
-@pytest.mark.parametrize("flag", ["epochs", "batch_size", "amp", "distill", "finetune_rate"])
+@pytest.mark.parametrize("flag", [*(one for one in FITTING if one != "learning_rate"), *DISTILLATION, "finetune_rate"])
 def test_training_flag_of_a_comparison_reaches_its_fine_tuning(flag: str) -> None:
     """Plans are fine-tuned in another way; from there on the flags are those of `prune`."""
     value = {**FITTING, **DISTILLATION, "finetune_rate": 0.5}[flag]
@@ -249,6 +279,23 @@ def test_training_flag_of_a_comparison_reaches_its_fine_tuning(flag: str) -> Non
 
     assert before != after
     assert getattr(after, "learning_rate" if flag == "finetune_rate" else flag) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "rate", "decay"),
+    [
+        (PretrainConfig, {}, 0.1, 5e-4),
+        (PruneConfig, {}, 0.01, 5e-4),
+        (PruneConfig, {"optimizer": "adamw"}, 1e-3, 1e-2),
+        (PretrainConfig, {"optimizer": "adamw", "weight_decay": 0.0}, 1e-3, 0.0),
+        (PruneConfig, {"learning_rate": 0.3, "weight_decay": 0.1}, 0.3, 0.1),
+    ],
+)
+def test_rate_and_decay_follow_the_optimizer(kind: Any, changes: dict[str, Any], rate: float, decay: float) -> None:
+    """What suits SGD would be far too much for AdamW."""
+    settings = kind(network="digits_vgg", **changes).training_settings(7)
+
+    assert (settings.learning_rate, settings.weight_decay, settings.seed) == (rate, decay, 7)
 
 
 def agent_state(problem: PruningProblem, folder: Path, **changes: Any) -> dict[str, Any]:

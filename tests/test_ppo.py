@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from prunegym.agents.ppo import Episode, EpisodeMemory, finished_episodes
+from prunegym.agents.ppo import Episode, EpisodeMemory, ImitationBatch, finished_episodes
 
 
 def episode(value: float, state: float = 0.0) -> Episode:
@@ -57,3 +58,33 @@ def test_episodes_are_cut_where_new_ones_start() -> None:
 
     assert [one.value for one in episodes] == [0 + 2, 4 + 6, 1 + 3, 5 + 7]
     assert [int(one.observations[0]["state"][0]) for one in episodes] == [0, 4, 1, 5]
+
+
+def test_steps_towards_episodes_take_all_first_rounds_and_some_later_ones() -> None:
+    """Averaged over draws, every row has the weight of its episode, by counting."""
+    episodes = [
+        Episode([{"state": np.full(1, 10 * number + turn)} for turn in range(3)], np.zeros((3, 2), np.float32), 0.0)
+        for number in range(4)
+    ]
+    batch = ImitationBatch(episodes, np.array([0.4, 0.3, 0.2, 0.1], np.float32), torch.device("cpu"))
+    rng, total = np.random.default_rng(0), np.zeros(40)
+    for _ in range(4000):
+        observations, actions, weights = batch.draw(rng, later=2)
+        states = observations["state"].flatten().numpy()
+        assert states[:4].tolist() == [0, 10, 20, 30]
+        assert len(states) == len(actions) == len(set(states)) == 6
+        total[states] += weights.numpy() / 4000
+
+    assert total[[0, 10, 20, 30]] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert total[[1, 2, 11, 12, 21, 22, 31, 32]] == pytest.approx(np.repeat([0.4, 0.3, 0.2, 0.1], 2), rel=0.1)
+
+
+def test_steps_towards_episodes_of_one_round_take_all() -> None:
+    """There are no later rounds to choose from."""
+    batch = ImitationBatch(
+        [Episode([{"state": np.zeros(1)}], np.zeros((1, 2), np.float32), 0.0)] * 2, np.full(2, 0.5), torch.device("cpu")
+    )
+    _, actions, weights = batch.draw(np.random.default_rng(0), later=2)
+
+    assert len(actions) == 2
+    assert weights.tolist() == [0.5, 0.5]

@@ -20,11 +20,11 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import load_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.saving import load_network
 from prunegym.pruning.scoring import ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.zoo import build_network

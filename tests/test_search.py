@@ -15,7 +15,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.scoring import Score
+from prunegym.pruning.scoring import Score, Scorer
 from prunegym.pruning.widths import Bound, WidthRules
 
 SETTINGS = SearchSettings(evaluations=3)
@@ -164,3 +164,38 @@ def test_unknown_searcher_is_refused_with_the_nearest() -> None:
     """As every name is."""
     with pytest.raises(PruningError, match="Did you mean 'netadapt'"):
         searcher_named("netadpt")
+
+
+def few_images(scorer: Scorer, examples: int) -> PruningProblem:
+    """The trained network scored on so few images that luck matters."""
+    own = Scorer(scorer.network, scorer.task, replace(scorer.settings, examples=examples), statistics=scorer.statistics)
+    return PruningProblem(own, (Budget("macs", 0.4),))
+
+
+def test_search_ends_with_a_second_look(scorer: Scorer) -> None:
+    """Of the three best of 84 plans that whose score on twice the images is best, within the allowance."""
+    problem = few_images(scorer, 30)
+    search = search_of(problem, evaluations=90)
+    scores = {}
+    while search.left:
+        counts = search.project(search.rng.uniform(0.1, 1, len(problem.sizes)))
+        scores[problem.plan(counts)] = search.score(counts)
+    leaders = sorted(scores, key=lambda plan: -scores[plan])[:3]
+    result = search.result()
+
+    assert len(search.trail.history) == result.evaluations == 90
+    assert result.plan == max(leaders, key=lambda plan: problem.scorer.score(plan, examples=60).score)
+    assert result.improvements[-1].plan == result.plan
+    assert result.improvements[-1].score == scores[result.plan]
+
+
+@pytest.mark.parametrize(("evaluations", "examples", "choosing"), [(59, 30, True), (90, 10_000, True), (90, 30, False)])
+def test_there_is_no_second_look_without_a_choice(
+    scorer: Scorer, evaluations: int, examples: int, choosing: bool
+) -> None:
+    """Too few evaluations, no further images, or a searcher that comes to one plan: all of the allowance is its own."""
+    problem = few_images(scorer, examples)
+    settings = SearchSettings(evaluations=evaluations)
+    search = Search("test", problem, problem.budgets[0], settings, choosing=choosing)
+
+    assert search.left == evaluations

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from prunegym.agents.ppo import Episode, EpisodeMemory
-from prunegym.agents.settling import CONFIRMED, CONFIRMING, SETTLING, confirm, confirmed_plans, replayed, reserved
+from prunegym.agents.second_look import CONFIRMED, CONFIRMING, confirmed_plans
+from prunegym.agents.settling import SETTLING, confirm, replayed, reserved
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 
 from prunegym.pruning.data import load_data
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.schedule import learning_rate_at
 from prunegym.pruning.task import ClassificationTask
-from prunegym.pruning.training import EpochRow, distillation_loss, evaluate_network, train_network
+from prunegym.pruning.training import EpochRow, TrainingSettings, evaluate_network, train_network
 from prunegym.pruning.zoo import build_network, load_weights
 
 
@@ -27,6 +27,13 @@ def task() -> ClassificationTask:
 def short() -> ClassificationTask:
     """Few digits, for trainings whose result does not matter."""
     return ClassificationTask(load_data("digits", sizes={"train": 64}))
+
+
+def train(model: nn.Module, task: Any, **options: Any) -> list[EpochRow]:
+    """Train, with the settings among the other arguments."""
+    names = {one.name for one in fields(TrainingSettings)}
+    settings = {name: options.pop(name) for name in list(options) if name in names}
+    return train_network(model, task, TrainingSettings(**settings), **options)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +57,7 @@ def with_dropout() -> nn.Module:
 def test_digits_networks_learn_in_seconds(task: ClassificationTask, name: str) -> None:
     """The base networks of the demonstration are worth pruning."""
     network = build_network(name)
-    train_network(network, task, epochs=8, batch_size=64)
+    train(network, task, epochs=8, batch_size=64)
 
     assert evaluate_network(network, task, "selection").score > 0.95
 
@@ -61,7 +68,7 @@ def test_same_seed_gives_the_same_weights(short: ClassificationTask) -> None:
     results = []
     for seed in (0, 0, 1):
         network = with_dropout()
-        train_network(network, short, epochs=2, batch_size=16, seed=seed)
+        train(network, short, epochs=2, batch_size=16, seed=seed)
         results.append(weights(network))
 
     assert same(results[0], results[1])
@@ -73,17 +80,17 @@ def test_interrupted_training_ends_in_the_same_weights(short: ClassificationTask
     """Interrupted after two of four epochs and continued in a new network: as if nothing had happened."""
     options: dict[str, Any] = {"epochs": 4, "batch_size": 16, "seed": 3}
     whole = with_dropout()
-    expected = train_network(whole, short, **options)
+    expected = train(whole, short, **options)
 
     def interrupt(row: EpochRow) -> None:
         if row.epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_network(with_dropout(), short, **options, checkpoint=tmp_path / "c.pt", on_epoch=interrupt)
+        train(with_dropout(), short, **options, checkpoint=tmp_path / "c.pt", on_epoch=interrupt)
     resumed = with_dropout()
     seen: list[int] = []
-    rows = train_network(
+    rows = train(
         resumed, short, **options, checkpoint=tmp_path / "c.pt", on_epoch=lambda row: seen.append(row.epoch)
     )
 
@@ -99,9 +106,9 @@ def test_finished_checkpoint_is_loaded_without_training(short: ClassificationTas
     """Repeating a finished command costs nothing; the file also serves as weights."""
     options: dict[str, Any] = {"epochs": 1, "batch_size": 16, "checkpoint": tmp_path / "c.pt"}
     trained, again, loaded = (build_network("digits_vgg", seed=seed) for seed in range(3))
-    rows = train_network(trained, short, **options)
+    rows = train(trained, short, **options)
 
-    assert train_network(again, short, **options) == rows
+    assert train(again, short, **options) == rows
     load_weights(loaded, tmp_path / "c.pt")
     assert same(weights(trained), weights(again))
     assert same(weights(trained), weights(loaded))
@@ -110,7 +117,7 @@ def test_finished_checkpoint_is_loaded_without_training(short: ClassificationTas
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 3}, r"differs in epochs, warmup_epochs \(2 there, 3 now\)"),
+        ({"epochs": 3}, r"differs in epochs \(2 there, 3 now\)"),
         ({"seed": 1}, r"differs in seed \(0 there, 1 now\)"),
         ({"network": "digits_resnet"}, "differs in tensors"),
         ({"data": 1}, "differs in data"),
@@ -122,14 +129,14 @@ def test_checkpoint_of_another_training_is_refused(
 ) -> None:
     """Nothing is silently continued under other settings."""
     options: dict[str, Any] = {"epochs": 2, "batch_size": 16, "checkpoint": tmp_path / "c.pt"}
-    train_network(build_network("digits_vgg"), short, **options)
+    train(build_network("digits_vgg"), short, **options)
     network = build_network(change.pop("network", "digits_vgg"))
     task = ClassificationTask(load_data("digits", seed=change.pop("data", 0), sizes={"train": 64}))
     if "teacher" in change:
         change["teacher"] = build_network(change["teacher"])
 
     with pytest.raises(PruningError, match=f"`checkpoint` should be of the same training.*{message}"):
-        train_network(network, task, **{**options, **change})
+        train(network, task, **{**options, **change})
 
 
 def test_file_that_is_no_checkpoint_is_refused(short: ClassificationTask, tmp_path: Path) -> None:
@@ -138,10 +145,10 @@ def test_file_that_is_no_checkpoint_is_refused(short: ClassificationTask, tmp_pa
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     (tmp_path / "rubbish.pt").write_bytes(b"rubbish")
 
-    with pytest.raises(PruningError, match="`checkpoint` should be of version 1"):
-        train_network(network, short, epochs=1, checkpoint=tmp_path / "weights.pt")
+    with pytest.raises(PruningError, match="`checkpoint` should be of version 2"):
+        train(network, short, epochs=1, checkpoint=tmp_path / "weights.pt")
     with pytest.raises(PruningError, match="`checkpoint` should be an undamaged file"):
-        train_network(network, short, epochs=1, checkpoint=tmp_path / "rubbish.pt")
+        train(network, short, epochs=1, checkpoint=tmp_path / "rubbish.pt")
     assert (tmp_path / "rubbish.pt").read_bytes() == b"rubbish"
 
 
@@ -157,25 +164,15 @@ def test_loss_that_is_not_finite_stops_the_training(short: ClassificationTask, t
     with pytest.raises(
         PruningError, match="`learning_rate` .*nan at step 1 of epoch 2; the checkpoint of epoch 1 is"
     ):
-        train_network(network, short, epochs=3, batch_size=16, checkpoint=path, on_epoch=poison)
+        train(network, short, epochs=3, batch_size=16, checkpoint=path, on_epoch=poison)
     load_weights(build_network("digits_vgg"), path)
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    """Linear, then half a cosine, without a jump between them."""
-
-    def rate(epoch: float) -> float:
-        return learning_rate_at(epoch, epochs=10, warmup_epochs=2, peak=0.4)
-
-    assert [rate(epoch) for epoch in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.2, 0.4, 0.2, 0])
-    assert rate(1.9999) == pytest.approx(rate(2.0001), rel=1e-3)
 
 
 def test_one_step_equals_sgd_by_hand(short: ClassificationTask) -> None:
     """Nesterov's first step, with decay of the matrix and none of the bias."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     start = copy.deepcopy(model)
-    train_network(
+    train(
         model,
         short,
         epochs=1,
@@ -183,7 +180,7 @@ def test_one_step_equals_sgd_by_hand(short: ClassificationTask) -> None:
         learning_rate=0.2,
         weight_decay=0.1,
         momentum=0.9,
-        warmup_epochs=0,
+        warmup=0,
     )
 
     inputs, targets = next(
@@ -197,16 +194,72 @@ def test_one_step_equals_sgd_by_hand(short: ClassificationTask) -> None:
     assert torch.allclose(model[1].bias, bias - rate * 1.9 * bias.grad, atol=1e-6)
 
 
-def test_distillation_loss_is_the_softened_divergence() -> None:
-    """Equal to the formula written out, and 0 for the teacher itself."""
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 6, 10, generator=generator)
+class Rows:
+    """A task of one's own: 128 rows of noise, always in the same order."""
 
-    loss = distillation_loss(student, teacher, 4.0)
+    name = fingerprint = "rows"
 
-    p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
-    assert torch.allclose(loss, 16 * (p * (p / q).log()).sum(1).mean(), atol=1e-6)
-    assert distillation_loss(teacher, teacher, 4.0) == pytest.approx(0, abs=1e-6)
+    def batches(self, split: str, *, batch_size: int, **_: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """One part after the other."""
+        inputs = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
+        yield from zip(inputs.split(batch_size), (inputs > 0).long().sum(1).split(batch_size), strict=True)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return F.cross_entropy(outputs, targets)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """1.0 where right."""
+        return (outputs.argmax(1) == targets).float()
+
+
+def test_accumulated_step_equals_one_of_a_larger_batch() -> None:
+    """Two batches of 32 make the gradient of one of 64 where nothing depends on the batch; the rates are the same."""
+    results, rates = [], []
+    for changes in ({"batch_size": 64}, {"batch_size": 32, "accumulate": 2}):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 7)
+        rows = train(model, Rows(), epochs=3, learning_rate=0.3, clip_grad=0.05, **changes)
+        results.append(weights(model))
+        rates.append([row.learning_rate for row in rows])
+
+    assert rates[0] == rates[1]
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-6), name
+
+
+def test_clipped_gradient_has_the_norm_asked_for(short: ClassificationTask) -> None:
+    """Plain SGD moves by the learning rate times it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    start = copy.deepcopy(model)
+    settings: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0}
+
+    train(model, short, epochs=1, batch_size=64, learning_rate=0.5, clip_grad=0.01, **settings)
+
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)])
+    assert float(moved.detach().norm()) == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_result_is_the_average_where_one_is_kept(short: ClassificationTask, tmp_path: Path) -> None:
+    """As weights of the network and in the checkpoint; with a decay near 0 it is the last weights."""
+    last, averaged, quick = (build_network("digits_vgg") for _ in range(3))
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 16}
+    train(last, short, **options)
+    train(averaged, short, **options, ema=0.9, checkpoint=tmp_path / "c.pt")
+    train(quick, short, **options, ema=1e-9)
+
+    loaded = build_network("digits_vgg", seed=3)
+    load_weights(loaded, tmp_path / "c.pt")
+    assert same(weights(averaged), weights(loaded))
+    assert not same(weights(averaged), weights(last))
+    assert all(torch.allclose(value, weights(last)[name], atol=1e-5) for name, value in weights(quick).items())
+
+
+def test_step_of_more_batches_than_there_are_is_refused(short: ClassificationTask) -> None:
+    """64 digits are four batches of 16."""
+    with pytest.raises(PruningError, match=r"`accumulate` times `devices` should be at most the 4 batches.*Received 5"):
+        train(build_network("digits_vgg"), short, epochs=1, batch_size=16, accumulate=5)
 
 
 def test_student_comes_nearer_to_its_teacher(short: ClassificationTask) -> None:
@@ -216,7 +269,7 @@ def test_student_comes_nearer_to_its_teacher(short: ClassificationTask) -> None:
     before = weights(teacher)
     options: dict[str, Any] = {"teacher": teacher, "distillation_weight": 1.0, "temperature": 2.0}
 
-    rows = train_network(student, short, epochs=6, batch_size=16, **options)
+    rows = train(student, short, epochs=6, batch_size=16, **options)
 
     assert rows[-1].loss < 0.5 * rows[0].loss
     assert same(weights(teacher), before)
@@ -228,7 +281,7 @@ def test_teacher_of_other_classes_is_rejected(short: ClassificationTask) -> None
     teacher = build_network("digits_vgg", num_classes=12)
 
     with pytest.raises(PruningError, match=r"`teacher` should return.*\(64, 12\) for \(64, 10\)"):
-        train_network(build_network("digits_vgg"), short, epochs=1, teacher=teacher)
+        train(build_network("digits_vgg"), short, epochs=1, teacher=teacher)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +291,13 @@ def test_teacher_of_other_classes_is_rejected(short: ClassificationTask) -> None
         {"batch_size": 32},
         {"weight_decay": 0.1},
         {"momentum": 0.0},
-        {"warmup_epochs": 1.5},
+        {"warmup": 0.75},
         {"label_smoothing": 0.2},
+        {"optimizer": "adamw", "learning_rate": 1e-3},
+        {"schedule": "constant"},
+        {"accumulate": 2},
+        {"clip_grad": 0.1},
+        {"ema": 0.5},
         {"amp": True},
         {"teacher": build_network("digits_vgg", seed=5)},
     ],
@@ -249,7 +307,7 @@ def test_argument_changes_the_result(short: ClassificationTask, change: dict[str
     results = []
     for options in ({}, change):
         network = build_network("digits_vgg")
-        train_network(network, short, epochs=2, **{"batch_size": 16, **options})
+        train(network, short, epochs=2, **{"batch_size": 16, **options})
         results.append(weights(network))
 
     assert not same(*results)
@@ -264,22 +322,27 @@ def test_argument_changes_the_result(short: ClassificationTask, change: dict[str
         ("batch_size", 0),
         ("weight_decay", -1.0),
         ("momentum", 1.0),
-        ("warmup_epochs", 9.0),
+        ("warmup", 1.5),
         ("distillation_weight", 1.5),
         ("temperature", 0.0),
         ("label_smoothing", 1.0),
+        ("accumulate", 0),
+        ("clip_grad", 0.0),
+        ("clip_grad", math.nan),
+        ("ema", 1.0),
+        ("devices", 0),
     ],
 )
 def test_argument_out_of_range_is_rejected(short: ClassificationTask, name: str, value: float) -> None:
     """Before anything is computed, by name."""
     with pytest.raises(PruningError, match=f"`{name}` should be .*Received {value}"):
-        train_network(build_network("digits_vgg"), short, **{"epochs": 2, name: value})
+        train(build_network("digits_vgg"), short, **{"epochs": 2, name: value})
 
 
 def test_frozen_network_is_rejected(short: ClassificationTask) -> None:
     """There would be nothing to train."""
     with pytest.raises(PruningError, match="parameters that require a gradient"):
-        train_network(build_network("digits_vgg").requires_grad_(False), short, epochs=1)
+        train(build_network("digits_vgg").requires_grad_(False), short, epochs=1)
 
 
 def test_measurement_does_not_depend_on_the_batch_size(task: ClassificationTask) -> None:
@@ -365,11 +428,11 @@ def test_task_of_ones_own_is_trained_and_measured() -> None:
     """Three methods are enough, and the network may take several tensors."""
     torch.manual_seed(0)
     model, task = Difference(), TwoInputs()
-    train_network(model, task, epochs=8, batch_size=50, learning_rate=0.5)
+    train(model, task, epochs=8, batch_size=50, learning_rate=0.5)
 
     measured = evaluate_network(model, task, "test", batch_size=50)
 
     assert measured.score > 0.95
     assert measured.examples == 250
     with pytest.raises(PruningError, match="`label_smoothing` should be 0 for a task of one's own"):
-        train_network(model, task, epochs=1, label_smoothing=0.1)
+        train(model, task, epochs=1, label_smoothing=0.1)

@@ -6,6 +6,7 @@ from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
 from prunegym.agents.comparison.grid import ROWS, check_same, compare, finished, identity, unfinished
 from prunegym.agents.comparison.report import report, terminal_text
 from prunegym.agents.policy_file import load_policy
+from prunegym.agents.records import save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.setup import build_problem, build_task, seed_everything
@@ -27,6 +28,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
     run = launch.open()
     if problems:
         save_splits(problems, run)
+        save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
         rows = compare(problems, config, run, progress=reporter.progress, limit=reporter.limit)
     else:
         reporter.say("all rows are there: nothing is computed again")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import tyro
 
 from prunegym.agents.config import AgentOptions, PruneConfig, TrainConfig
-from prunegym.agents.option_rules import Names, at_least, positive, require
+from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
 from prunegym.agents.time_limit import TimeLimitOption
+from prunegym.agents.training_options import DistillationOptions, FittingOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ EXTENDABLE = ("network", "weights", "policy", "budget", "searcher", "repeats", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks):
+class CompareConfig(
+    TimeLimitOption, ProblemOptions, DistillationOptions, FittingOptions, AgentOptions, SeveralNetworks
+):
     """Compare searchers on networks x budgets x seeds, at equal evaluations and at equal seconds.
 
     The run folder gets one row per finished piece (rows.csv), a table with bootstrap intervals and paired differences
@@ -71,14 +74,8 @@ class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwor
     """Passes over the training images that fine-tune every plan; 0 leaves fine-tuning out."""
     finetune_repeats: int = 3
     """Seeds of the fine-tuning of each plan: --seed and those that follow."""
-    finetune_rate: float = 0.01
-    """Highest learning rate of fine-tuning: it rises over the first tenth of the epochs and falls to 0 as a cosine."""
-    batch_size: int = 128
-    """Images per step of fine-tuning."""
-    amp: bool = False
-    """Fine-tune in bfloat16 where that is safe."""
-    distill: bool = False
-    """Let pruned networks imitate the unpruned one while they are fine-tuned."""
+    finetune_rate: float | None = None
+    """Highest learning rate of fine-tuning; by default 0.01 with sgd and 0.001 with adamw."""
     latency: bool = False
     """Measure the latency of every pruned network beside that of the unpruned one, in --latency-backend."""
     test: bool = False
@@ -89,9 +86,9 @@ class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwor
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "batch_size", "curve_examples")
-        at_least(self, 0, "epochs")
-        positive(self, "finetune_rate")
+        at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "curve_examples")
+        if self.finetune_rate is not None:
+            positive(self, "finetune_rate")
         rule, remedy = "left out with --ray", "Beside other work it would not be that of the network."
         require(self.ray is None or not self.latency, "latency", rule, "both", remedy)
         for mark in self.seconds:
@@ -153,16 +150,16 @@ class CompareConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwor
 
     def finetuning(self, network: str, seed: int) -> PruneConfig:
         """How a plan is fine-tuned."""
+        shared = {*_names(FittingOptions), *_names(DistillationOptions)}
+        options = {name: getattr(self, name) for name in shared}
         return PruneConfig(
-            network=network,
-            epochs=self.epochs,
-            learning_rate=self.finetune_rate,
-            batch_size=self.batch_size,
-            amp=self.amp,
-            distill=self.distill,
-            seed=seed,
-            device=self.device,
+            network=network, learning_rate=self.finetune_rate, seed=seed, device=self.device, **options
         )
+
+
+def _names(kind: type[Options]) -> list[str]:
+    """Names of the options of a group."""
+    return [one.name for one in fields(kind)]
 
 
 def _check_known(name: str) -> None:

@@ -19,8 +19,9 @@ from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.latency import compare_latency, speed_up
+from prunegym.pruning.latency import compare_latency
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.speed_up import speed_up
 from prunegym.pruning.training import evaluate_network
 
 Row: TypeAlias = dict[str, Any]
@@ -133,8 +134,8 @@ class Judge:
         network, device = self.problem.scorer.network, self.problem.scorer.device
         settings = self.config.latency_settings(device)
         measured = compare_latency({"before": network.model, "after": model}, network.example_inputs, settings)
-        ratio, sentence = speed_up(measured["before"], measured["after"])
-        return {"latency_ratio": 1 / ratio, "latency": sentence}
+        found = speed_up(measured["before"], measured["after"])
+        return {"latency_ratio": 1 / found.ratio, "latency": found.sentence}
 
 
 def folder_name(network: str, plan: PruningPlan, seed: int) -> str:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from prunegym.agents.comparison.bootstrap import LEVEL, Profile
 from prunegym.agents.comparison.summary import Pair, Table
-from prunegym.agents.pictures import COLOURS
-from prunegym.pruning.files import replacing
+from prunegym.agents.pictures import COLOURS, FORMATS, new_figure, one_look, save_figure
 
-FORMATS = (".png", ".svg")
+__all__ = ["FORMATS", "draw_anytime", "draw_profiles", "draw_searches"]
+
 _LINES, _MARKS = ("-", "--", ":"), ("o", "s", "^")
 _POINTS = 400
 _MOST_PAIRS = 12
@@ -37,17 +35,17 @@ def draw_anytime(path: Path, table: Table) -> None:
         PruningError: A file could not be written.
     """
     pairs = table.pairs[:_MOST_PAIRS]
-    figure = Figure(figsize=(12, 3.6 * len(pairs) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(pairs), 2, squeeze=False, sharey="row")
-    for (left, right), pair in zip(panels, pairs, strict=True):
-        for axes, price in ((left, "evaluations"), (right, "seconds")):
-            _draw_searches(axes, table, pair, price)
-            axes.set(xlabel=f"{price} of the search", title=" ".join(pair), xlim=(0, None))
-        left.set_ylabel("score after recovery (selection), %")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
-    _save(figure, path)
+    with one_look():
+        figure = new_figure(12, 3.6 * len(pairs) + 0.4)
+        panels = figure.subplots(len(pairs), 2, squeeze=False, sharey="row")
+        for (left, right), pair in zip(panels, pairs, strict=True):
+            for axes, price in ((left, "evaluations"), (right, "seconds")):
+                draw_searches(axes, table, pair, price)
+                axes.set(xlabel=f"{price} of the search", title=" ".join(pair), xlim=(0, None))
+            left.set_ylabel("score after recovery (selection), %")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+        save_figure(figure, path)
 
 
 def draw_profiles(path: Path, profiles: Mapping[str, Profile], *, title: str) -> None:
@@ -61,11 +59,15 @@ def draw_profiles(path: Path, profiles: Mapping[str, Profile], *, title: str) ->
     Raises:
         PruningError: A file could not be written.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    with one_look():
+        figure = new_figure(7, 4.5)
+        _draw_profiles(figure.subplots(), profiles, title)
+        save_figure(figure, path)
+
+
+def _draw_profiles(axes: Any, profiles: Mapping[str, Profile], title: str) -> None:
     for index, (name, profile) in enumerate(profiles.items()):
-        style = _style(index)
+        style = _style(index) | {"marker": None}
         axes.step(100 * profile.behind, profile.share, where="post", label=name, **style)
         axes.fill_between(
             100 * profile.behind, profile.low, profile.high, step="post", color=style["color"], alpha=0.12, linewidth=0
@@ -78,11 +80,20 @@ def draw_profiles(path: Path, profiles: Mapping[str, Profile], *, title: str) ->
         title=title,
     )
     axes.legend(fontsize="small", loc="lower right")
-    _save(figure, path)
 
 
-def _draw_searches(axes: Any, table: Table, pair: Pair, price: str) -> None:
-    """All searchers of one pair against one price."""
+def draw_searches(
+    axes: Any, table: Table, pair: Pair, price: str, styles: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Draw all searchers of one pair against one price.
+
+    Args:
+        axes: Where.
+        table: A whole grid with its curves.
+        pair: Network and budget.
+        price: ``evaluations`` or ``seconds``.
+        styles: Colour, dashes and marker of each searcher; by default in the order of the table.
+    """
     ends = {name: _end(table, pair, name, price) for name in table.searchers}
     horizon = max(ends.values()) or 1.0
     for index, name in enumerate(table.searchers):
@@ -91,10 +102,9 @@ def _draw_searches(axes: Any, table: Table, pair: Pair, price: str) -> None:
         end = ends[name] if searched else horizon
         grid = np.linspace(0, end, _POINTS) if searched else np.array([0, horizon])
         values = 100 * np.array([_steps(points, price if searched else None, grid) for points in runs])
-        style = _style(index)
-        mark = _MARKS[index // len(COLOURS) % len(_MARKS)]
-        # the mark says where the search ended, and in the legend tells those of one colour apart
-        axes.plot(grid, values.mean(axis=0), label=name, marker=mark, markevery=[-1], markersize=5, **style)
+        style = _style(index) if styles is None else styles[name]
+        # the marker says where the search ended, and in the legend tells those of one colour apart
+        axes.plot(grid, values.mean(axis=0), label=name, markevery=[-1], markersize=5, **style)
         if len(runs) > 1 and searched:
             low, high = values.min(axis=0), values.max(axis=0)
             axes.fill_between(grid, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -124,14 +134,10 @@ def _steps(points: Sequence[Mapping[str, Any]], price: str | None, grid: NDArray
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Colour and dashes: more searchers than colours stay apart."""
+    """Colour, dashes and marker: more searchers than colours stay apart."""
     return {
+        "marker": _MARKS[index // len(COLOURS) % len(_MARKS)],
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": _LINES[index // len(COLOURS) % len(_LINES)],
     }
 
-
-def _save(figure: Figure, path: Path) -> None:
-    for suffix in FORMATS:
-        with replacing(path.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, dpi=120)

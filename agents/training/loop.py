@@ -19,9 +19,11 @@ from tqdm import tqdm
 from prunegym.agents.journal import JOURNAL, Clock, journaled, scorer_identity
 from prunegym.agents.policy_file import save_policy
 from prunegym.agents.ppo import Episode, PruningPPO
+from prunegym.agents.records import ATTENTION, attention_records
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
-from prunegym.agents.settling import SETTLING, confirm, confirmed_plans, reserved
+from prunegym.agents.second_look import confirmed_plans
+from prunegym.agents.settling import SETTLING, confirm, reserved
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.trail import Improvement
 from prunegym.agents.training.agent import make_agent
@@ -297,6 +299,8 @@ class Trainer:
         plans = {"own": own, "best": best}
         content = {kind: {key: plan.to_json() for key, plan in found.items()} for kind, found in plans.items()}
         self.folder.write_json("plan.json", content)
+        looked = [attention_records(self.model.policy, self._env_of(problem)) for problem in self.problems]
+        self.folder.write_json(ATTENTION, [record for records in looked for record in records])
         return TrainResult(
             policy=self.folder.path(POLICY_FILE),
             evaluations=notes.evaluations,

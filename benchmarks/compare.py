@@ -1,0 +1,99 @@
+"""The comparison grids: all searchers on four pairs of network and budget without training, five on two with it.
+
+    python benchmarks/compare.py --data cifar10.npz --resnet20 cifar10_resnet20.th --resnet56 cifar10_resnet56.th \
+        --vgg16-half vgg16_half.safetensors
+
+Each grid is a run folder of `prunegym compare` below --runs and goes on where it was; `--only resnet20_50` makes one.
+Rows, table, curves and pictures are copied to results/compare_NAME/.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rows import RESULTS
+
+from prunegym.agents.comparison.command import run_compare
+from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.running import Reporter
+from prunegym.agents.searchers import SEARCHERS
+
+ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
+TRAINED = ("uniform", "knapsack", "agent", "cmaes", "evolution")
+KEPT = ("rows.csv", "table.md", "curves.csv", "anytime.png", "profiles.png")
+
+POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}
+SMALLER = {**POST_TRAINING, "evaluations": 100, "repeats": 3}
+FINETUNED = {
+    **{"evaluations": 60, "repeats": 3, "searcher": TRAINED, "test": True, "regime": "finetuned", "epochs": 3},
+    **{"finetune_repeats": 1, "rounds": 1},
+}
+GRIDS: dict[str, dict[str, Any]] = {
+    "resnet20_50": {"network": "cifar_resnet20", "budget": "macs:0.5", "rounds": 1, **POST_TRAINING},
+    "resnet20_35": {"network": "cifar_resnet20", "budget": "macs:0.35", "rounds": 3, **POST_TRAINING},
+    "resnet56_35": {"network": "cifar_resnet56", "budget": "macs:0.35", "rounds": 3, **SMALLER},
+    "vgg16_half_20": {"network": "cifar_vgg16_half", "budget": "macs:0.2", "rounds": 3, **SMALLER},
+    "resnet20_35_finetuned": {"network": "cifar_resnet20", "budget": "macs:0.35", **FINETUNED},
+    "vgg16_half_15_finetuned": {"network": "cifar_vgg16_half", "budget": "macs:0.15", **FINETUNED},
+}
+"""Agents prune in one round at 50 % MACs, where three start lower (LOG.md), and in three below."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run."""
+
+    data: str
+    """CIFAR-10 as an .npz file."""
+    resnet20: str | None = None
+    """Weights of cifar_resnet20; without them its grids are left out, and so on."""
+    resnet56: str | None = None
+    vgg16_half: str | None = None
+    only: tuple[str, ...] = ()
+    """Names of grids; by default all whose weights are given."""
+    repeats: int | None = None
+    """Fewer seeds, to begin with; more can follow."""
+    runs: Path = Path("runs/benchmarks")
+    """Where the run folders are."""
+
+
+def main(arguments: Arguments) -> None:
+    """Run what is missing."""
+    weights = {
+        "cifar_resnet20": arguments.resnet20,
+        "cifar_resnet56": arguments.resnet56,
+        "cifar_vgg16_half": arguments.vgg16_half,
+    }
+    for name in arguments.only or GRIDS:
+        options = GRIDS[name]
+        again = {} if arguments.repeats is None else {"repeats": arguments.repeats}
+        file = weights[options["network"]]
+        if file is None:
+            print(f"{name}: no weights")
+            continue
+        config = CompareConfig(
+            **{**options, **again, "network": (options["network"],), "budget": (options["budget"],)},
+            data=arguments.data,
+            weights=(file,),
+            out=arguments.runs / f"compare_{name}",
+        )
+        result = run_compare(config, Reporter(say=print, progress=True))
+        print(result.text)
+        keep(config.out, RESULTS / f"compare_{name}")
+
+
+def keep(run: Path | None, folder: Path) -> None:
+    """Copy what a table in the documentation comes from."""
+    assert run is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        if (run / file).exists():
+            shutil.copyfile(run / file, folder / file)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,150 @@
+"""What runs a network when it is measured, and what is said where it is not there."""
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunegym.agents.options import LatencyOptions
+from prunegym.pruning import runtimes
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.latency import LatencySettings, compare_latency, measure_latency
+from prunegym.pruning.runtimes import RUNTIMES, runtime_named
+
+IMAGES = torch.zeros(1, 3, 4, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for one another make small networks slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_network() -> nn.Module:
+    """A convolution with what follows it, in training mode."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_runtime_measures_a_network_and_leaves_it_as_it_was(backend: str) -> None:
+    """With real time, so only that there is some."""
+    pytest.importorskip(backend)
+    network = small_network()
+
+    found = measure_latency(network, IMAGES, LatencySettings(backend=backend, threads=1, repeats=5))
+
+    assert 0 < found.median < 10
+    assert f"{backend} {runtime_named(backend).version}, 1 thread" in found.describe()
+    assert network.training
+
+
+@pytest.mark.slow
+def test_compiled_networks_of_one_class_are_each_compiled() -> None:
+    """Torch gives up compiling after a few versions of one piece of code; what would be timed then is no longer it."""
+    counts: list[int] = []
+
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, width, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                counts.append(self.conv.out_channels)  # runs as plain Python
+            out: Tensor = self.conv(x)
+            return out
+
+    networks = {f"width {width}": Layer(width) for width in range(1, 11)}
+
+    found = compare_latency(networks, IMAGES, LatencySettings(backend="compile", threads=1, repeats=5))
+
+    assert not counts
+    assert "torch.compile" in found["width 1"].describe()
+
+
+def test_absent_compiler_is_reported_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile would fail with a page of its own code."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    with pytest.raises(PruningError, match=r"needs a C\+\+ compiler.*without no-such-compiler\. Install one, such as"):
+        measure_latency(small_network(), IMAGES, LatencySettings(backend="compile"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "package", "extra"),
+    [
+        *(("onnxruntime", package, "onnx") for package in ("onnx", "onnxruntime", "onnxscript")),
+        ("openvino", "openvino", "openvino"),
+        ("openvino", "onnxscript", "onnx"),
+    ],
+)
+def test_absent_runtime_is_reported_with_the_command_that_installs_it(
+    backend: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an optional extra."""
+    if backend == "openvino" and find_spec("openvino") is None:
+        package, extra = "openvino", "openvino"
+    monkeypatch.setitem(sys.modules, package, None)
+
+    with pytest.raises(PruningError, match=rf"needs the package {package}\b.*pip install 'prunegym\[{extra}\]'"):
+        measure_latency(nn.Conv2d(3, 1, 1), IMAGES, LatencySettings(backend=backend))
+
+
+def test_data_type_that_the_processor_does_not_compute_in_is_refused() -> None:
+    """OpenVINO would quietly take another, and the figure would be of that one."""
+    openvino = pytest.importorskip("openvino")
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    settings = LatencySettings(backend="openvino", dtype="float16", threads=1, repeats=5)
+
+    if "FP16" in able:
+        assert "float16" in measure_latency(small_network(), IMAGES, settings).describe()
+    else:
+        with pytest.raises(PruningError, match="`dtype` should be one that this processor computes in.*Use float32"):
+            measure_latency(small_network(), IMAGES, settings)
+
+
+def test_onnx_runtime_with_inputs_bound_to_the_device_gives_the_same_outputs() -> None:
+    """As on a graphics card, where copying the images would be timed otherwise; here on the processor."""
+    pytest.importorskip("onnxruntime")
+    from prunegym.pruning.onnx_export import onnx_bytes, open_session, session_feeds
+
+    network, images = small_network().eval(), torch.randn(1, 3, 4, 4)
+    session = open_session(onnx_bytes(network, (images,)), 1)
+
+    outputs = runtimes._bound(session, session_feeds(session, (images,)), "cpu")()
+
+    assert isinstance(outputs, list)
+    assert torch.allclose(torch.from_numpy(outputs[0].numpy()), network(images), atol=1e-5)
+
+
+def test_graphics_card_that_onnx_runtime_does_not_know_is_refused() -> None:
+    """The usual build runs on processors only."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this build knows graphics cards")
+
+    with pytest.raises(PruningError, match=r"`device` should be one that this build.*pip install onnxruntime-gpu"):
+        measure_latency(small_network(), IMAGES, LatencySettings(backend="onnxruntime", device="cuda"))
+
+
+def test_backend_is_measured_on_the_device_it_runs_on() -> None:
+    """A network pruned on a graphics card is measured on the processor where the runtime knows no other."""
+    options = LatencyOptions(latency_backend="openvino")
+
+    assert options.latency_settings("cuda").device == "cpu"
+    assert LatencyOptions().latency_settings("cuda").device == "cuda"
+    assert LatencyOptions(latency_device="cpu").latency_settings("cuda").device == "cpu"
+
+
+def test_backends_of_the_command_line_are_the_runtimes() -> None:
+    """A runtime that is entered can be asked for."""
+    with pytest.raises(PruningError, match="Received 'onnx'"):
+        LatencySettings(backend="onnx")
+    for backend in RUNTIMES:
+        assert LatencyOptions(latency_backend=backend).latency_settings("cpu").backend == backend  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""What is claimed of two latencies, and what is not."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.latency import Latency, LatencySettings
+from prunegym.pruning.speed_up import speed_up
+
+
+def latency(*samples: float, **settings: Any) -> Latency:
+    """A measurement with known turns."""
+    return Latency.from_samples(list(samples), LatencySettings(threads=1, **settings))
+
+
+def test_ratio_survives_drift() -> None:
+    """Both networks become slower together; the ratio of neighbouring turns does not change."""
+    drift = [1.0 + 0.2 * step for step in range(20)]
+
+    found = speed_up(latency(*[2.0 * factor for factor in drift]), latency(*drift))
+
+    assert (found.low, found.ratio, found.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert found.sentence.startswith("2 times as fast as before (95% interval 2 to 2, 20 paired turns; ")
+    assert "The machine drifted" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("after", "claim"),
+    [
+        ((1.0, 1.1, 0.9, 1.0, 1.0), "times as fast as before (95% interval 1.8"),
+        ((1.0, 3.0, 1.0, 3.0, 2.0), "No difference beyond the noise (95% interval 0.667 to 2, 5 paired turns"),
+        ((2.0, 2.0, 2.0, 2.0, 2.0), "No difference beyond the noise (95% interval 1 to 1"),
+        ((4.0, 4.1, 3.9, 4.0, 4.0), "Slower than before: 0.5 times as fast (95% interval 0.488"),
+    ],
+)
+def test_no_difference_is_claimed_within_the_interval(after: tuple[float, ...], claim: str) -> None:
+    """A ratio whose interval holds 1 is not told."""
+    found = speed_up(latency(2.0, 2.0, 2.0, 2.0, 2.0), latency(*after))
+
+    assert claim in found.sentence
+    assert "1 thread, batch 1, float32" in found.sentence
+    assert found.is_noise == ("No difference" in claim)
+
+
+def test_interval_covers_the_ratio_about_as_often_as_it_says() -> None:
+    """Two networks whose times have a known ratio, on a noisy machine, over and over."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        noise = rng.lognormal(0, 0.1, (2, 30))
+        found = speed_up(latency(*(1.25 * noise[0])), latency(*noise[1]))
+        held += found.low <= 1.25 <= found.high
+
+    assert 0.9 <= held / 200 <= 0.99
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=30))
+def test_interval_holds_the_ratio_whatever_the_clock_showed(samples: list[float]) -> None:
+    """Also where it showed no time at all."""
+    found = speed_up(latency(*samples), latency(*samples))
+
+    assert found.low <= found.ratio <= found.high
+    assert found.is_noise
+
+
+@pytest.mark.parametrize("other", [latency(1.0, 1.0), latency(1.0, 1.0, 1.0, batch_size=2)])
+def test_speed_up_of_separate_measurements_is_refused(other: Latency) -> None:
+    """A ratio between different moments or settings means nothing."""
+    with pytest.raises(PruningError, match=r"`after` should be measured side by side with `before`.*compare_latency"):
+        speed_up(latency(1.0, 1.0, 1.0), other)
