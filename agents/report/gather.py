@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prunegym.agents.comparison.grid import ROWS
+from prunegym.agents.comparison.grid import KEY, TIMED
 from prunegym.agents.comparison.report import CURVES
-from prunegym.agents.comparison.search import TRAININGS, slug
+from prunegym.agents.comparison.search import TRAININGS
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.options import DEFAULT_BUDGET
 from prunegym.agents.records import ATTENTION, NETWORKS, PLANS
 from prunegym.agents.running import RESULT, SPLITS
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.training.loop import METRICS
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json
@@ -152,7 +153,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     asked, run = _asked(folder), RunFolder(folder)
-    command, rows = str(asked["command"]), run.read_rows(ROWS)
+    command = str(asked["command"])
+    # other commands keep rows too, which stand in their results as well
+    rows = FinishedRows(run, KEY, TIMED).read() if command == "compare" else []
     return Run(
         folder=folder,
         name=name,
