@@ -24,7 +24,7 @@ from prunegym.agents.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
 TRAINED = ("uniform", "knapsack", "agent", "cmaes", "evolution")
-KEPT = ("rows.csv", "table.md", "curves.csv", "anytime.png", "profiles.png")
+KEPT = ("rows.csv", "rows_timing.csv", "table.md", "curves.csv", "anytime.png", "profiles.png")
 
 POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}
 SMALLER = {**POST_TRAINING, "evaluations": 100, "repeats": 3}

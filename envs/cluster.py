@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import os
 import pickle
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.user_code import user_code_by_value
+
+_PATIENCE = 10.0  # seconds for an address to answer
 
 SHARED_BYTES = 1 << 20
 """Images of so many bytes stay in the node's object store, where all workers of the node read them."""
@@ -74,6 +78,7 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     try:
+        _knock(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
         # what workers print would come between our lines; their errors come back as errors
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     # Ray raises ConnectionError, ValueError or RuntimeError, by the form of the address
@@ -87,6 +92,17 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """See whether somebody listens at ``HOST:PORT``: Ray would try for minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def cause_of(fault: Any) -> BaseException:

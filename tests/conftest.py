@@ -553,6 +553,32 @@ def known_problem(zoo: Callable[[str], PrunableNetwork]) -> PruningProblem:
     return PruningProblem(KnownScorer(network, best), (budget,))
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Callable[[], Any]]:
+    """Makes Ray clusters of two nodes on this machine, one in place of the other; ``second`` is the node to kill."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made: list[Any] = []
+
+    def end() -> None:
+        ray.shutdown()
+        for one in made:
+            one.shutdown()
+        made.clear()
+
+    def make() -> Any:
+        end()
+        node = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
+        one = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        made.append(one)
+        one.second = one.add_node(**node)
+        return one
+
+    yield make
+    end()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """The same numbers in each test."""

@@ -212,46 +212,20 @@ def test_actor_that_is_killed_is_replaced_without_a_trace(both: PruningProblem, 
     env.close()
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Callable[[], Any]]:
-    """Makes clusters of two nodes on this machine, one after the other."""
-    pytest.importorskip("ray")
-    import ray
-    from ray.cluster_utils import Cluster
-
-    made: list[Any] = []
-
-    def make() -> Any:
-        for one in made:
-            one.shutdown()
-        node = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
-        one = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        one.second = one.add_node(**node)
-        made[:] = [one]
-        return one
-
-    yield make
-    ray.shutdown()
-    for one in made:
-        one.shutdown()
-
-
 @pytest.mark.slow
 def test_actor_and_node_that_are_killed_cost_no_evaluation(
-    both: PruningProblem, cluster: Callable[[], Any]
+    both: PruningProblem, ray_cluster: Callable[[], Any]
 ) -> None:
     """Three environments on two nodes: the same as here, in whatever step they die."""
-    import ray
-
     from prunegym.envs.vector import RayVecEnv
 
     make = partial(ChannelPruningEnv, rounds=2)
-    nodes = cluster()
+    nodes = ray_cluster()
     env = RayVecEnv([both] * 3, make, address=nodes.address)
 
     def during(step: int) -> None:
         if step == 1:  # the step in which plans are scored
-            ray.kill(env._actors[1])
+            env._ray.kill(env._actors[1])
         if step == 4:
             nodes.remove_node(nodes.second, allow_graceful=False)
 
@@ -263,11 +237,11 @@ def test_actor_and_node_that_are_killed_cost_no_evaluation(
 
 
 @pytest.mark.slow
-def test_error_of_an_environment_comes_back_as_it_is(cluster: Callable[[], Any]) -> None:
+def test_error_of_an_environment_comes_back_as_it_is(ray_cluster: Callable[[], Any]) -> None:
     """Without the report of the node, and without being tried again."""
     from prunegym.envs.vector import RayVecEnv
 
-    env = RayVecEnv([None], Failing, address=cluster().address)
+    env = RayVecEnv([None], Failing, address=ray_cluster().address)
     env.reset()
 
     with pytest.raises(PruningError, match="`action` should be another"):
@@ -276,12 +250,13 @@ def test_error_of_an_environment_comes_back_as_it_is(cluster: Callable[[], Any])
     env.close()
 
 
-@pytest.mark.slow
-def test_cluster_that_is_not_there_is_refused_with_a_remedy() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_cluster_that_is_not_there_is_refused_with_a_remedy(address: str) -> None:
     """One error that says how to start one."""
+    pytest.importorskip("ray")
     with (
         pytest.raises(PruningError, match=r"`--ray` should be the address of a running cluster.*`ray start --head`"),
-        connected("127.0.0.1:1"),
+        connected(address),
     ):
         pass
 

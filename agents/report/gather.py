@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prunegym.agents.comparison.grid import KEY, ROWS
+from prunegym.agents.comparison.grid import KEY, TIMED
 from prunegym.agents.comparison.report import CURVES
-from prunegym.agents.comparison.search import TRAININGS, slug
+from prunegym.agents.comparison.search import TRAININGS
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.options import DEFAULT_BUDGET
 from prunegym.agents.records import ATTENTION, NETWORKS, PLANS
 from prunegym.agents.running import RESULT, SPLITS
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.training.loop import METRICS
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json
@@ -28,7 +29,6 @@ Record: TypeAlias = Mapping[str, Any]
 #: What `train` calls its plans -> what tables call them.
 _NAMES = {"own": "policy", "best": "best sampled"}
 #: What a comparison measured in time, where it keeps that apart from its rows.
-_TIMES = "rows_timing.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     asked, run = _asked(folder), RunFolder(folder)
-    command, rows = str(asked["command"]), _rows(run)
+    command = str(asked["command"])
+    # other commands keep rows too, which stand in their results as well
+    rows = FinishedRows(run, KEY, TIMED).read() if command == "compare" else []
     return Run(
         folder=folder,
         name=name,
@@ -167,14 +169,6 @@ def _read(folder: Path, name: str) -> Run:
         trainings=tuple(_trainings(folder, asked)),
         examples=_examples(folder / SPLITS),
     )
-
-
-def _rows(run: RunFolder) -> list[Record]:
-    """Finished rows, with what was measured in time."""
-    rows, times = run.read_rows(ROWS), run.read_rows(_TIMES)
-    key = [name for name in KEY if times and name in times[0]]
-    timed = {tuple(row[name] for name in key): row for row in times}
-    return [{**row, **timed.get(tuple(row.get(name) for name in key), {})} for row in rows]
 
 
 def _plans(folder: Path, rows: Sequence[Record]) -> dict[str, dict[str, Record]]:
