@@ -28,7 +28,6 @@ Record: TypeAlias = Mapping[str, Any]
 
 #: What `train` calls its plans -> what tables call them.
 _NAMES = {"own": "policy", "best": "best sampled"}
-#: What a comparison measured in time, where it keeps that apart from its rows.
 
 
 @dataclass(frozen=True, kw_only=True)
