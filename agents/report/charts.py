@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from prunegym.agents.comparison.pictures import draw_searches
 from prunegym.agents.comparison.summary import Pair, Table
-from prunegym.agents.pictures import COLOURS, INK, LINE, MUTED, SURFACE, new_figure
+from prunegym.agents.pictures import COLOURS, INK, MUTED, SURFACE, new_figure
 from prunegym.agents.report.gather import Record, Training
 from prunegym.agents.report.scores import LEARNED, SIMPLE, Scored
 
@@ -165,7 +165,7 @@ def learning_curve(trainings: Sequence[Training], references: Mapping[str, float
     for index, one in enumerate(trainings):
         evaluations = [row["evaluations"] for row in one.metrics]
         for column, label, colour, width in (
-            ("score_mean", "mean of the sampled plans", LINE, 1.2),
+            ("score_mean", "mean of the sampled plans", MUTED, 0.9),
             ("best", "best sampled plan", _ORANGE, 1.6),
             ("own", "the policy's own plan", _BLUE, 1.6),
         ):
@@ -175,7 +175,7 @@ def learning_curve(trainings: Sequence[Training], references: Mapping[str, float
                 color=colour,
                 linewidth=width,
                 marker="." if len(evaluations) < 3 else None,
-                alpha=1.0 if len(trainings) == 1 else 0.8,
+                alpha=0.6 if column == "score_mean" else 0.9,
                 label=label if index == 0 else None,
             )
     for (name, score), style in zip(references.items(), ("--", ":", "-."), strict=False):
