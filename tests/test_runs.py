@@ -280,8 +280,8 @@ def test_damaged_table_is_refused(run: RunFolder, content: bytes) -> None:
 
 
 def test_not_compared_fields_are_fields_of_the_output_only() -> None:
-    """Whatever changes a result must be compared before a run is resumed."""
-    assert runs.NOT_COMPARED == {"out", "json", "progress", "ray", "time_limit"}
+    """Whatever changes a result must be compared before a run is resumed; how often it is saved does not."""
+    assert runs.NOT_COMPARED == {"out", "json", "progress", "checkpoint_minutes", "ray", "time_limit"}
 
 
 def test_env_json_is_plain_json(run: RunFolder) -> None:
