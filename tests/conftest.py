@@ -615,7 +615,7 @@ def pruning_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "compare": [*learning, *searchers, "--repeats", "2", "--latency"],
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunegym.agents.prune.BACKENDS", ("torch",))  # exports take seconds
+        patch.setattr("prunegym.agents.prune.MEASURED_IN", ("torch",))  # exports take seconds
         for command, folder in folders.items():
             assert main([command, *shared, *more[command], "--out", str(folder)]) == 0
     return folders
