@@ -53,7 +53,7 @@ def searched(problem: PruningProblem, name: str, path: Path, limit: TimeLimit = 
     """A search with its scores in a journal."""
     problem.scorer.forget()
     with journaled([problem.scorer], path, limit) as journal:
-        allowed = len(problem.sizes) + 2
+        allowed = 4 * len(problem.sizes)
         return SEARCHERS[name](
             problem, HALF, SearchSettings(evaluations=allowed, seed=3, clock=journal.clock)
         )
@@ -72,7 +72,7 @@ def test_killed_search_is_repeated_to_the_same_result(problem: PruningProblem, n
     before = half.scorer.scored
 
     with pytest.raises(TimeUp):
-        searched(half, name, tmp_path / "cut.jsonl", Killed(2))
+        searched(half, name, tmp_path / "cut.jsonl", Killed(4))
     again = searched(half, name, tmp_path / "cut.jsonl")
 
     assert without_seconds(again) == without_seconds(whole)

@@ -95,7 +95,7 @@ def test_real_rows_are_those_of_the_folders(scores: Scores, pruning_runs: dict[s
 
 def test_measured_latency_comes_with_its_conditions(scores: Scores, pruning_runs: dict[str, Path]) -> None:
     """As a share of the unpruned network's; a row that another folder has without it gets it."""
-    compared = RunFolder(pruning_runs["compare"]).read_rows("rows.csv")
+    compared = RunFolder(pruning_runs["compare"]).read_rows("rows_timing.csv")
     rows = {one.searcher: one for one in scores.rows if one.where.split == "selection"}
 
     expected = next(one["latency_ratio"] for one in compared if one["searcher"] == "uniform")
