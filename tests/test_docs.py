@@ -46,6 +46,14 @@ def test_extensions_work_as_they_stand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tutorial_ends_in_a_faster_onnx_file(tmp_path: Path) -> None:
+    """By what it says itself in the end, with both networks timed in turn."""
+    printed = follow("tutorial.md", tmp_path)
+
+    assert float(re.findall(r"^faster: ([\d.]+) times", printed, flags=re.MULTILINE)[-1]) > 1.2
+
+
+@pytest.mark.slow
 def test_segmentation_network_is_pruned_by_a_task_of_ones_own(tmp_path: Path) -> None:
     """Through the Python face, with its own loss and score."""
     printed = follow("segmentation.md", tmp_path)
