@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
+from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.options import LatencyOptions
 from prunegym.agents.pretrain import complete_rows
 from prunegym.agents.runs import RunFolder
@@ -89,6 +90,7 @@ class PruneResult:
             "search": {"evaluations": self.search.evaluations, "seconds": self.search.seconds},
             "epochs": len(self.epochs),
             "latency": list(self.latency),
+            "latency_budget": self.search.latency,
         }
 
 
@@ -96,6 +98,8 @@ def find_plan(
     problem: PruningProblem, budget: Budget, config: PruneConfig, *, progress: bool = False
 ) -> SearchResult:
     """Let the searcher of the configuration make a plan, or read the plan file.
+
+    Where the budget is a latency, the plan is brought to it by measuring.
 
     Raises:
         PruningError: The file is no plan of this network, or the searcher lacks something.
@@ -111,7 +115,8 @@ def find_plan(
         rounds=config.rounds,
         progress=progress,
     )
-    return searcher_named(config.searcher_name)(problem, budget, settings)
+    found = searcher_named(config.searcher_name)(problem, budget, settings)
+    return within_measured_budget(problem, budget, found)
 
 
 def carry_out(
@@ -316,5 +321,7 @@ def describe(content: Mapping[str, Any]) -> str:
     lines = [format_table(rows), ""]
     blocks = content.get("blocks_left_out")  # results of version 0.1.0 have none
     lines += [f"blocks left out: {', '.join(blocks)}"] if blocks else []
+    kept = content.get("latency_budget")  # results of version 0.1.0 have none
+    lines += [kept["sentence"]] if kept else []
     lines += [f"{one['backend']}: {one['sentence']}" for one in content["latency"]]
     return "\n".join(lines).rstrip()

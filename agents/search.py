@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,8 @@ class SearchResult:
     budget on (searchers that also score plans above the budget, as steps on their way, begin later)."""
     improvements: list[Improvement] = field(default_factory=list)
     """The plans that were best for a while, the last of them the result; see :class:`~prunegym.agents.trail.Trail`."""
+    latency: dict[str, Any] | None = None
+    """For a latency budget: what was measured of the plan, see :mod:`prunegym.agents.latency_budget`."""
 
 
 Searcher: TypeAlias = Callable[[PruningProblem, Budget, SearchSettings], SearchResult]

@@ -121,13 +121,16 @@ def test_inspect_lists_groups(run: Run, tmp_path: Path) -> None:
 
 
 def test_inspect_measures_latency_when_asked(run: Run, tmp_path: Path) -> None:
-    """The table is kept below the data root."""
-    flags = ["--latency", "--latency-threads", "1", "--data-root", tmp_path, "--device", "cpu"]
+    """The table is kept below the data root, with its error on other plans."""
+    flags = ["--latency", "--latency-threads", "1", "--data-root", tmp_path, "--device", "cpu", "--latency-plans", "2"]
     content = run("inspect", *NETWORK, *flags)
 
     assert 0 < content["reachable"]["latency"] <= 1
     assert content["latency_seconds"] > 0
-    assert list((tmp_path / "latency").glob("*.json"))
+    assert len(content["latency_error"]["errors"]) == 2
+    (table,) = (tmp_path / "latency").glob("*.json")
+    assert json.loads(table.read_text())["error"] == content["latency_error"]
+    assert run("inspect", *NETWORK, *flags[:-1], "0")["latency_error"] is None
     assert run("inspect", *NETWORK)["latency_seconds"] is None
 
 
