@@ -15,6 +15,7 @@ import prunegym
 from prunegym.agents import cli, network_commands
 from prunegym.agents.cli import main, parse
 from prunegym.agents.config import TrainConfig
+from prunegym.agents.prune import describe
 
 #: Few images of everything: the numbers do not matter.
 FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
@@ -308,6 +309,24 @@ def test_prune_saves_a_smaller_network(
 def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes seconds."""
     monkeypatch.setattr("prunegym.agents.prune.measure_speed", lambda *_: [])
+
+
+@pytest.mark.usefixtures("no_latency")
+def test_prune_to_a_latency_tells_what_was_measured_and_does_not_measure_again(
+    run: Run, weights: list[str], tmp_path: Path
+) -> None:
+    """Not even when it was interrupted after the search: a clock never says the same twice."""
+    flags = [*FEW, "--budget", "latency:0.9", "--latency-threads", "1", "--data-root", tmp_path / "root"]
+    flags += ["--searcher", "uniform", "--epochs", "0", "--out", tmp_path / "run"]
+
+    kept = run("prune", *weights, *flags)["latency_budget"]
+    (tmp_path / "run" / "result.json").unlink()
+    again = run("prune", *weights, *flags)
+
+    assert kept["asked"] == 0.9
+    assert kept["interval"][0] <= kept["measured"] <= kept["interval"][1]
+    assert again["latency_budget"] == kept
+    assert kept["sentence"] in describe(again)
 
 
 @pytest.mark.usefixtures("no_latency")
