@@ -356,7 +356,7 @@ def _digest(network: PrunableNetwork, fingerprint: Mapping[str, str | int], samp
 
 def _read_samples(content: Sequence[Mapping[str, Any]]) -> list[Sample]:
     """Read stored samples; KeyError, TypeError or ValueError if they are none."""
-    samples = []
+    samples: list[Sample] = []
     for one in content:
         counts = np.array(one["counts"], dtype=np.int64)
         seconds, operations = float(one["seconds"]), np.array(one["operations"], dtype=np.float64)

@@ -122,14 +122,14 @@ def _as_tuple(inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _quick_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> bytes:
     """The file that torch's older exporter writes, or nothing if there is none."""
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()  # torch's types know of files only
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # that it is the older one
             torch.onnx.export(model, inputs, buffer, dynamo=False, opset_version=_OPSET)
     except Exception:  # it, and the versions of torch that no longer have it, may raise anything
         return b""
-    return buffer.getvalue()
+    return bytes(buffer.getvalue())
 
 
 def on_cpu(
@@ -159,8 +159,8 @@ def onnx_bytes(
     Raises:
         PruningError: torch cannot export the network.
     """
-    if quick and (data := _quick_bytes(model, inputs)):
-        return data
+    if quick and (quickly := _quick_bytes(model, inputs)):
+        return quickly
     # torch.export would take a batch of one for a constant
     inputs = with_batch(inputs, 2) if dynamic_batch else inputs
     shapes = batch_shapes(inputs) if dynamic_batch else None

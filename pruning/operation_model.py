@@ -78,14 +78,14 @@ class OperationModel:
         inputs, outputs = np.array([one for one, _ in pairs]), np.array([one for _, one in pairs])
         shares = np.array([self._costs.batch_shares(one) for one in counts])
         numbers = np.broadcast_to(np.arange(len(operations)), inputs.shape)
-        #: operations at which no time was ever taken: it was counted with others
-        timed = np.broadcast_to((seconds > 0).any(axis=0), inputs.shape)
+        # at some operations no time is ever taken: it was counted with others
+        ever: NDArray[np.bool_] = seconds.sum(axis=0) > 0
+        timed = np.broadcast_to(ever, inputs.shape)
         rows = (numbers[timed], inputs[timed], outputs[timed])
         self._fit(rows, (seconds / shares)[timed])
 
         def values(number: Counts, i: Counts, j: Counts) -> Floats:
-            found = self._predict(number, i, j)
-            return np.where((seconds > 0).any(axis=0)[number], found, 0.0)
+            return np.where(ever[number], self._predict(number, i, j), 0.0)
 
         self._tables = WidthTables(
             [(one.fan_in, one.groups == 1 and bool((one.inputs >= 0).any())) for one in operations],
@@ -121,7 +121,8 @@ class OperationModel:
 
     def _predict(self, number: Counts, inputs: Counts, outputs: Counts) -> Floats:
         terms = self._terms(number, inputs, outputs) @ self._factors
-        return (terms + _NOTHING) * np.exp(self._forest.predict(self._features(number, inputs, outputs)))
+        found: Floats = (terms + _NOTHING) * np.exp(self._forest.predict(self._features(number, inputs, outputs)))
+        return found
 
     def _terms(self, number: Counts, inputs: Counts, outputs: Counts) -> Floats:
         """What time grows with ``(rows, 8)``: four terms, each for grouped layers and for others."""

@@ -26,7 +26,8 @@ _POINTS = 10
 def class_of(widths: Counts) -> Counts:
     """Class of each width, as its number in :data:`ALIGNMENTS`."""
     divisible = np.stack([widths % step == 0 for step in ALIGNMENTS])
-    return divisible.argmax(axis=0)
+    classes: Counts = divisible.argmax(axis=0)
+    return classes
 
 
 class Side:
