@@ -28,6 +28,7 @@ PLAN_COLUMNS = (
     "budget",
     "searcher",
     "cost",
+    "latency_share",
     "macs",
     "parameters",
     "reward_score",

@@ -112,9 +112,16 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     """Data whose classes and image size the network gets (see `prunegym train --help`); by default the
     network's own."""
     latency: bool = False
-    """Measure the latency too, and the least that pruning can reach."""
+    """Measure the latency too, and the least that pruning can reach: a latency table is made, or read if there is
+    one."""
+    latency_plans: int = 10
+    """Random plans that are measured beside the table's predictions, with --latency; 0 leaves them out."""
     html: Path | None = None
     """Write a page with the channel graph to this file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "latency_plans")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.journal import journaled
+from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.records import note_plan
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import SearchResult, SearchSettings, check_evaluations, searcher_named
@@ -115,9 +116,11 @@ def plan_row(
     """What a plan costs and what its recovered network scores.
 
     Returns:
-        network, budget, searcher; `cost`, the share of the budgeted cost kept; MACs and parameters; `reward_score` on
+        network, budget, searcher; `cost`, the share of the budgeted cost kept; for latency budgets `latency_share`, the
+        measured one, once the plan has been brought to the budget; MACs and parameters; `reward_score` on
         the images of the search and `selection_score` on others; `test_score` if asked; evaluations and seconds.
     """
+    result = within_measured_budget(problem, budget, result)
     network = problem.scorer.network
     counts = network.counts(result.plan)
     cost = network.cost(result.plan)
@@ -128,6 +131,7 @@ def plan_row(
         "searcher": searcher,
         "regime": "finetuned" if settings.recovery_steps else "post-training",
         "cost": problem.limit_of(result.plan, budget).fraction(counts),
+        **({} if result.latency is None else {"latency_share": result.latency["measured"]}),
         "macs": cost.macs,
         "parameters": cost.parameters,
         "reward_score": problem.scorer.score(result.plan).score,

@@ -12,6 +12,7 @@ from prunegym.agents.tables import format_table
 from prunegym.pruning.budget import LatencyModel
 from prunegym.pruning.files import plain
 from prunegym.pruning.graph import ChannelGroup
+from prunegym.pruning.latency_table import TableError
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.widths import WidthRules
@@ -88,6 +89,8 @@ class Inspection:
     """Smallest budget of each kind: a share of the unpruned network, rounded up so that it can be met."""
     latency_seconds: float | None = None
     """Measured latency of the unpruned network."""
+    latency_error: TableError | None = None
+    """How far the latency table was off on plans that it was not learned from."""
     width_rules: str = ""
     """Alignment, fewest channels and bounds that shares and budgets are under; empty where there are none."""
 
@@ -137,17 +140,23 @@ class Inspection:
             unknown = [{"operation": name, "where": path} for name, path in self.unknown_operations.items()]
             parts += ["Operations without a rule", format_table(unknown)]
         parts.append(f"Smallest budgets within reach: {least}")
+        parts += [f"Latency table: {self.latency_error.describe()}"] if self.latency_error else []
         return "\n\n".join(parts)
 
 
 def inspect_network(
-    network: PrunableNetwork, *, latency: LatencyModel | None = None, rules: WidthRules | None = None
+    network: PrunableNetwork,
+    *,
+    latency: LatencyModel | None = None,
+    latency_error: TableError | None = None,
+    rules: WidthRules | None = None,
 ) -> Inspection:
     """Describe a network's channel groups and costs.
 
     Args:
         network: The network, traced.
         latency: Its latency model, for the least latency within reach.
+        latency_error: How far that is off.
         rules: How wide pruned layers may be; by default any width.
 
     Raises:
@@ -193,6 +202,7 @@ def inspect_network(
         layers=tuple(dict.fromkeys(one.module for one in graph.operations)),
         reachable=reachable,
         latency_seconds=None if latency is None else latency.full,
+        latency_error=latency_error,
         width_rules=str(rules),
     )
 

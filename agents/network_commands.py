@@ -46,8 +46,11 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     table = None
     if config.latency:
         settings, cache = config.latency_settings(config.torch_device), latency_cache(config.data_root)
-        table = LatencyTable.measure(network, settings, progress=reporter.progress, cache=cache)
-    inspection = inspect_network(network, latency=table, rules=config.width_rules)
+        table = LatencyTable.measure(
+            network, settings, progress=reporter.progress, cache=cache, held_out=config.latency_plans
+        )
+    error = None if table is None or not config.latency_plans else table.error
+    inspection = inspect_network(network, latency=table, latency_error=error, rules=config.width_rules)
     content = inspection.to_json()
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
@@ -150,10 +153,17 @@ def _find_plan_once(
         plan = PruningPlan.load(run.path(PLAN))
         plan.mask(problem.scorer.network.graph)  # refuses a plan that was edited
         spent = run.read_json(SEARCH)
-        return SearchResult(plan=plan, evaluations=spent["evaluations"], seconds=spent["seconds"])
+        return SearchResult(
+            plan=plan, evaluations=spent["evaluations"], seconds=spent["seconds"], latency=spent.get("latency")
+        )
     with journaled([problem.scorer], run.path(JOURNAL), limit) as journal:
         found = find_plan(problem, budget, config, progress=progress, clock=journal.clock)
-    spent = {"evaluations": found.evaluations, "seconds": found.seconds, "history": found.history}
+    spent = {
+        "evaluations": found.evaluations,
+        "seconds": found.seconds,
+        "history": found.history,
+        "latency": found.latency,
+    }
     run.write_json(SEARCH, spent)
     run.write_json(PLAN, found.plan.to_json())
     return found

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
+from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.options import LatencyOptions
 from prunegym.agents.pretrain import complete_rows, note_epoch
 from prunegym.agents.runs import RunFolder
@@ -102,6 +103,7 @@ class PruneResult:
             "latency": list(self.latency),
             "module_times": self.module_times
             and {name: profile.to_json() for name, profile in self.module_times.items()},
+            "latency_budget": self.search.latency,
         }
 
 
@@ -114,6 +116,8 @@ def find_plan(
     clock: Callable[[], float] = time.perf_counter,
 ) -> SearchResult:
     """Let the searcher of the configuration make a plan, or read the plan file.
+
+    Where the budget is a latency, the plan is brought to it by measuring.
 
     Args:
         problem: Network, data and recovery.
@@ -137,7 +141,8 @@ def find_plan(
         progress=progress,
         clock=clock,
     )
-    return searcher_named(config.searcher_name)(problem, budget, settings)
+    found = searcher_named(config.searcher_name)(problem, budget, settings)
+    return within_measured_budget(problem, budget, found)
 
 
 def carry_out(
@@ -347,5 +352,7 @@ def describe(content: Mapping[str, Any]) -> str:
     lines = [format_table(rows), ""]
     blocks = content.get("blocks_left_out")  # results of version 0.1.0 have none
     lines += [f"blocks left out: {', '.join(blocks)}"] if blocks else []
+    kept = content.get("latency_budget")  # results of version 0.1.0 have none
+    lines += [kept["sentence"]] if kept else []
     lines += [f"{one['backend']}: {one['sentence']}" for one in content["latency"]]
     return "\n".join(lines).rstrip()

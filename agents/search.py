@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,8 @@ class SearchResult:
     budget on (searchers that also score plans above the budget, as steps on their way, begin later)."""
     improvements: list[Improvement] = field(default_factory=list)
     """The plans that were best for a while, the last of them the result; see :class:`~prunegym.agents.trail.Trail`."""
+    latency: dict[str, Any] | None = None
+    """For a latency budget: what was measured of the plan, see :mod:`prunegym.agents.latency_budget`."""
 
 
 Searcher: TypeAlias = Callable[[PruningProblem, Budget, SearchSettings], SearchResult]

@@ -81,12 +81,16 @@ class CostModel:
         """Input and output channels of each operation ``(operations,)`` for kept counts ``(groups,)``."""
         return self._in @ counts + self._in_fixed, self._out @ counts + self._out_fixed
 
+    def batch_shares(self, counts: Counts) -> NDArray[np.float64]:
+        """Share of the rows or heads that each operation still runs on ``(operations,)``."""
+        shares = np.ones(len(self._repeats))
+        np.multiply.at(shares, self._batch_row, (self._batch @ counts + self._batch_fixed) / self._batch_full)
+        return shares
+
     def operation_macs(self, counts: Counts) -> NDArray[np.float64]:
         """MACs of each operation ``(operations,)``."""
         fan_in, outputs = self.widths(counts)
-        macs = self._repeats * fan_in * outputs
-        np.multiply.at(macs, self._batch_row, (self._batch @ counts + self._batch_fixed) / self._batch_full)
-        return macs
+        return self._repeats * fan_in * outputs * self.batch_shares(counts)
 
     def soft_macs(self, counts: Tensor, left: Tensor) -> Tensor:
         """MACs at real-valued counts, which can be differentiated; at whole ones the same as :meth:`macs`.

@@ -181,19 +181,44 @@ def compare_latency(
         PruningError: a network does not run (or export) on these inputs, or the device or runtime is not
         there.
     """
-    settings = settings or LatencySettings()
+    with ready_to_measure(settings or LatencySettings()) as known:
+        inputs = with_batch(example_inputs, known.batch_size)
+        runs = {name: prepare_run(name, model, inputs, known) for name, model in models.items()}
+        samples = take_turns(runs, known, clock)
+    return {name: Latency.from_samples(times, known) for name, times in samples.items()}
+
+
+@contextmanager
+def ready_to_measure(settings: LatencySettings) -> Iterator[LatencySettings]:
+    """Lock the number of threads for a while; yields the settings with the number in force.
+
+    Raises:
+        PruningError: the runtime is not there.
+    """
     runtime_named(settings.backend).require()
     with _threads(settings.threads) as threads:
-        settings = replace(settings, threads=threads)
-        inputs = with_batch(example_inputs, settings.batch_size)
-        runs = {name: prepare_run(name, model, inputs, settings) for name, model in models.items()}
-        with torch.inference_mode(), _no_garbage_collection():
-            samples = _take_turns(runs, settings, clock)
-    return {name: Latency.from_samples(times, settings) for name, times in samples.items()}
+        yield replace(settings, threads=threads)
 
 
-def _take_turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock) -> dict[str, list[float]]:
-    """Warm up, then let each network take its turns; seconds per run of each turn, by network."""
+@torch.inference_mode()
+def take_turns(
+    runs: Mapping[str, Run], settings: LatencySettings, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Warm up, then let each network take its turns.
+
+    Args:
+        runs: from :func:`prepare_run`.
+        settings: how many turns, and for how long.
+        clock: gives seconds.
+
+    Returns:
+        Seconds per run of each turn, by network.
+    """
+    with _no_garbage_collection():
+        return _turns(runs, settings, clock)
+
+
+def _turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock) -> dict[str, list[float]]:
     longest = 0.0
     for _ in range(settings.warmup):
         longest = max(_seconds(run, clock) for run in runs.values())

@@ -1,73 +1,73 @@
-"""Latency of any plan without building it: layers timed once at a few widths, calibrated on whole networks.
+"""Latency of any plan without building it, learned from a few dozen networks of random widths that were measured.
 
-What lies between the layers (normalisation, activations, the cost of calling anything) cannot be timed alone.
-So a few whole networks are measured too, and three non-negative factors are fitted to them: one for the
-layers, one for the elements that pass between them, and one for what no pruning removes. The prediction never
-falls when a group keeps more channels, so a budget can be met by bisection.
+What is measured is not layers alone but whole networks, in which every operation runs as it does in a pruned one:
+fused, on the memory layout that its neighbours leave, with the caches as they are. How far the table is off on plans
+that it has not seen is measured too, see :meth:`LatencyTable.check`.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json, write_json
-from prunegym.pruning.latency import LatencySettings, compare_latency, device_fingerprint
-from prunegym.pruning.layer_times import (
-    Floats,
-    LayerModel,
-    LayerShape,
-    LayerTimes,
-    Timer,
-    layer_grid,
-    layer_shapes,
-    time_layer,
-)
+from prunegym.pruning.latency import Latency, LatencySettings, device_fingerprint
+from prunegym.pruning.latency_samples import RealSampler, Sample, Sampler, draw_counts, random_counts
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.operation_model import OperationModel
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.speed_up import Reference, speed_up
 
-FORMAT = 1
+FORMAT = 2
 
-#: Keep ratios, lowest and highest, of the networks measured besides the unpruned one; drawn for each group.
-#: "mixed" has the awkward widths of real plans, "small" shows what cannot be removed. (A single channel
-#: everywhere would show it best, but breaks networks that squeeze dimensions of size 1.)
-_ANCHORS = {"mixed": (0.25, 1.0), "small": (0.125, 0.125)}
-#: Weight of the layers as timed against one measured network. Without it the fit could not tell the layers
-#: from the elements between them, which shrink together.
-_TRUST = 0.3
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
+SAMPLES = 32
+"""Networks that a table is learned from. Half as many for a runtime that compiles each for a minute."""
+_FEWEST = 4
+#: Share of the unpruned network's MACs that held-out plans keep.
+HELD_OUT_MACS = (0.25, 0.9)
 
-def median_seconds(
-    models: Mapping[str, nn.Module], inputs: tuple[Any, ...], settings: LatencySettings
-) -> dict[str, float]:
-    """Median seconds per run of each network, measured side by side."""
-    return {name: one.median for name, one in compare_latency(models, inputs, settings).items()}
+Ratio = Callable[[PruningPlan], float]
+"""Latency of a plan's network as a share of the unpruned one's."""
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Seconds of the unpruned network by what they go to.
+class TableError:
+    """How far a table was off on plans that it was not learned from."""
 
-    They add up to its measured latency or, where the runtime favours round widths, to more.
-    """
+    errors: tuple[float, ...]
+    """Of each plan: predicted over measured latency, minus 1. Both are shares of the unpruned network's, which ran
+    beside it."""
+    seed: int
+    """That the plans were drawn with."""
 
-    layers: float
-    elements: float
-    """Passing over what the layers put out: normalisation, activations, sums."""
-    fixed: float
-    """What no pruning removes."""
-    measured: Mapping[str, float]
-    """Seconds of the networks that this was fitted to; ``unpruned`` is one of them."""
+    @property
+    def median(self) -> float:
+        """Median of the absolute errors."""
+        return float(np.median(np.abs(self.errors)))
+
+    @property
+    def p95(self) -> float:
+        """95th percentile of the absolute errors."""
+        return float(np.quantile(np.abs(self.errors), 0.95))
+
+    def describe(self) -> str:
+        """Both in words."""
+        percentile = f"{self.p95:.1%} in the 95th percentile of {len(self.errors)} random plans"
+        return f"off by {self.median:.1%} in the median and {percentile}"
 
 
 class LatencyTable:
@@ -79,8 +79,8 @@ class LatencyTable:
         network: the network.
         settings: what was measured.
         fingerprint: device and settings at the time of measuring.
-        times: the layers, by shape.
-        calibration: fitted to the network.
+        samples: networks that were measured, the unpruned one first.
+        error: on other plans, if it was measured.
     """
 
     def __init__(
@@ -88,37 +88,56 @@ class LatencyTable:
         network: PrunableNetwork,
         settings: LatencySettings,
         fingerprint: Mapping[str, str | int],
-        times: Mapping[LayerShape, LayerTimes],
-        calibration: Calibration,
+        samples: Sequence[Sample],
+        error: TableError | None = None,
     ) -> None:
         self.settings = settings
         self.fingerprint = dict(fingerprint)
-        self.times = dict(times)
-        self.calibration = calibration
-        self._model = LayerModel(network, settings.batch_size, times)
-        sizes = network.graph.sizes
-        self._per_second = calibration.layers / _positive(self._model.seconds(sizes))
-        self._per_element = calibration.elements / _positive(self._model.elements(sizes))
-        self.full = float(calibration.measured["unpruned"])
-        """Measured latency of the unpruned network, seconds per run."""
-
-    def latency(self, counts: NDArray[np.int64]) -> float:
-        """Predicted seconds per run for kept counts ``(groups,)``.
-
-        Never falls when a count rises, is never above :attr:`full`, and is equal to it for the unpruned
-        network.
-        """
-        return min(self.full, float(self.operation_latency(counts).sum()) + self.calibration.fixed)
-
-    def operation_latency(self, counts: NDArray[np.int64]) -> Floats:
-        """Predicted seconds of each operation and of passing over what it puts out ``(operations,)``.
-
-        Together with ``calibration.fixed`` they add up to :meth:`latency`, unless that is bounded by
-        :attr:`full`.
-        """
-        return self._per_second * self._model.seconds(counts) + self._per_element * self._model.elements(
-            counts
+        self.samples = tuple(samples)
+        self.error = error
+        self._network = network
+        self._reference: Reference | None = None
+        counts = np.array([one.counts for one in samples])
+        self._model = OperationModel(
+            network,
+            settings.batch_size / batch_of(network),
+            counts,
+            np.array([one.operations for one in samples]),
         )
+        parts = np.array([self._model.seconds(one).sum() for one in counts])
+        self._scale, self.fixed = _whole_from_parts(parts, np.array([one.seconds for one in samples]))
+        self._best = fastest_widths(self._model, network.graph.sizes)
+        self.measured = float(samples[0].seconds)
+        """Measured latency of the unpruned network, seconds per run."""
+        self.full = self.latency(network.graph.sizes)
+        """Predicted latency of the unpruned network, which budgets are shares of."""
+
+    def prediction(self, counts: Counts) -> float:
+        """Seconds per run that a network with these counts ``(groups,)`` will take.
+
+        Kernels like some widths better than others, so it may fall where a group keeps more channels.
+        """
+        return float(self.operation_latency(counts).sum()) + self.fixed
+
+    def latency(self, counts: Counts) -> float:
+        """Seconds per run of the fastest network with these counts ``(groups,)`` or with wider groups.
+
+        That is what budgets are about. It stays the same while a group grows to a width that the runtime likes, so a
+        plan that takes all that it may for nothing has such widths, and its :meth:`prediction` is the same. Where it
+        falls when a count rises, it is by the errors of what was learned (1 % on the networks tried).
+        """
+        return self.prediction(self._widened(counts))
+
+    def _widened(self, counts: Counts) -> Counts:
+        """Counts of each group raised to where the network is fastest, if it is faster there than with fewer."""
+        return np.array([choices[count] for choices, count in zip(self._best, counts.tolist(), strict=True)])
+
+    def operation_latency(self, counts: Counts) -> Floats:
+        """Predicted seconds of each operation and what follows it ``(operations,)``.
+
+        Together with :attr:`fixed` they add up to :meth:`prediction`.
+        """
+        return self._scale * self._model.seconds(counts)
 
     @classmethod
     def measure(
@@ -128,47 +147,82 @@ class LatencyTable:
         *,
         progress: bool = True,
         cache: Path | None = None,
-        points: int = 5,
-        timer: Timer = median_seconds,
-    ) -> "LatencyTable":
-        """Time the layers of a network and calibrate on the network itself.
+        samples: int | None = None,
+        held_out: int = 0,
+        sampler: Sampler | None = None,
+    ) -> LatencyTable:
+        """Measure networks of random widths, and learn from them.
 
         Args:
             network: the network; it is not changed.
-            settings: how to measure whole networks; layers are repeated less often.
+            settings: how to measure.
             progress: show a progress bar on standard error.
-            cache: a folder for tables. One that was measured for the same layers, on the same device and
+            cache: a folder for tables. One that was measured for the same network, on the same device and
                 under the same settings, is read instead of measuring; a new one is kept there.
-            points: widths at which a layer is timed, per side, evenly spaced up to all channels.
-            timer: gives median seconds; tests bring their own.
+            samples: networks to measure; by default :data:`SAMPLES`.
+            held_out: other plans to measure, for :attr:`error`, unless that was done with as many.
+            sampler: measures them; tests bring their own.
 
         Raises:
-            PruningError: a layer or the network does not run under the settings, or the cached file is
-            damaged.
+            PruningError: a network does not run under the settings, or the cached file is damaged.
         """
-        if points < 2:
-            raise PruningError(f"`points` should be at least 2. Received {points}.")
         settings = settings or LatencySettings()
+        amount = samples or (SAMPLES if settings.backend != "compile" else SAMPLES // 2)
+        if amount < _FEWEST:
+            raise PruningError(f"`samples` should be at least {_FEWEST}. Received {samples}.")
+        batch_of(network)
         fingerprint = device_fingerprint(settings)
-        shapes = _distinct_shapes(network, settings)
-        key = json.dumps([FORMAT, fingerprint, points, [one.to_json() for one in shapes]], sort_keys=True)
-        path = cache and cache / f"latency_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        path = cache and cache / f"latency_{_digest(network, fingerprint, amount)}.json"
         if path is not None and path.exists():
-            return cls.load(path, network, settings)
-        total = sum(len(layer_grid(one, points)) for one in shapes) + 1
-        # the layers' random weights must not move the caller's generator
-        with (
-            torch.random.fork_rng(devices=[]),
-            tqdm(total=total, desc="latency", disable=not progress) as bar,
-        ):
-            times = {one: time_layer(one, points, settings, timer, bar.update) for one in shapes}
-            measured = dict(timer(_anchor_models(network), network.example_inputs, settings))
-            bar.update()
-        calibration = _calibrate(network, LayerModel(network, settings.batch_size, times), measured)
-        table = cls(network, settings, fingerprint, times, calibration)
-        if path is not None:
-            table.save(path)
+            table = cls.load(path, network, settings)
+        else:
+            sampler = sampler or RealSampler(network, settings)
+            drawn = draw_counts(network, amount, np.random.default_rng(0))
+            bar = tqdm(drawn, total=amount, desc="latency", unit="network", disable=not progress)
+            table = cls(network, settings, fingerprint, [sampler(counts) for counts in bar])
+            if path is not None:
+                table.save(path)
+        if held_out and (table.error is None or len(table.error.errors) != held_out):
+            table.check(held_out, progress=progress)
+            if path is not None:
+                table.save(path)
         return table
+
+    def check(
+        self, plans: int = 10, *, seed: int = 1, progress: bool = True, ratio: Ratio | None = None
+    ) -> TableError:
+        """Measure plans that the table was not learned from, and remember how far it is off.
+
+        Args:
+            plans: how many; they keep random shares of the MACs (:data:`HELD_OUT_MACS`).
+            seed: that they are drawn with.
+            progress: show a progress bar on standard error.
+            ratio: measures one beside the unpruned network; tests bring their own.
+        """
+        network, rng = self._network, np.random.default_rng([seed, plans])
+        ratio = ratio or self._measured_ratio
+        errors = []
+        for _ in tqdm(range(plans), desc="held-out plans", disable=not progress):
+            counts = random_counts(network, rng, macs=HELD_OUT_MACS)
+            plan = PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units))
+            predicted = self.prediction(counts) / self.prediction(network.graph.sizes)
+            errors.append(predicted / ratio(plan) - 1)
+        self.error = TableError(tuple(errors), seed)
+        return self.error
+
+    def beside(self, plan: PruningPlan) -> tuple[Latency, Latency]:
+        """Measure the unpruned network and that of a plan side by side, under the settings of the table.
+
+        Raises:
+            PruningError: one of them does not run.
+        """
+        network = self._network
+        if self._reference is None:
+            self._reference = Reference(network.model, network.example_inputs, self.settings)
+        return self._reference.beside(network.pruned(plan))
+
+    def _measured_ratio(self, plan: PruningPlan) -> float:
+        return 1 / speed_up(*self.beside(plan)).ratio
 
     def save(self, path: Path) -> None:
         """Write the table as JSON.
@@ -176,27 +230,19 @@ class LatencyTable:
         Raises:
             PruningError: the file cannot be written.
         """
-        layers = [
-            {
-                "shape": one.shape.to_json(),
-                "inputs": one.inputs,
-                "outputs": one.outputs,
-                "seconds": one.seconds,
-            }
-            for one in self.times.values()
-        ]
         content = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "calibration": self.calibration,
-            "layers": layers,
+            "network": _signature(self._network),
+            "samples": self.samples,
+            "error": self.error,
         }
         write_json(path, content, argument="cache")
 
     @classmethod
     def load(
         cls, path: Path, network: PrunableNetwork, settings: LatencySettings | None = None
-    ) -> "LatencyTable":
+    ) -> LatencyTable:
         """Read a table that :meth:`save` wrote.
 
         Args:
@@ -205,8 +251,7 @@ class LatencyTable:
             settings: what it should have been measured under.
 
         Raises:
-            PruningError: not a table, or measured on another device, under other settings or for other
-            layers.
+            PruningError: not a table, or measured on another device, under other settings or for another network.
         """
         settings = settings or LatencySettings()
         content = read_json(path, argument="cache")
@@ -214,10 +259,9 @@ class LatencyTable:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             fingerprint = dict(content["fingerprint"])
-            calibration = _read_calibration(content["calibration"])
-            stored = {_key(one["shape"]): _read_times(one) for one in content["layers"]}
-            if len({times[2].shape for times in stored.values()}) != 1:
-                raise ValueError("layers with different numbers of widths")
+            signature = str(content["network"])
+            samples = _read_samples(content["samples"])
+            error = None if content["error"] is None else _read_error(content["error"])
         except (AttributeError, KeyError, TypeError, ValueError) as fault:
             raise PruningError(
                 f"`cache` should be an undamaged latency table of format {FORMAT}. Received '{path}' "
@@ -234,80 +278,97 @@ class LatencyTable:
                 f"`cache` should be measured on this device under these settings. Received '{path}' with "
                 f"{', '.join(other)}. Measure a new table, or ask for the settings of the file."
             )
-        shapes = _distinct_shapes(network, settings)
-        missing = [one for one in shapes if _key(one.to_json()) not in stored]
-        if missing:
+        if signature != _signature(network):
             raise PruningError(
-                f"`cache` should be measured for this network. Received '{path}', which lacks "
-                f"{len(missing)} of {len(shapes)} layers, such as a {missing[0].kind} of "
-                f"{missing[0].inputs} to {missing[0].outputs} channels. Measure a new table."
+                f"`cache` should be measured for this network. Received '{path}', which was measured for one with "
+                "other layers or channel groups. Measure a new table."
             )
-        times = {one: LayerTimes(one, *stored[_key(one.to_json())]) for one in shapes}
-        return cls(network, settings, fingerprint, times, calibration)
+        return cls(network, settings, fingerprint, samples, error)
 
 
-def _positive(amounts: Floats) -> float:
-    """Their sum, or a number to divide zero by."""
-    return float(amounts.sum()) or 1.0
+def batch_of(network: PrunableNetwork) -> int:
+    """Examples in the example input.
+
+    Raises:
+        PruningError: its first input has no batch dimension.
+    """
+    first = network.example_inputs[0]
+    if not isinstance(first, Tensor) or first.ndim == 0 or first.shape[0] == 0:
+        raise PruningError(
+            "`network` should have an example input whose first tensor has a batch dimension. Received "
+            f"{type(first).__name__}. Make the PrunableNetwork with one."
+        )
+    return first.shape[0]
 
 
-def _distinct_shapes(network: PrunableNetwork, settings: LatencySettings) -> list[LayerShape]:
-    return list(dict.fromkeys(one for one in layer_shapes(network, settings.batch_size) if one is not None))
+def fastest_widths(model: OperationModel, sizes: Counts) -> list[list[int]]:
+    """For each group and each count of it, the count from there on at which the network is fastest.
+
+    Which one that is depends little on the other groups: it is taken with all of them at full and at half width.
+
+    Args:
+        model: predicts.
+        sizes: channels of each group ``(groups,)``.
+
+    Returns:
+        For each group a list over counts from 0; of counts that are equally fast the largest.
+    """
+    best = []
+    for group, size in enumerate(sizes.tolist()):
+        widths = np.arange(1, size + 1)
+        seconds = np.zeros(size)
+        for others in (sizes, np.maximum(1, sizes // 2)):
+            counts = np.tile(others, (size, 1))
+            counts[:, group] = widths
+            seconds += model.totals(counts)
+        choices, fastest = [0] * (size + 1), size
+        for width in range(size, 0, -1):
+            fastest = width if seconds[width - 1] < seconds[fastest - 1] else fastest
+            choices[width] = fastest
+        best.append(choices)
+    return best
 
 
-def _key(shape: Mapping[str, Any]) -> str:
-    return json.dumps(shape, sort_keys=True)
+def _whole_from_parts(parts: Floats, wholes: Floats) -> tuple[float, float]:
+    """Factor on the operations, and seconds outside of them, that give the time of whole networks."""
+    rows = np.stack([parts / wholes, 1 / wholes], axis=1)  # relative errors: small networks count as much
+    (scale, fixed), _ = nnls(rows, np.ones(len(wholes)))
+    return float(scale), float(fixed)
 
 
-def _anchors(network: PrunableNetwork) -> dict[str, NDArray[np.int64]]:
-    """Kept counts ``(groups,)`` of the networks to measure, by name; always the same for one network."""
-    rng = np.random.default_rng(0)
-    sizes = network.graph.sizes
-    counts = {"unpruned": sizes}
-    for name, (lowest, highest) in _ANCHORS.items():
-        ratios = rng.uniform(lowest, highest, len(sizes))
-        counts[name] = np.maximum(1, np.round(ratios * sizes)).astype(np.int64)
-    return counts
-
-
-def _anchor_models(network: PrunableNetwork) -> dict[str, nn.Module]:
-    """The networks to measure, by name."""
+def _signature(network: PrunableNetwork) -> str:
+    """Digest of all that decides how long a network takes besides the device: its layers, and how they are coupled."""
     graph = network.graph
-    scores = np.zeros(graph.units)  # which channels stay does not matter
-    return {
-        name: network.pruned(PruningPlan.from_scores(graph, counts, scores))
-        for name, counts in _anchors(network).items()
-    }
+    layers = [
+        (one.kind, one.weight, one.groups, one.kernel, one.stride, one.input_shape[1:], one.output_shape[1:])
+        for one in graph.operations
+    ]
+    sides = [[one.inputs.tolist(), one.outputs.tolist()] for one in graph.operations]
+    text = json.dumps([layers, sides, graph.sizes.tolist(), type(network.model).__qualname__])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _calibrate(network: PrunableNetwork, layers: LayerModel, measured: Mapping[str, float]) -> Calibration:
-    """Fit the three factors to the measured networks."""
-    sizes = network.graph.sizes
-    seconds, elements = _positive(layers.seconds(sizes)), _positive(layers.elements(sizes))
-    rows = [[_TRUST / seconds, 0.0, 0.0]]
-    for name, counts in _anchors(network).items():
-        share = [layers.seconds(counts).sum() / seconds, layers.elements(counts).sum() / elements, 1.0]
-        rows.append([one / measured[name] for one in share])  # relative errors: small networks count as much
-    factors, _ = nnls(np.array(rows), np.array([_TRUST, *[1.0] * (len(rows) - 1)]))
-    # met exactly: from below here, from above by the bound in `latency`
-    factors *= max(1.0, measured["unpruned"] / factors.sum())
-    return Calibration(float(factors[0]), float(factors[1]), float(factors[2]), dict(measured))
+def _digest(network: PrunableNetwork, fingerprint: Mapping[str, str | int], samples: int) -> str:
+    """Name of the file of a table."""
+    key = json.dumps([FORMAT, fingerprint, _signature(network), samples], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _read_calibration(content: Mapping[str, Any]) -> Calibration:
-    """Read a stored calibration; ValueError or TypeError if it is none."""
-    numbers = [float(content[name]) for name in ("layers", "elements", "fixed")]
-    measured = {str(name): float(value) for name, value in content["measured"].items()}
-    if not all(0 <= number < np.inf for number in numbers) or not 0 < measured["unpruned"] < np.inf:
-        raise ValueError(f"calibration {numbers}")
-    return Calibration(numbers[0], numbers[1], numbers[2], measured)
+def _read_samples(content: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    """Read stored samples; KeyError, TypeError or ValueError if they are none."""
+    samples: list[Sample] = []
+    for one in content:
+        counts = np.array(one["counts"], dtype=np.int64)
+        seconds, operations = float(one["seconds"]), np.array(one["operations"], dtype=np.float64)
+        first = samples[0] if samples else Sample(counts, seconds, operations)
+        same = counts.shape == first.counts.shape and operations.shape == first.operations.shape
+        if not same or not 0 < seconds < np.inf or not np.all(operations >= 0):
+            raise ValueError(f"a sample of {counts.shape} counts and {operations.shape} times")
+        samples.append(Sample(counts, seconds, operations))
+    if len(samples) < _FEWEST:
+        raise ValueError(f"{len(samples)} samples")
+    return samples
 
 
-def _read_times(content: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], Floats]:
-    """Read the stored times of one layer; ValueError or TypeError if they are none."""
-    inputs, outputs = (tuple(int(width) for width in content[side]) for side in ("inputs", "outputs"))
-    seconds = np.array(content["seconds"], dtype=np.float64)
-    rising = all(np.all(np.diff(side) > 0) and len(side) > 1 for side in (inputs, outputs))
-    if not rising or seconds.shape != (len(inputs), len(outputs)) or not np.all(seconds >= 0):
-        raise ValueError(f"times {seconds.shape} over {len(inputs)} x {len(outputs)} widths")
-    return inputs, outputs, seconds
+def _read_error(content: Mapping[str, Any]) -> TableError:
+    return TableError(tuple(float(one) for one in content["errors"]), int(content["seed"]))

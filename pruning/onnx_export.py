@@ -1,6 +1,7 @@
 """ONNX files and ONNX Runtime sessions; both are an optional extra."""
 
 import copy
+import io
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,9 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
 
-#: Opset and file version of the single layers written here; any ONNX Runtime that runs with numpy 2 reads
-#: them.
-_OPSET, _IR_VERSION = 18, 9
+#: Opset of quick exports: the newest that torch's older exporter knows well.
+_OPSET = 18
 #: Largest difference between ONNX Runtime and torch, as a share of the largest output.
 _TOLERANCE = 1e-3
 #: Sizes of the batches on which an exported file is checked: the smallest, and two that the exporter never saw.
@@ -121,19 +121,47 @@ def _as_tuple(inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-def onnx_bytes(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool = False) -> bytes:
+def _quick_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> bytes:
+    """The file that torch's older exporter writes, or nothing if there is none."""
+    buffer: Any = io.BytesIO()  # torch's types know of files only
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # that it is the older one
+            torch.onnx.export(model, inputs, buffer, dynamo=False, opset_version=_OPSET)
+    except Exception:  # it, and the versions of torch that no longer have it, may raise anything
+        return b""
+    return bytes(buffer.getvalue())
+
+
+def on_cpu(
+    model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A copy of a network in evaluation mode, and inputs for it, both on the CPU in one data type."""
+
+    def place(leaf: Tensor) -> Tensor:
+        return leaf.cpu().to(dtype) if leaf.is_floating_point() else leaf.cpu()
+
+    placed: tuple[Any, ...] = tree_map_only(Tensor, place, inputs)
+    return copy.deepcopy(model).to(dtype).cpu().eval(), placed
+
+
+def onnx_bytes(
+    model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool = False, quick: bool = False
+) -> bytes:
     """Serialise a network that is on the CPU and in eval mode.
 
     Args:
         model: the network.
         inputs: example inputs; without ``dynamic_batch`` the file takes these sizes only.
         dynamic_batch: leave the batch size open.
+        quick: use torch's older exporter where it is there and takes the network. It needs a tenth of the time, and
+            the files run as fast; for files that are run and thrown away.
 
     Raises:
         PruningError: torch cannot export the network.
     """
-    if not dynamic_batch and isinstance(model, nn.Linear | nn.modules.conv._ConvNd):
-        return _single_layer(model, inputs[0])
+    if quick and (quickly := _quick_bytes(model, inputs)):
+        return quickly
     # torch.export would take a batch of one for a constant
     inputs = with_batch(inputs, 2) if dynamic_batch else inputs
     shapes = batch_shapes(inputs) if dynamic_batch else None
@@ -152,54 +180,6 @@ def onnx_bytes(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool
             "or rewrite what the message names."
         ) from fault
     return data
-
-
-def _single_layer(layer: nn.Module, data: Tensor) -> bytes:
-    """Write a convolution or linear layer directly.
-
-    torch's exporter takes a second for each, and a latency table times hundreds.
-    """
-    from onnx import TensorProto, helper, numpy_helper
-
-    assert isinstance(layer.weight, Tensor)
-    constants = {"weight": layer.weight}
-    if isinstance(layer.bias, Tensor):
-        constants["bias"] = layer.bias
-    kind = "MatMul"
-    attributes: dict[str, Any] = {}
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        assert not isinstance(layer.padding, str)
-        kind = "ConvTranspose" if layer.transposed else "Conv"
-        attributes = {
-            "strides": list(layer.stride),
-            "pads": [*layer.padding, *layer.padding],
-            "dilations": list(layer.dilation),
-            "group": layer.groups,
-        }
-        if layer.transposed:
-            attributes["output_padding"] = list(layer.output_padding)
-    elif data.ndim == 2:
-        kind = "Gemm"
-        attributes = {"transB": 1}
-    else:
-        constants["weight"] = layer.weight.t()
-    values = {name: tensor.detach().numpy() for name, tensor in constants.items()}
-    nodes = [helper.make_node(kind, ["x", *values], ["y"], **attributes)]
-    if kind == "MatMul" and "bias" in values:
-        nodes = [
-            helper.make_node(kind, ["x", "weight"], ["product"]),
-            helper.make_node("Add", ["product", "bias"], ["y"]),
-        ]
-    graph = helper.make_graph(
-        nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(data.shape))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def open_session(data: bytes, threads: int, *, device: str = "cpu", profile: Path | None = None) -> Any:

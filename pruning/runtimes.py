@@ -24,6 +24,7 @@ from prunegym.pruning.onnx_export import (
     check_provider,
     feeds_for,
     has_provider,
+    on_cpu,
     onnx_bytes,
     open_session,
     require_onnx,
@@ -104,14 +105,14 @@ def runtime_named(name: str) -> Runtime:
 
 
 def _eager(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
-    twin, moved = _placed(model, inputs, settings)
+    twin, moved = on_device(model, inputs, settings)
     return _waiting(lambda: twin(*moved), settings.device)
 
 
 def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
     if settings.device.startswith("cpu"):
         _require_compiler()
-    twin, moved = _placed(model, inputs, settings)
+    twin, moved = on_device(model, inputs, settings)
 
     def call(*arguments: Any) -> Any:
         return twin(*arguments)
@@ -123,7 +124,7 @@ def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) 
     return _waiting(lambda: compiled(*moved), settings.device)
 
 
-def _placed(
+def on_device(
     model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings
 ) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of a network and its inputs on the device, in the data type asked for."""
@@ -167,9 +168,12 @@ def _require_compiler() -> None:
 
 def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
     check_provider(settings.device)  # before an export that takes seconds
-    inputs, data = _exported(model, inputs, half=settings.dtype == "float16")
-    session = open_session(data, settings.threads or torch.get_num_threads(), device=settings.device)
-    feeds = session_feeds(session, inputs)
+    dtype = torch.float16 if settings.dtype == "float16" else torch.float32
+    twin, placed = on_cpu(model, inputs, dtype)
+    session = open_session(
+        onnx_bytes(twin, placed), settings.threads or torch.get_num_threads(), device=settings.device
+    )
+    feeds = session_feeds(session, placed)
     if settings.device.startswith("cpu"):
         return lambda: session.run(None, feeds)
     return _bound(session, feeds, settings.device)
@@ -194,17 +198,6 @@ def _bound(session: Any, feeds: Mapping[str, Any], device: str) -> Run:
     return run
 
 
-def _exported(
-    model: nn.Module, inputs: tuple[Any, ...], *, half: bool = False
-) -> tuple[tuple[Any, ...], bytes]:
-    """Inputs on the CPU, and the network as an ONNX file that takes them."""
-    dtype = torch.float16 if half else torch.float32
-    placed: tuple[Any, ...] = tree_map_only(
-        Tensor, lambda leaf: leaf.cpu().to(dtype) if leaf.is_floating_point() else leaf.cpu(), inputs
-    )
-    return placed, onnx_bytes(copy.deepcopy(model).to(dtype).cpu().eval(), placed)
-
-
 # ---- OpenVINO
 
 #: What OpenVINO calls data types.
@@ -212,15 +205,37 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def _openvino(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
+    twin, placed = on_cpu(model, inputs, torch.float32)
+    run, _ = compile_openvino(onnx_bytes(twin, placed), placed, settings)
+    return run
+
+
+def compile_openvino(
+    data: bytes, inputs: tuple[Any, ...], settings: RunSettings, *, watched: bool = False
+) -> tuple[Run, Any]:
+    """Make an ONNX file ready to run in OpenVINO.
+
+    Args:
+        data: a serialised ONNX model.
+        inputs: on the CPU.
+        settings: data type and threads.
+        watched: keep the time of every node, in the ``profiling_info`` of the request.
+
+    Returns:
+        A function that runs it, and OpenVINO's request that does so.
+
+    Raises:
+        PruningError: the processor does not compute in the data type.
+    """
     import openvino
 
-    inputs, data = _exported(model, inputs)
     wanted = _PRECISIONS[settings.dtype]
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(settings.threads or torch.get_num_threads()),
         "INFERENCE_PRECISION_HINT": wanted,  # else it takes what it deems fastest
+        "PERF_COUNT": "YES" if watched else "NO",
     }
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model=data), "CPU", options)
@@ -232,7 +247,7 @@ def _openvino(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) 
         )
     request = compiled.create_infer_request()
     feeds = feeds_for([one.any_name for one in compiled.inputs], inputs)
-    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
+    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True), request
 
 
 def _require_openvino() -> None:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import Latency, drifted
+from prunegym.pruning.latency import (
+    Clock,
+    Latency,
+    LatencySettings,
+    drifted,
+    prepare_run,
+    ready_to_measure,
+    take_turns,
+)
+from prunegym.pruning.onnx_export import with_batch
+from prunegym.pruning.runtimes import Run
 
 LEVEL = 0.95
 _RESAMPLES = 2000
@@ -60,9 +74,6 @@ class SpeedUp:
 def speed_up(before: Latency, after: Latency) -> SpeedUp:
     """Compare two networks that were measured side by side.
 
-    The interval is that of the median of the turns' ratios, by a percentile bootstrap (Efron and Tibshirani, "An
-    Introduction to the Bootstrap", 1993).
-
     Args:
         before: latency of the unpruned network.
         after: latency of the pruned network, from the same :func:`.compare_latency`.
@@ -80,14 +91,64 @@ def speed_up(before: Latency, after: Latency) -> SpeedUp:
     # a clock too coarse for a tiny network may show no time at all
     floor = np.finfo(np.float64).tiny
     ratios = np.maximum(before.samples, floor) / np.maximum(after.samples, floor)
-    drawn = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
-    medians = np.median(ratios[drawn], axis=1)
-    low, high = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    ratio, low, high = median_interval(ratios)
     return SpeedUp(
-        ratio=float(np.median(ratios)),
+        ratio=ratio,
         low=low,
         high=high,
         turns=len(ratios),
         conditions=after.conditions,
         drift=max(before.drift, after.drift, key=abs),
     )
+
+
+def median_interval(samples: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
+    """Median of samples, and its interval by a percentile bootstrap.
+
+    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+
+    Returns:
+        The median, and the lower and upper end of its interval at :data:`LEVEL`.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    ends = np.quantile(np.median(values[drawn], axis=1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(np.median(values)), float(ends[0]), float(ends[1])
+
+
+class Reference:
+    """A network that others are measured beside, made ready for its runtime once.
+
+    Args:
+        model: the network; it is not changed.
+        example_inputs: as for :func:`.compare_latency`.
+        settings: how to measure.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...],
+        settings: LatencySettings,
+        *,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.settings = settings
+        self._model, self._example = model, example_inputs
+        self._clock = clock
+        self._run: Run | None = None
+
+    def beside(self, model: nn.Module) -> tuple[Latency, Latency]:
+        """Measure the network and another side by side.
+
+        Raises:
+            PruningError: one of them does not run, or the runtime is not there.
+        """
+        with ready_to_measure(self.settings) as settings:
+            inputs = with_batch(self._example, settings.batch_size)
+            self._run = self._run or prepare_run("the unpruned network", self._model, inputs, settings)
+            runs = {"before": self._run, "after": prepare_run("the pruned network", model, inputs, settings)}
+            samples = take_turns(runs, settings, self._clock)
+        before, after = (Latency.from_samples(times, settings) for times in samples.values())
+        return before, after

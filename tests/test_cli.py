@@ -15,6 +15,7 @@ import prunegym
 from prunegym.agents import cli, network_commands
 from prunegym.agents.cli import main, parse
 from prunegym.agents.config import TrainConfig
+from prunegym.agents.prune import describe
 
 #: Few images of everything: the numbers do not matter.
 FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
@@ -121,13 +122,16 @@ def test_inspect_lists_groups(run: Run, tmp_path: Path) -> None:
 
 
 def test_inspect_measures_latency_when_asked(run: Run, tmp_path: Path) -> None:
-    """The table is kept below the data root."""
-    flags = ["--latency", "--latency-threads", "1", "--data-root", tmp_path, "--device", "cpu"]
+    """The table is kept below the data root, with its error on other plans."""
+    flags = ["--latency", "--latency-threads", "1", "--data-root", tmp_path, "--device", "cpu", "--latency-plans", "2"]
     content = run("inspect", *NETWORK, *flags)
 
     assert 0 < content["reachable"]["latency"] <= 1
     assert content["latency_seconds"] > 0
-    assert list((tmp_path / "latency").glob("*.json"))
+    assert len(content["latency_error"]["errors"]) == 2
+    (table,) = (tmp_path / "latency").glob("*.json")
+    assert json.loads(table.read_text())["error"] == content["latency_error"]
+    assert run("inspect", *NETWORK, *flags[:-1], "0")["latency_error"] is None
     assert run("inspect", *NETWORK)["latency_seconds"] is None
 
 
@@ -305,6 +309,24 @@ def test_prune_saves_a_smaller_network(
 def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes seconds."""
     monkeypatch.setattr("prunegym.agents.prune.measure_speed", lambda *_: [])
+
+
+@pytest.mark.usefixtures("no_latency")
+def test_prune_to_a_latency_tells_what_was_measured_and_does_not_measure_again(
+    run: Run, weights: list[str], tmp_path: Path
+) -> None:
+    """Not even when it was interrupted after the search: a clock never says the same twice."""
+    flags = [*FEW, "--budget", "latency:0.9", "--latency-threads", "1", "--data-root", tmp_path / "root"]
+    flags += ["--searcher", "uniform", "--epochs", "0", "--out", tmp_path / "run"]
+
+    kept = run("prune", *weights, *flags)["latency_budget"]
+    (tmp_path / "run" / "result.json").unlink()
+    again = run("prune", *weights, *flags)
+
+    assert kept["asked"] == 0.9
+    assert kept["interval"][0] <= kept["measured"] <= kept["interval"][1]
+    assert again["latency_budget"] == kept
+    assert kept["sentence"] in describe(again)
 
 
 @pytest.mark.usefixtures("no_latency")

@@ -110,6 +110,7 @@ ELSEWHERE = {
     "out": "test_cli.py",
     "json": "test_cli.py",
     "latency": "test_cli.py",
+    "latency_plans": "test_cli.py",
     "test": "test_cli.py",
     "quick": "test_demo.py",
     "repeats": "test_compare.py",

@@ -1,42 +1,38 @@
-"""Latency tables, made with a timer that counts work instead of measuring time."""
+"""Latency tables of devices whose times are known: counted work in place of measured time."""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunegym.pruning.allocation import knapsack, project
+from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.latency import LatencySettings
-from prunegym.pruning.latency_table import LatencyTable
+from prunegym.pruning.latency_samples import Sample, random_counts
+from prunegym.pruning.latency_table import LatencyTable, TableError, fastest_widths
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.onnx_export import with_batch
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.widths import WidthRules, Widths
 from prunegym.pruning.zoo import build_network, input_shape_of
 
 Counts = NDArray[np.int64]
 NAMES = ("digits_resnet", "digits_vgg", "digits_mobilenet")
 #: Seconds per multiply-accumulate, per element that a layer puts out, and per run.
 PER_MAC, PER_ELEMENT, PER_RUN = 1e-9, 5e-9, 1e-4
-
-
-def work(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[float, int]:
-    """Multiply-accumulates by torch's own counter, and elements that the layers put out."""
-    elements: list[int] = []
-    layers = [one for one in model.modules() if isinstance(one, nn.modules.conv._ConvNd | nn.Linear)]
-    handles = [one.register_forward_hook(lambda *seen: elements.append(seen[2].numel())) for one in layers]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(*inputs)
-    for handle in handles:
-        handle.remove()
-    return counter.get_total_flops() / 2, sum(elements)
+#: How much longer a layer takes whose output width is no multiple of 8.
+ODD = 1.5
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,53 +44,65 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class WorkTimer:
-    """A device on which time is exactly proportional to work."""
-
-    def __call__(
-        self, models: Mapping[str, nn.Module], inputs: tuple[Any, ...], settings: LatencySettings
-    ) -> dict[str, float]:
-        return {name: self.seconds(name, model, inputs, settings) for name, model in models.items()}
-
-    def seconds(
-        self, name: str, model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings
-    ) -> float:
-        """A layer alone costs its multiply-accumulates; a network its elements and a constant besides."""
-        resized = with_batch(inputs, settings.batch_size)
-        if name == "layer":
-            assert [one.shape for one in resized] == [one.shape for one in inputs]
-        macs, elements = work(model, resized)
-        return PER_MAC * macs + (0 if name == "layer" else PER_ELEMENT * elements + PER_RUN)
+def pruned(network: PrunableNetwork, counts: Counts) -> nn.Module:
+    """A network with these counts."""
+    return network.pruned(PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units)))
 
 
-class NoisyTimer:
-    """A device that gives any time at all."""
+class Device:
+    """A device on which the time of a layer is proportional to its work, by torch's own counter.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        network: what is pruned.
+        odd: factor on the time of layers whose output width is no multiple of 8.
+        batch_size: examples per run.
+    """
+
+    def __init__(self, network: PrunableNetwork, odd: float = 1.0, batch_size: int = 1) -> None:
+        self.network = network
+        self.odd = odd
+        self.inputs = with_batch(network.example_inputs, batch_size)
+        self.measured = 0
+
+    def __call__(self, counts: Counts) -> Sample:
+        """Run the rebuilt network and add up its work."""
+        self.measured += 1
+        model = pruned(self.network, counts).eval()
+        modules = {path: one for path, one in model.named_modules() if path in self._paths}
+        elements: dict[str, int] = {}
+        handles = [
+            module.register_forward_hook(lambda *seen, at=path: elements.update({at: seen[2].numel()}))
+            for path, module in modules.items()
+        ]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*self.inputs)
+        for handle in handles:
+            handle.remove()
+        work = counter.get_flop_counts()
+        seconds = np.zeros(len(self._paths))
+        for number, path in enumerate(self._paths):
+            macs = sum(work[f"{type(model).__name__}.{path}"].values()) / 2
+            width = getattr(modules[path], "out_channels", getattr(modules[path], "out_features", 0))
+            factor = 1.0 if width % 8 == 0 else self.odd
+            seconds[number] = factor * (PER_MAC * macs + PER_ELEMENT * elements[path])
+        return Sample(counts, float(seconds.sum()) + PER_RUN, seconds)
+
+    @property
+    def _paths(self) -> list[str]:
+        return [one.module for one in self.network.graph.operations]
+
+
+class Noise:
+    """A device that takes any time at all."""
+
+    def __init__(self, network: PrunableNetwork, seed: int = 0) -> None:
+        self.operations = len(network.graph.operations)
         self.rng = np.random.default_rng(seed)
 
-    def __call__(
-        self, models: Mapping[str, nn.Module], inputs: tuple[Any, ...], settings: LatencySettings
-    ) -> dict[str, float]:
-        return dict(zip(models, self.rng.uniform(1e-4, 1e-2, len(models)).tolist(), strict=True))
-
-
-class NoisyCount(NoisyTimer):
-    """Counts the layers timed."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.calls = 0
-
-    def __call__(self, *arguments: Any) -> dict[str, float]:
-        self.calls += "layer" in arguments[0]
-        return super().__call__(*arguments)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """Always the same draws."""
-    return np.random.default_rng(0)
+    def __call__(self, counts: Counts) -> Sample:
+        """Draw times."""
+        seconds = self.rng.uniform(1e-5, 1e-3, self.operations)
+        return Sample(counts, float(seconds.sum()) + 1e-4, seconds)
 
 
 def prunable(name: str) -> PrunableNetwork:
@@ -115,107 +123,153 @@ def network(networks: dict[str, PrunableNetwork]) -> PrunableNetwork:
     return networks["digits_resnet"]
 
 
-def table_of(network: PrunableNetwork, timer: Any = None, **settings: Any) -> LatencyTable:
+def table_of(network: PrunableNetwork, sampler: Any = None, samples: int = 24, **settings: Any) -> LatencyTable:
     """A table made without measuring."""
-    return LatencyTable.measure(
-        network, LatencySettings(**settings), progress=False, timer=timer or WorkTimer()
-    )
+    known = LatencySettings(**settings)
+    sampler = sampler or Device(network, batch_size=known.batch_size)
+    return LatencyTable.measure(network, known, progress=False, samples=samples, sampler=sampler)
 
 
-def pruned(network: PrunableNetwork, counts: Counts) -> nn.Module:
-    """A network with these counts."""
-    return network.pruned(PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units)))
-
-
-def random_counts(network: PrunableNetwork, rng: np.random.Generator) -> Counts:
-    """Any number of channels in each group."""
-    return rng.integers(1, network.graph.sizes, endpoint=True)
+@pytest.fixture(scope="module")
+def noisy(network: PrunableNetwork) -> LatencyTable:
+    """A table of a device that takes any time at all."""
+    return table_of(network, Noise(network), samples=6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("name", NAMES)
-def test_prediction_is_the_sum_over_the_rebuilt_network(
-    name: str, batch_size: int, networks: dict[str, PrunableNetwork], rng: np.random.Generator
-) -> None:
-    """Where time is proportional to work, the table must be exact for every plan."""
+def test_new_plans_are_predicted(name: str, batch_size: int, networks: dict[str, PrunableNetwork]) -> None:
+    """Where time is proportional to work, nearly exactly, with the part that no pruning removes."""
     network = networks[name]
-    table = table_of(network, batch_size=batch_size)
+    table, rng = table_of(network, batch_size=batch_size), np.random.default_rng(3)
+    device = Device(network, batch_size=batch_size)
 
     for counts in [network.graph.sizes, *(random_counts(network, rng) for _ in range(4))]:
-        macs, elements = work(pruned(network, counts), with_batch(network.example_inputs, batch_size))
-        expected = PER_MAC * macs + PER_ELEMENT * elements + PER_RUN
-
-        assert table.latency(counts) == pytest.approx(expected, rel=1e-6)
-
-
-def test_factors_are_found(network: PrunableNetwork) -> None:
-    """What layers, elements and the rest cost the unpruned network is told apart."""
-    macs, elements = work(network.model, with_batch(network.example_inputs, 1))
-
-    found = table_of(network).calibration
-
-    assert found.layers == pytest.approx(PER_MAC * macs, rel=1e-6)
-    assert found.elements == pytest.approx(PER_ELEMENT * elements, rel=1e-6)
-    assert found.fixed == pytest.approx(PER_RUN, rel=1e-6)
+        assert table.prediction(counts) == pytest.approx(device(counts).seconds, rel=0.03)
+    assert table.fixed == pytest.approx(PER_RUN, rel=0.1)
+    assert table.measured == pytest.approx(device(network.graph.sizes).seconds)
 
 
-def test_operations_and_the_fixed_part_add_up(network: PrunableNetwork, rng: np.random.Generator) -> None:
-    """The share of each operation is a feature of the graph."""
-    table, counts = table_of(network), random_counts(network, rng)
+def test_operations_and_the_fixed_part_add_up(network: PrunableNetwork) -> None:
+    """The share of each operation can be told."""
+    table, counts = table_of(network), random_counts(network, np.random.default_rng(0))
 
     parts = table.operation_latency(counts)
 
-    assert parts.shape == (len(network.graph.operations),)
-    assert parts.sum() + table.calibration.fixed == pytest.approx(table.latency(counts))
+    assert parts == pytest.approx(Device(network)(counts).operations, rel=0.1)
+    assert parts.sum() + table.fixed == pytest.approx(table.prediction(counts))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_unpruned_network_is_predicted_as_measured(network: PrunableNetwork, seed: int) -> None:
-    """Whatever the layers alone took."""
-    table = table_of(network, NoisyTimer(seed))
+def test_latency_is_that_of_a_wider_network_where_it_is_faster(networks: dict[str, PrunableNetwork]) -> None:
+    """On a device that likes multiples of 8: 23 channels are no cheaper than 24 are."""
+    network = networks["digits_vgg"]
+    table, device = table_of(network, Device(network, odd=ODD)), Device(network, odd=ODD)
+    odd, even = np.array([15, 15, 23, 23, 55]), np.array([16, 16, 24, 24, 56])
 
-    assert table.full == table.calibration.measured["unpruned"]
-    assert table.latency(network.graph.sizes) == pytest.approx(table.full, rel=1e-12)
-    assert table.latency(network.graph.sizes) <= table.full
+    assert device(even).seconds < device(odd).seconds
+    assert table.prediction(odd) == pytest.approx(device(odd).seconds, rel=0.1)
+    assert table.latency(odd) == pytest.approx(table.latency(even), rel=0.02)
+    assert table.latency(even) == pytest.approx(device(even).seconds, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.45, 0.6, 0.8])
+def test_plans_for_a_latency_budget_have_the_widths_that_the_device_likes(
+    share: float, networks: dict[str, PrunableNetwork]
+) -> None:
+    """Because these cost nothing more, whoever allocates; and the budget holds for what is predicted too."""
+    network = networks["digits_vgg"]
+    device, sizes = Device(network, odd=ODD), network.graph.sizes
+    table = table_of(network, device)
+    limit = apply_budget(Budget("latency", share), network.costs, Widths.free(sizes), table)
+    scores = np.random.default_rng(0).random(network.graph.units)
+
+    for counts in (
+        project(np.full(len(sizes), 0.5), limit, Widths.free(sizes)),
+        knapsack(scores, network.graph.group_of, limit, Widths.free(sizes)),
+    ):
+        seconds = device(counts).seconds
+
+        assert table.prediction(counts) <= 1.02 * limit.most
+        assert 0.9 * share < seconds / table.measured < 1.1 * share
+        for group, size in enumerate(sizes.tolist()):
+            wider = [np.where(np.arange(len(sizes)) == group, width, counts) for width in range(8, size + 1, 8)]
+            assert all(device(one).seconds > 0.95 * seconds for one in wider if one[group] > counts[group])
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", range(3))
-def test_prediction_never_falls_when_a_group_keeps_more(
-    name: str, seed: int, networks: dict[str, PrunableNetwork]
-) -> None:
-    """Bisection on a budget needs this, and noise does not care."""
+def test_latency_hardly_ever_falls_when_a_group_keeps_more(name: str, networks: dict[str, PrunableNetwork]) -> None:
+    """Though the device likes multiples of 8; and it never exceeds what is predicted at full width."""
     network = networks[name]
-    table = table_of(network, NoisyTimer(seed))
-    rng = np.random.default_rng(seed)
-    for _ in range(20):
-        counts = np.ones_like(network.graph.sizes)
-        last = table.latency(counts)
-        while (open_groups := np.flatnonzero(counts < network.graph.sizes)).size:
-            chosen = rng.choice(open_groups, max(1, open_groups.size // 2), replace=False)
-            counts[chosen] = rng.integers(counts[chosen] + 1, network.graph.sizes[chosen], endpoint=True)
-            latency = table.latency(counts)
+    table = table_of(network, Device(network, odd=ODD))
+    rng, sizes = np.random.default_rng(0), network.graph.sizes
+    for _ in range(100):
+        counts = rng.integers(1, sizes, endpoint=True)
+        more = rng.integers(counts, sizes, endpoint=True)
 
-            assert last <= latency * (1 + 1e-12)
-            last = latency
+        assert table.latency(counts) <= 1.03 * table.latency(more)
+    assert table.full == table.prediction(sizes)
 
 
-def test_equal_layers_are_timed_once(networks: dict[str, PrunableNetwork]) -> None:
-    """Also when the network is deep: time to measure grows with the kinds of layers only."""
-    timers = {}
-    for name in ("cifar_resnet20", "cifar_resnet32"):
-        deep = PrunableNetwork(build_network(name), torch.zeros(1, 3, 32, 32), check=False)
-        timers[name] = NoisyCount()
-        table_of(deep, timers[name])
+@given(seconds=st.lists(st.integers(1, 5).map(float), min_size=1, max_size=12))
+def test_fastest_width_is_the_largest_of_the_best_wider_ones(seconds: list[float]) -> None:
+    """Against a search over all of them, for a network of one group."""
 
-    assert timers["cifar_resnet20"].calls == timers["cifar_resnet32"].calls < 200
+    class Model:
+        def totals(self, counts: Counts) -> NDArray[np.float64]:
+            return np.array(seconds)[counts[:, 0] - 1]
+
+    (best,) = fastest_widths(Model(), np.array([len(seconds)]))  # type: ignore[arg-type]
+
+    for width in range(1, len(seconds) + 1):
+        wider = range(width, len(seconds) + 1)
+        assert best[width] == max(wider, key=lambda one: (-seconds[one - 1], one))
+
+
+def test_budget_on_a_noisy_table_still_ends_within_the_budget(noisy: LatencyTable, network: PrunableNetwork) -> None:
+    """Whatever was measured, with rules on widths too."""
+    widths = WidthRules(align=4).apply(network.graph)
+    least = noisy.latency(widths.smallest) / noisy.full
+    limit = apply_budget(Budget("latency", (1 + least) / 2), network.costs, widths, noisy)
+
+    for seed in range(5):
+        counts = project(np.random.default_rng(seed).random(len(network.graph.sizes)), limit, widths)
+
+        assert limit.holds(counts)
+        assert widths.allow(counts).all()
+
+
+def test_error_is_that_of_plans_it_was_not_learned_from(network: PrunableNetwork) -> None:
+    """Predicted and measured shares of the unpruned latency, on a device that is a tenth slower when it is pruned."""
+    table, device = table_of(network), Device(network)
+    full = device(network.graph.sizes).seconds
+
+    def ratio(plan: PruningPlan) -> float:
+        return 1.1 * device(network.counts(plan)).seconds / full
+
+    error = table.check(10, progress=False, ratio=ratio)
+
+    assert len(error.errors) == 10
+    assert error.errors == pytest.approx([1 / 1.1 - 1] * 10, abs=0.02)
+    assert table.error == error
+    assert error.describe().startswith("off by 9.")
+    assert "95th percentile of 10 random plans" in error.describe()
+
+
+def test_error_is_summarised_by_its_median_and_95th_percentile() -> None:
+    """Of absolute values, against numpy."""
+    errors = tuple(np.random.default_rng(0).normal(0, 0.1, 30).tolist())
+
+    found = TableError(errors, 0)
+
+    assert found.median == pytest.approx(np.median(np.abs(errors)))
+    assert found.p95 == pytest.approx(np.percentile(np.abs(errors), 95))
 
 
 def test_measuring_draws_no_random_numbers_of_the_caller(network: PrunableNetwork) -> None:
     """Results must not depend on whether a table was cached."""
     before = torch.get_rng_state()
 
-    table_of(network, NoisyTimer(0))
+    table_of(network, Noise(network), samples=6)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -223,7 +277,7 @@ def test_measuring_draws_no_random_numbers_of_the_caller(network: PrunableNetwor
 def test_prediction_is_quick() -> None:
     """It is called at every step of every bisection; the bound leaves room for a busy machine."""
     deep = PrunableNetwork(build_network("cifar_resnet56"), torch.zeros(1, 3, 32, 32), check=False)
-    table, counts = table_of(deep, NoisyTimer(0)), deep.graph.sizes
+    table, counts = table_of(deep, Noise(deep), samples=4), deep.graph.sizes
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -239,45 +293,48 @@ def test_real_measurement_is_sane(networks: dict[str, PrunableNetwork]) -> None:
     settings = LatencySettings(threads=1, repeats=5, warmup=1)
     threads = torch.get_num_threads()
 
-    table = LatencyTable.measure(network, settings, progress=False, points=3)
+    table = LatencyTable.measure(network, settings, progress=False, samples=4, held_out=1)
 
     smallest = table.latency(np.ones_like(network.graph.sizes))
     assert 0 < smallest <= table.full < 10
     assert torch.get_num_threads() == threads
+    assert table.error is not None
+    assert len(table.error.errors) == 1
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- files
 
 
-def test_saved_table_predicts_the_same(
-    network: PrunableNetwork, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    """To the last bit."""
-    table = table_of(network, NoisyTimer(0))
+def test_saved_table_predicts_the_same(noisy: LatencyTable, network: PrunableNetwork, tmp_path: Path) -> None:
+    """To the last bit, and its error is kept."""
+    noisy.check(3, progress=False, ratio=lambda _: 0.5)
 
-    table.save(tmp_path / "table.json")
+    noisy.save(tmp_path / "table.json")
     loaded = LatencyTable.load(tmp_path / "table.json", network)
 
-    assert loaded.full == table.full
-    assert loaded.calibration == table.calibration
-    for counts in (random_counts(network, rng) for _ in range(10)):
-        assert loaded.latency(counts) == table.latency(counts)
+    assert (loaded.full, loaded.fixed, loaded.measured) == (noisy.full, noisy.fixed, noisy.measured)
+    assert loaded.error == noisy.error
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        counts = rng.integers(1, network.graph.sizes, endpoint=True)
+
+        assert loaded.prediction(counts) == noisy.prediction(counts)
 
 
 def test_cached_table_is_not_measured_again(network: PrunableNetwork, tmp_path: Path) -> None:
     """The folder holds one file for each network, device and settings."""
 
-    def refuse(*_: Any) -> dict[str, float]:
+    def refuse(_: Counts) -> Sample:
         raise AssertionError("measured again")
 
-    def measure(timer: Any, **settings: Any) -> LatencyTable:
+    def measure(sampler: Any, **settings: Any) -> LatencyTable:
         return LatencyTable.measure(
-            network, LatencySettings(**settings), progress=False, cache=tmp_path / "cache", timer=timer
+            network, LatencySettings(**settings), progress=False, cache=tmp_path / "cache", samples=4, sampler=sampler
         )
 
-    first = measure(NoisyTimer(0))
+    first = measure(Noise(network, 0))
     again = measure(refuse)
-    other = measure(NoisyTimer(1), batch_size=2)
+    other = measure(Noise(network, 1), batch_size=2)
 
     assert again.full == first.full != other.full
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -285,12 +342,12 @@ def test_cached_table_is_not_measured_again(network: PrunableNetwork, tmp_path: 
 
 def test_damaged_cache_is_refused(network: PrunableNetwork, tmp_path: Path) -> None:
     """With the file to delete."""
-    LatencyTable.measure(network, progress=False, cache=tmp_path, timer=NoisyTimer(0))
+    LatencyTable.measure(network, progress=False, cache=tmp_path, samples=4, sampler=Noise(network))
     (file,) = tmp_path.iterdir()
     file.write_text("{}")
 
     with pytest.raises(PruningError, match=rf"{file.name}.*Delete it and measure again"):
-        LatencyTable.measure(network, progress=False, cache=tmp_path, timer=NoisyTimer(0))
+        LatencyTable.measure(network, progress=False, cache=tmp_path, samples=4, sampler=Noise(network))
 
 
 def _set(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -308,31 +365,28 @@ def _set(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_set("format", value=99), "undamaged latency table of format 1.*format 99"),
-        (_set("layers", value=None), "undamaged latency table.*TypeError"),
-        (_set("calibration", value={}), "undamaged latency table.*KeyError: 'layers'"),
-        (_set("calibration", "fixed", value=-1.0), "undamaged latency table.*calibration"),
-        (_set("calibration", "measured", value=3), "undamaged latency table.*AttributeError"),
-        (_set("layers", 0, "seconds", value=[[1.0]]), r"undamaged latency table.*times \(1, 1\) over"),
-        (_set("layers", 0, "seconds", 0, value=[None] * 5), r"undamaged latency table.*times \(5, 5\) over"),
-        (_set("layers", 0, "inputs", value=[3, 2, 1, 4, 5]), "undamaged latency table.*times"),
-        (
-            _set(
-                "layers", 0, value={"shape": {}, "inputs": [1, 2], "outputs": [1, 2], "seconds": [[1, 1]] * 2}
-            ),
-            "different numbers of widths",
-        ),
+        (_set("format", value=99), "undamaged latency table of format 2.*format 99"),
+        (_set("samples", value=None), "undamaged latency table.*TypeError"),
+        (_set("samples", value=[]), "undamaged latency table.*0 samples"),
+        (_set("samples", 0, value={}), "undamaged latency table.*KeyError: 'counts'"),
+        (_set("samples", 0, "seconds", value=-1.0), "undamaged latency table.*a sample of"),
+        (_set("samples", 0, "operations", 0, value=None), "undamaged latency table.*a sample of"),
+        (_set("samples", 1, "counts", value=[1, 2]), "undamaged latency table.*a sample of"),
+        (_set("error", value=3), "undamaged latency table.*TypeError"),
         (_set("fingerprint", "threads", value=999), "measured on this device.*threads 999 instead of"),
         (_set("fingerprint", "device_name", value="abacus"), "device_name 'abacus' instead of.*new table"),
         (_set("fingerprint", "torch", value="0.1"), "torch '0.1' instead of"),
-        (_set("layers", 0, "shape", "stride", value=[7, 7]), "measured for this network.*lacks 1 of"),
     ],
 )
 def test_unfitting_table_is_refused(
-    network: PrunableNetwork, tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+    noisy: LatencyTable,
+    network: PrunableNetwork,
+    tmp_path: Path,
+    edit: Callable[[dict[str, Any]], None],
+    message: str,
 ) -> None:
-    """Damage, another device and another network each have their message."""
-    table_of(network, NoisyTimer(0)).save(tmp_path / "table.json")
+    """Damage, and another device, each have their message."""
+    noisy.save(tmp_path / "table.json")
     content = json.loads((tmp_path / "table.json").read_text())
     edit(content)
     (tmp_path / "table.json").write_text(json.dumps(content))
@@ -343,19 +397,19 @@ def test_unfitting_table_is_refused(
 
 def test_table_of_other_settings_is_refused(network: PrunableNetwork, tmp_path: Path) -> None:
     """The message says which."""
-    table_of(network, NoisyTimer(0), batch_size=4).save(tmp_path / "table.json")
+    table_of(network, Noise(network), samples=4, batch_size=4).save(tmp_path / "table.json")
 
-    with pytest.raises(
-        PruningError, match=r"table.json' with batch_size 4 instead of 1\. Measure a new table"
-    ):
+    with pytest.raises(PruningError, match=r"table.json' with batch_size 4 instead of 1\. Measure a new table"):
         LatencyTable.load(tmp_path / "table.json", network)
 
 
-def test_table_of_another_network_is_refused(networks: dict[str, PrunableNetwork], tmp_path: Path) -> None:
-    """The message names a layer that was not measured."""
-    table_of(networks["digits_resnet"], NoisyTimer(0)).save(tmp_path / "table.json")
+def test_table_of_another_network_is_refused(
+    noisy: LatencyTable, networks: dict[str, PrunableNetwork], tmp_path: Path
+) -> None:
+    """Its layers were never measured."""
+    noisy.save(tmp_path / "table.json")
 
-    with pytest.raises(PruningError, match=r"measured for this network.*such as a convolution of \d+ to \d+"):
+    with pytest.raises(PruningError, match=r"measured for this network.*other layers or channel groups"):
         LatencyTable.load(tmp_path / "table.json", networks["digits_vgg"])
 
 
@@ -365,10 +419,10 @@ def test_missing_table_is_refused(network: PrunableNetwork, tmp_path: Path) -> N
         LatencyTable.load(tmp_path / "table.json", network)
 
 
-def test_one_point_is_refused(network: PrunableNetwork) -> None:
-    """Nothing lies between one point."""
-    with pytest.raises(PruningError, match="`points` should be at least 2. Received 1"):
-        LatencyTable.measure(network, points=1, progress=False, timer=NoisyTimer(0))
+def test_too_few_samples_are_refused(network: PrunableNetwork) -> None:
+    """Nothing can be learned from three networks."""
+    with pytest.raises(PruningError, match="`samples` should be at least 4. Received 3"):
+        LatencyTable.measure(network, samples=3, progress=False, sampler=Noise(network))
 
 
 def test_network_without_a_batch_is_refused() -> None:
@@ -386,4 +440,4 @@ def test_network_without_a_batch_is_refused() -> None:
     network = PrunableNetwork(Wrapped(), ({"x": torch.randn(2, 3)},))
 
     with pytest.raises(PruningError, match="first tensor has a batch dimension. Received dict"):
-        table_of(network, NoisyTimer(0))
+        table_of(network, Noise(network), samples=4)

@@ -105,10 +105,10 @@ def test_onnx_outputs_that_differ_are_refused(tmp_path: Path) -> None:
 def test_onnx_file_that_the_runtime_refuses_is_reported(tmp_path: Path) -> None:
     """What is exported need not be supported."""
     pytest.importorskip("onnxruntime")
-    layer = nn.Linear(3, 2).double()  # written as float64, with an input that says float32
+    layer, images = nn.Conv2d(3, 2, 1).double(), torch.randn(2, 3, 4, 4).double()  # it convolves in float32 only
 
     with pytest.raises(PruningError, match="`model` should export to a file that ONNX Runtime runs"):
-        export_onnx(layer, torch.randn(2, 3).double(), tmp_path / "model.onnx", dynamic_batch=False)
+        export_onnx(layer, images, tmp_path / "model.onnx", dynamic_batch=False)
 
 
 def test_onnx_into_an_unwritable_place_is_refused(tmp_path: Path) -> None:
@@ -132,24 +132,27 @@ def test_absent_onnx_is_reported_with_the_command_that_installs_it(
         export_onnx(nn.Linear(3, 2), torch.randn(2, 3), tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize(
-    ("layer", "inputs"),
-    [
-        (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.zeros(2, 4, 7, 7)),
-        (nn.Conv1d(4, 6, 3, dilation=2, bias=False), torch.zeros(2, 4, 9)),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), torch.zeros(2, 4, 7, 7)),
-        (nn.Linear(4, 6), torch.zeros(2, 4)),
-        (nn.Linear(4, 6), torch.zeros(2, 5, 4)),
-    ],
-)
-def test_single_layers_reach_onnx_runtime_unchanged(layer: nn.Module, inputs: Tensor) -> None:
-    """They are written without torch's exporter; outputs must be the same all the same."""
+@pytest.mark.parametrize("quick", [True, False])
+def test_quick_exports_compute_the_same(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this torch no longer has the older exporter: then it is not so quick."""
     pytest.importorskip("onnxruntime")
-    inputs = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
-    session = open_session(onnx_bytes(layer, (inputs,)), 1)
-    (found,) = session.run(None, session_feeds(session, (inputs,)))
+    if not quick:
+        export = torch.onnx.export
 
-    assert torch.allclose(torch.from_numpy(found), layer(inputs), atol=1e-5)
+        def newer(*arguments: Any, dynamo: bool = True, **options: Any) -> Any:
+            if not dynamo:
+                raise TypeError("export() got an unexpected keyword argument 'dynamo'")
+            return export(*arguments, dynamo=True, **options)
+
+        monkeypatch.setattr(torch.onnx, "export", newer)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(), nn.Flatten(), nn.Linear(16, 2))
+    network.eval()
+    images = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    session = open_session(onnx_bytes(network, (images,), quick=True), 1)
+    (found,) = session.run(None, session_feeds(session, (images,)))
+
+    assert torch.allclose(torch.from_numpy(found), network(images), atol=1e-5)
 
 
 def test_inputs_that_the_exported_network_does_not_take_are_refused() -> None:

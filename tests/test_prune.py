@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -223,15 +224,15 @@ def test_latency_is_measured_before_and_after_in_every_runtime(result: PruneResu
 
 
 def test_missing_runtime_is_told_and_no_failure(result: PruneResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime is an optional extra."""
+    """ONNX Runtime is an optional extra; but where it was asked for, its absence is an error."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
-    def absent() -> None:
-        raise PruningError("`backend` ONNX needs the package onnx. Run: pip install 'prunegym[onnx]'")
-
-    monkeypatch.setattr(prune, "require_onnx", absent)
     rows = prune.measure_speed(result.network, result.model, LatencyOptions(), torch.device("cpu"))
+    asked = LatencyOptions(latency_backend="onnxruntime")
 
     assert "pip install" in rows[1]["sentence"]
+    with pytest.raises(PruningError, match="needs the package onnxruntime"):
+        prune.measure_speed(result.network, result.model, asked, torch.device("cpu"))
 
 
 def test_blocks_left_out_are_told(result: PruneResult) -> None:

@@ -78,7 +78,7 @@ class Judge:
                 "macs": expected.macs,
                 "counted_macs": count_macs(network, model),
                 "parameters": sum(one.numel() for one in model.parameters()),
-                **self._latency(model),
+                **self._latency(model, budget),
                 "reward_score": scorer.score(plan).score,
                 **self._scores(STAGES[0], network.pruned(plan), self.splits),
                 **self._scores(STAGES[1], model, self.splits),
@@ -127,9 +127,9 @@ class Judge:
             for split in splits
         }
 
-    def _latency(self, model: nn.Module) -> Row:
+    def _latency(self, model: nn.Module, budget: Budget) -> Row:
         """Latency as a share of the unpruned network's, measured side by side."""
-        if not self.config.latency:
+        if not self.config.latency and budget.kind != "latency":
             return {}
         network, device = self.problem.scorer.network, self.problem.scorer.device
         settings = self.config.latency_settings(device)

@@ -14,6 +14,7 @@ from typing import Any
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
 from prunegym.agents.comparison.controls import CONTROLS
 from prunegym.agents.journal import JOURNAL, journaled
+from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
@@ -90,6 +91,7 @@ class Searches:
                 f"{limit.fraction(counts):.4f} on {network}. "
                 "Please report this; until then leave the searcher out."
             )
+        result = within_measured_budget(problem, budget, result)
         folder = self._folder(SEARCHES, searcher, network, budget, seed)
         folder.write_json(PLAN, result.plan.to_json())
         folder.write_json(SEARCH, _search_to_json(result))
@@ -170,6 +172,7 @@ def _search_to_json(result: SearchResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "history": result.history,
         "improvements": [one.to_json() for one in result.improvements],
+        "latency": result.latency,
     }
 
 
@@ -180,6 +183,7 @@ def _search_from_json(content: Mapping[str, Any], plan: PruningPlan) -> SearchRe
         seconds=content["seconds"],
         history=[(evaluations, score) for evaluations, score in content["history"]],
         improvements=[Improvement.from_json(one) for one in content["improvements"]],
+        latency=content.get("latency"),
     )
 
 

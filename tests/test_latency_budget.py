@@ -1,0 +1,163 @@
+"""Latency budgets brought to what a clock shows, on devices that do not do what the table says."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from prunegym.agents.evaluate import plan_row
+from prunegym.agents.latency_budget import SLACK, Measure, bring_to_budget, within_measured_budget
+from prunegym.agents.searchers import SearchResult
+from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
+from prunegym.pruning.latency import Latency, LatencySettings
+from prunegym.pruning.latency_table import LatencyTable
+from prunegym.pruning.plan import PruningPlan
+
+Counts = NDArray[np.int64]
+Truth = Callable[[NDArray[np.float64]], float]
+"""Seconds of a network, from the shares of channels that its groups keep."""
+
+SETTINGS = LatencySettings(threads=1)
+FULL = 0.010
+#: Devices that are slower than the table says, faster, of another shape, and in steps.
+TRUTHS: dict[str, Truth] = {
+    "as the table": lambda kept: 0.002 + 0.008 * float(kept.mean()),
+    "much stays": lambda kept: 0.004 + 0.006 * float(kept.mean()),
+    "little stays": lambda kept: 0.010 * float(kept.mean()) ** 2,
+    "first layers": lambda kept: 0.002 + 0.008 * float(kept[: len(kept) // 2].mean()),
+    "in steps": lambda kept: 0.002 + 0.008 * float(np.ceil(16 * kept.mean()) / 16),
+}
+
+
+def device(problem: PruningProblem, truth: Truth, noise: float = 0.0) -> tuple[Measure, list[Counts]]:
+    """Measures plans of the problem's network on a device whose latency is known; notes what it measured."""
+    network, rng, seen = problem.scorer.network, np.random.default_rng(0), list[Counts]()
+
+    def measure(plan: PruningPlan) -> tuple[Latency, Latency]:
+        counts = network.counts(plan)
+        seen.append(counts)
+        drift = rng.uniform(0.9, 1.1)  # of the machine, between one measurement and the next
+        before, after = (
+            (seconds * drift * rng.lognormal(0, noise, 20)).tolist()
+            for seconds in (FULL, truth(counts / problem.sizes) * FULL / truth(np.ones(len(counts))))
+        )
+        return Latency.from_samples(before, SETTINGS), Latency.from_samples(after, SETTINGS)
+
+    return measure, seen
+
+
+def uniform_plan(problem: PruningProblem, budget: Budget) -> PruningPlan:
+    """What a searcher returns: within the budget of the table."""
+    return problem.plan(problem.uniform_counts(problem.limits[budget]))
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_measured_latency_ends_just_below_the_budget(problem: PruningProblem, name: str, noise: float) -> None:
+    """Whatever the table thought, in a few measurements."""
+    budget = Budget.parse("latency:0.6")
+    measure, seen = device(problem, TRUTHS[name], noise)
+
+    plan, report = bring_to_budget(problem, budget, uniform_plan(problem, budget), measure)
+
+    kept = problem.scorer.network.counts(plan) / problem.sizes
+    truth = TRUTHS[name](kept) / TRUTHS[name](np.ones(len(kept)))
+    step = 0.06 if name == "in steps" else SLACK
+    assert 0.6 * (1 - step) - noise / 2 < truth < 0.6 * 1.005 + noise / 2
+    assert report.holds
+    assert report.plans == len(seen) <= 8
+    assert report.measured == pytest.approx(truth, rel=0.01 + noise)
+    assert problem.widths.allow(problem.scorer.network.counts(plan)).all()
+
+
+def test_absolute_budget_is_met_in_seconds(problem: PruningProblem) -> None:
+    """Of the machine as it is at that moment; here it does not drift."""
+    budget = Budget.parse("latency:5ms")
+    network, truth = problem.scorer.network, TRUTHS["much stays"]
+
+    def measure(plan: PruningPlan) -> tuple[Latency, Latency]:
+        seconds = truth(network.counts(plan) / problem.sizes)
+        return Latency.from_samples([FULL] * 9, SETTINGS), Latency.from_samples([seconds] * 9, SETTINGS)
+
+    plan, report = bring_to_budget(problem, budget, uniform_plan(problem, budget), measure)
+
+    assert 0.005 * (1 - SLACK) < truth(network.counts(plan) / problem.sizes) <= 0.005
+    assert report.asked == pytest.approx(0.5)
+    assert report.seconds == pytest.approx(truth(network.counts(plan) / problem.sizes))
+
+
+def test_plan_that_fits_is_measured_once_and_kept(problem: PruningProblem) -> None:
+    """To the last channel."""
+    budget = Budget.parse("latency:0.6")
+    plan = uniform_plan(problem, budget)
+    share = float((problem.scorer.network.counts(plan) / problem.sizes).mean())
+    measure, seen = device(problem, lambda kept: 0.6 * 0.99 * float(kept.mean()) / share if kept.min() < 1 else 1.0)
+
+    kept, report = bring_to_budget(problem, budget, plan, measure)
+
+    assert kept == plan
+    assert len(seen) == report.plans == 1
+
+
+def test_budget_out_of_reach_ends_with_the_fastest_plan_and_says_so(problem: PruningProblem) -> None:
+    """The table thought that it could be reached."""
+    budget = Budget.parse("latency:0.6")
+    measure, seen = device(problem, lambda kept: 0.9 + 0.1 * float(kept.mean()))
+
+    plan, report = bring_to_budget(problem, budget, uniform_plan(problem, budget), measure)
+
+    fastest = min(float((counts / problem.sizes).mean()) for counts in seen)
+    assert float((problem.scorer.network.counts(plan) / problem.sizes).mean()) == fastest
+    assert not report.holds
+    assert "The budget is not held" in report.sentence
+
+
+def test_channels_of_the_plan_stay_before_others(problem: PruningProblem) -> None:
+    """What is cut further is cut from them, and what comes back is the most important of the rest."""
+    budget = Budget.parse("latency:0.6")
+    graph, rng = problem.scorer.network.graph, np.random.default_rng(1)
+    counts = problem.uniform_counts(problem.limits[budget])
+    plan = PruningPlan.from_scores(graph, counts, rng.random(graph.units))
+    for truth, narrower in ((TRUTHS["much stays"], True), (TRUTHS["little stays"], False)):
+        measure, _ = device(problem, truth)
+
+        found, _ = bring_to_budget(problem, budget, plan, measure)
+
+        before, after = plan.mask(graph), found.mask(graph)
+        assert (after <= before).all() if narrower else (after >= before).all()
+        assert (after != before).any()
+
+
+def test_results_for_other_budgets_and_models_that_cannot_measure_are_left_alone(problem: PruningProblem) -> None:
+    """The problem's latency model is a formula."""
+    for text in ("macs:0.5", "latency:0.6"):
+        budget = Budget.parse(text)
+        result = SearchResult(plan=uniform_plan(problem, budget), evaluations=0, seconds=0.0)
+
+        assert within_measured_budget(problem, budget, result) is result
+
+
+def test_budget_holds_on_a_real_measurement(problem: PruningProblem) -> None:
+    """With real time and a small network, so only that it is all there: what was asked, predicted and measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = LatencySettings(threads=1, repeats=5, batch_size=16)
+    table = LatencyTable.measure(problem.scorer.network, settings, progress=False, samples=4)
+    budget = Budget("latency", round((1 + table.latency(problem.widths.smallest) / table.full) / 2, 2))
+    measured = PruningProblem(problem.scorer, (budget,), table)
+
+    result = SearchResult(plan=uniform_plan(measured, budget), evaluations=0, seconds=0.0)
+
+    found = within_measured_budget(measured, budget, result)
+    row = plan_row(measured, budget, "uniform", result)
+    torch.set_num_threads(threads)
+
+    assert found.latency is not None
+    assert found.latency["asked"] == budget.value
+    assert 0 < found.latency["interval"][0] <= found.latency["measured"] <= found.latency["interval"][1]
+    assert f"{budget}: {found.latency['measured']:.1%} of the unpruned" in found.latency["sentence"]
+    assert "1 thread, batch 16" in found.latency["sentence"]
+    assert 0 < row["latency_share"] < 3
