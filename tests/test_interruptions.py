@@ -23,6 +23,7 @@ NURSERY = """
 import json, os, resource, signal, sys, time
 from prunegym.agents import agent_commands, cli, network_commands
 from prunegym.agents.comparison import command
+from prunegym.agents.deployment import commands
 import torch
 torch.set_num_threads(1)
 print("ready", flush=True)
@@ -67,9 +68,10 @@ COMMANDS = {
     "prune": ["prune", *NETWORK, *FEW, "--searcher", "evolution", "--evaluations", "40", "--epochs", "6"],
     "evaluate": ["evaluate", *NETWORK, *FEW, "--searcher", "random", "--searcher", "evolution", "--evaluations", "30"],
     "pretrain": ["pretrain", *NETWORK, "--epochs", "8", "--device", "cpu"],
+    "finetune": ["finetune", *NETWORK, "--epochs", "8", "--device", "cpu"],
 }
 #: What is the same for the same seed: metrics, rows, plans, policies and networks.
-SAME = ("metrics.csv", "rows.csv", "plan*.json", "scores.json", "*.safetensors")
+SAME = ("metrics.csv", "rows.csv", "plan*.json", "attention.json", "scores.json", "*.safetensors")
 
 
 class Nursery:
