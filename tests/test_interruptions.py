@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunegym.agents.cli import REFUSED, TIME_UP
+from prunegym.agents.cli import REFUSED
+from prunegym.agents.time_limit import TIME_UP
 
 #: Runs a command for each line of arguments it reads, in a process of its own, and says how it ended.
 NURSERY = """
