@@ -156,8 +156,10 @@ def _rows_beside_baselines(
             network = problem.scorer.network.name
             key = f"{network} {budget}"
             reached = {"policy": trained.own[key], "best sampled": trained.best[key]}
-            spent = {"evaluations": trained.evaluations, "seconds": trained.seconds}
-            found = {name: SearchResult(plan=plan, **spent) for name, plan in reached.items()}
+            found = {
+                name: SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds)
+                for name, plan in reached.items()
+            }
             for name in ("uniform", "knapsack"):
                 found[name] = searcher_named(name)(problem, budget, SearchSettings())
             for name in ("uniform", "knapsack", *reached):

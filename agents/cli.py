@@ -29,7 +29,7 @@ from prunegym.agents.config import (
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.running import Reporter, Result
-from prunegym.agents.time_limit import TimeLimit, TimeLimitOption, TimeUp
+from prunegym.agents.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import DISK_FULL, plain, write_failure
 
@@ -52,8 +52,8 @@ _DESCRIPTION = (
     "in folders below runs/; an interrupted command goes on where it stopped if it is given its folder with "
     "--out."
 )
-#: Exit codes: what was asked cannot be done; the time limit was reached (as of `timeout`); interrupted by Ctrl-C.
-REFUSED, TIME_UP, INTERRUPTED = 2, 124, 130
+#: Exit codes: what was asked cannot be done; interrupted by Ctrl-C.
+REFUSED, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,8 +69,11 @@ def laasp(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
             break
         if len(masks) > share:
             masks = [masks[index] for index in np.sort(search.rng.choice(len(masks), share, replace=False))]
-        search.pay(len(masks))
-        walk.take(min(masks, key=walk.loss))  # of equals the first
+        losses = []
+        for mask in masks:
+            search.pay()
+            losses.append(walk.loss(mask))
+        walk.take(masks[int(np.argmin(losses))])  # of equals the first
         if walk.retrains:
             search.pay()
             walk.retrain()

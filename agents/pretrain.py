@@ -62,16 +62,17 @@ def pretrain(
     Raises:
         PruningError: The loss became non-finite, or a file could not be written; the checkpoint is kept.
     """
-    rows = train_network(
-        model,
-        task,
-        config.training_settings(seed),
-        device=device,
-        checkpoint=run.path(CHECKPOINT),
-        checkpoint_minutes=config.checkpoint_minutes,
-        progress=progress,
-        on_epoch=partial(note_epoch, run, limit=limit),
-    )
+    with limit.heeded():
+        rows = train_network(
+            model,
+            task,
+            config.training_settings(seed),
+            device=device,
+            checkpoint=run.path(CHECKPOINT),
+            checkpoint_minutes=config.checkpoint_minutes,
+            progress=progress,
+            on_epoch=partial(note_epoch, run, limit=limit),
+        )
     complete_rows(run, rows)
     save_weights(run.path(WEIGHTS), model)
     measured = evaluate_network(model, task, "test", device=device)

@@ -220,17 +220,18 @@ def fine_tune(
 ) -> list[EpochRow]:
     """Train a pruned network in place, with the unpruned one as its teacher if asked for."""
     scorer = problem.scorer
-    rows = train_network(
-        model,
-        scorer.task,
-        config.training_settings(config.seed),
-        teacher=scorer.network.model if config.distill else None,
-        device=scorer.device,
-        checkpoint=None if run is None else run.path(CHECKPOINT),
-        checkpoint_minutes=config.checkpoint_minutes,
-        progress=progress,
-        on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
-    )
+    with limit.heeded():
+        rows = train_network(
+            model,
+            scorer.task,
+            config.training_settings(config.seed),
+            teacher=scorer.network.model if config.distill else None,
+            device=scorer.device,
+            checkpoint=None if run is None else run.path(CHECKPOINT),
+            checkpoint_minutes=config.checkpoint_minutes,
+            progress=progress,
+            on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
+        )
     if run is not None:
         complete_rows(run, rows)
     return rows

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prunegym.agents.option_rules import Options, require
+from prunegym.pruning.errors import PruningError
 
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _NUMBER = r"\d+(?:\.\d+)?"
 _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER}){unit})?" for unit in _SECONDS))
+
+
+TIME_UP = 124
+"""Exit code of what the time limit ended, that of `timeout`."""
 
 
 class TimeUp(BaseException):
@@ -46,9 +54,25 @@ class TimeLimit:
 
         Raises:
             TimeUp: It is.
+            SystemExit: It is, and this is a process that another one started: see :meth:`heeded`.
         """
         if self.reached:
+            if multiprocessing.parent_process() is not None:
+                raise SystemExit(TIME_UP)
             raise TimeUp
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """For work that may be done in other processes: what ends one of them in time is no error.
+
+        Raises:
+            TimeUp: The time is up, and something ended the work.
+        """
+        try:
+            yield
+        except PruningError:
+            self.check()
+            raise
 
 
 NO_LIMIT = TimeLimit()

@@ -143,10 +143,10 @@ def pack(value: Any) -> Packed:
 
 def unpack(packed: Packed) -> Any:
     """The object again."""
-    return pickle.loads(packed.content, buffers=packed.shared)
+    return pickle.loads(packed.content.data, buffers=packed.shared)
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it publishes no types
     """Gives images as arrays, which pickle can leave where they are; it would copy tensors."""
 
     def reducer_override(self, obj: Any) -> Any:

@@ -124,12 +124,12 @@ class RayVecEnv(VecEnv):
             if not died:
                 return list(answers.values())
             asked = self._replace(list(died), ask)
-        fault = next(iter(died.values()))
+        last = next(iter(died.values()))
         raise PruningError(
             f"`--ray` should have workers that live. Received {ATTEMPTS} that died over one evaluation, the last of "
-            f"{(str(fault).splitlines() or [type(fault).__name__])[0]} Look at the memory of the nodes, and repeat the "
+            f"{(str(last).splitlines() or [type(last).__name__])[0]} Look at the memory of the nodes, and repeat the "
             "command: it goes on from the last checkpoint."
-        ) from fault
+        ) from last
 
     def _replace(self, dead: Sequence[int], ask: Callable[[Any], Any] | None) -> dict[int, Any]:
         """Put new actors in the place of those that died, and let them play their episodes again.
@@ -229,7 +229,7 @@ class RayVecEnv(VecEnv):
     def _each(self, indices: VecEnvIndices, ask: Callable[[Any], Any]) -> list[Any]:
         return self._answers({index: ask(self._actors[index]) for index in self._get_indices(indices)}, ask)
 
-    def _stacked(self, observations: Sequence[Any]) -> Any:
+    def _stacked(self, observations: Sequence[Any]) -> NDArray[Any] | dict[str, NDArray[Any]]:
         """Observations of all environments, one array for each part of the space."""
         if isinstance(self.observation_space, gym.spaces.Dict):
             return {name: np.stack([one[name] for one in observations]) for name in self.observation_space.spaces}

@@ -13,10 +13,11 @@ import torch
 
 from prunegym.agents.comparison.cluster import compute, pieces, read_files, save_files
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import ROWS, Key, _grid, compare, compute_row
+from prunegym.agents.comparison.grid import Key, _grid, compare, compute_row
 from prunegym.agents.comparison.measure import Judge
 from prunegym.agents.comparison.search import Searches
 from prunegym.agents.config import TrainConfig
+from prunegym.agents.finished_rows import ROWS
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training.loop import METRICS, Trainer, train

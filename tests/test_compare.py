@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunegym.agents.comparison import measure as compare_measure
 from prunegym.agents.comparison import search as compare_search
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import CURVE, KEY, ROWS, TIMED, compare, curve_rows, identity, unfinished
+from prunegym.agents.comparison.grid import CURVE, KEY, TIMED, compare, curve_rows, identity, unfinished
 from prunegym.agents.evaluate import recovered_scores
-from prunegym.agents.finished_rows import FinishedRows
+from prunegym.agents.finished_rows import ROWS, FinishedRows
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan

@@ -63,6 +63,20 @@ def test_segmentation_network_is_pruned_by_a_task_of_ones_own(tmp_path: Path) ->
     assert scores["after_finetuning"] > scores["unpruned"] - 0.05
 
 
+@pytest.mark.slow
+def test_long_work_ends_with_a_policy(tmp_path: Path) -> None:
+    """The loop around the time limit comes to its end."""
+    (script,) = (code for language, code in blocks("long_work.md") if language == "bash")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "agent" / "policy.safetensors").exists()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     """Within the documentation and the repository."""

@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunegym.agents.cli import REFUSED, TIME_UP
+from prunegym.agents.cli import REFUSED
+from prunegym.agents.time_limit import TIME_UP
 
 #: Runs a command for each line of arguments it reads, in a process of its own, and says how it ended.
 NURSERY = """
 import json, os, resource, signal, sys, time
 from prunegym.agents import agent_commands, cli, network_commands
 from prunegym.agents.comparison import command
+from prunegym.agents.deployment import commands
 import torch
 torch.set_num_threads(1)
 print("ready", flush=True)
@@ -67,9 +69,10 @@ COMMANDS = {
     "prune": ["prune", *NETWORK, *FEW, "--searcher", "evolution", "--evaluations", "40", "--epochs", "6"],
     "evaluate": ["evaluate", *NETWORK, *FEW, "--searcher", "random", "--searcher", "evolution", "--evaluations", "30"],
     "pretrain": ["pretrain", *NETWORK, "--epochs", "8", "--device", "cpu"],
+    "finetune": ["finetune", *NETWORK, "--epochs", "8", "--device", "cpu"],
 }
 #: What is the same for the same seed: metrics, rows, plans, policies and networks.
-SAME = ("metrics.csv", "rows.csv", "plan*.json", "scores.json", "*.safetensors")
+SAME = ("metrics.csv", "rows.csv", "plan*.json", "attention.json", "scores.json", "*.safetensors")
 
 
 class Nursery:

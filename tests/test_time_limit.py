@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from prunegym.agents import cli
-from prunegym.agents.cli import TIME_UP, main
+from prunegym.agents.cli import main
 from prunegym.agents.config import PretrainConfig
 from prunegym.agents.runs import RunFolder
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit, TimeUp, seconds_of
+from prunegym.agents.time_limit import NO_LIMIT, TIME_UP, TimeLimit, TimeUp, seconds_of
 from prunegym.pruning.errors import PruningError
 
 #: Little of everything: the numbers do not matter.
@@ -94,3 +94,18 @@ def test_command_stops_in_time_and_goes_on(
     stopping(10**6)
     assert main([*arguments[:-4], *arguments[-2:]]) == 0
     assert RunFolder(tmp_path / "run").read_json("result.json")
+
+
+@pytest.mark.slow
+def test_training_on_several_devices_stops_in_time_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its processes look at the clock of the command."""
+    training = ["--epochs", "3", "--device", "cpu", "--devices", "2"]
+    arguments = ["pretrain", *NETWORK, *training, "--out", str(tmp_path / "run")]
+
+    assert main([*arguments, "--time-limit", "1"]) == TIME_UP
+    assert "Continue with: prunegym pretrain" in capsys.readouterr().err
+    assert len(RunFolder(tmp_path / "run").read_rows("metrics.csv")) == 1
+    assert main(arguments) == 0
+    assert len(RunFolder(tmp_path / "run").read_rows("metrics.csv")) == 3

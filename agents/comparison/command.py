@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import ROWS, check_same, compare, finished, identity, unfinished
+from prunegym.agents.comparison.grid import check_same, compare, finished, identity, unfinished
 from prunegym.agents.comparison.report import report, terminal_text
+from prunegym.agents.finished_rows import ROWS
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.records import save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits

@@ -115,17 +115,18 @@ def finetune_network(
     """
     tuned = copy.deepcopy(model)
     check_fits(tuned, task)
-    rows = train_network(
-        tuned,
-        task,
-        settings,
-        teacher=copy.deepcopy(teacher),
-        device=device,
-        checkpoint=checkpoint if run is None else run.path(CHECKPOINT),
-        checkpoint_minutes=checkpoint_minutes,
-        progress=progress,
-        on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
-    )
+    with limit.heeded():
+        rows = train_network(
+            tuned,
+            task,
+            settings,
+            teacher=copy.deepcopy(teacher),
+            device=device,
+            checkpoint=checkpoint if run is None else run.path(CHECKPOINT),
+            checkpoint_minutes=checkpoint_minutes,
+            progress=progress,
+            on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
+        )
     if run is not None:
         complete_rows(run, rows)
     before = copy.deepcopy(model)
