@@ -171,15 +171,15 @@ def test_interrupted_finetuning_goes_on_to_the_same_bytes(
     """After the second epoch; the message says how."""
     flags = ["finetune", pruned, *QUICK[2:], "--epochs", "3", "--ema", "0.9", "--optimizer", "adamw"]
     whole = run(*flags, "--out", tmp_path / "whole")
-    real = deployment_finetune.append_epoch
+    real = deployment_finetune.note_epoch
 
-    def interrupt(folder: Any, row: Any) -> None:
-        real(folder, row)
+    def interrupt(folder: Any, row: Any, **limit: Any) -> None:
+        real(folder, row, **limit)
         if row.epoch == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(deployment_finetune, "append_epoch", interrupt)
+        patch.setattr(deployment_finetune, "note_epoch", interrupt)
         assert main([*map(str, flags), "--out", str(tmp_path / "cut")]) == INTERRUPTED
     assert f"--out {tmp_path / 'cut'}" in capsys.readouterr().err
 
