@@ -86,8 +86,8 @@ def connected(address: str) -> Iterator[Any]:
     except Exception as fault:
         raise PruningError(
             f"`--ray` should be the address of a running cluster. Received '{address}' ({reason_of(fault)}). Start one "
-            "with `ray start --head` on this machine, join others with `ray start --address=HOST:PORT`, and write --ray "
-            "auto."
+            "with `ray start --head` on this machine, join others with `ray start --address=HOST:PORT`, and write --ray"
+            " auto."
         ) from fault
     try:
         yield ray
