@@ -12,6 +12,7 @@ import os
 import pickle
 import socket
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,10 +84,10 @@ def connected(address: str) -> Iterator[Any]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     # Ray raises ConnectionError, ValueError or RuntimeError, by the form of the address
     except Exception as fault:
-        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise PruningError(
-            f"`--ray` should be the address of a running cluster. Received '{address}' ({reason}). Start one with `ray "
-            "start --head` on this machine, join others with `ray start --address=HOST:PORT`, and write --ray auto."
+            f"`--ray` should be the address of a running cluster. Received '{address}' ({reason_of(fault)}). Start one "
+            "with `ray start --head` on this machine, join others with `ray start --address=HOST:PORT`, and write --ray"
+            " auto."
         ) from fault
     try:
         yield ray
@@ -109,6 +110,11 @@ def cause_of(fault: Any) -> BaseException:
     """What a worker raised, without the report that Ray wraps it into; the error is returned, not raised."""
     cause = getattr(fault, "cause", None)
     return cause if isinstance(cause, BaseException) else fault
+
+
+def reason_of(fault: Exception) -> str:
+    """What Ray says of a failure, on one line that is not endless."""
+    return textwrap.shorten(str(fault) or type(fault).__name__, 300, placeholder=" ...")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from prunegym.envs.cluster import cause_of, connected, pack
+from prunegym.envs.cluster import cause_of, connected, pack, reason_of
 from prunegym.envs.worker import Start, Worker
 from prunegym.pruning.errors import PruningError
 
@@ -126,9 +126,9 @@ class RayVecEnv(VecEnv):
             asked = self._replace(list(died), ask)
         last = next(iter(died.values()))
         raise PruningError(
-            f"`--ray` should have workers that live. Received {ATTEMPTS} that died over one evaluation, the last of "
-            f"{(str(last).splitlines() or [type(last).__name__])[0]} Look at the memory of the nodes, and repeat the "
-            "command: it goes on from the last checkpoint."
+            f"`--ray` should have workers that live. Received {ATTEMPTS} that died over one evaluation "
+            f"({reason_of(last)}). Look at the memory of the nodes and at the logs of Ray, and repeat the command: it "
+            "goes on from the last checkpoint."
         ) from last
 
     def _replace(self, dead: Sequence[int], ask: Callable[[Any], Any] | None) -> dict[int, Any]:

@@ -560,6 +560,8 @@ def ray_cluster() -> Iterator[Callable[[], Any]]:
     from ray.cluster_utils import Cluster
 
     made: list[Any] = []
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_worker_niceness", "0")  # else actors wait for whatever a busy machine does
 
     def end() -> None:
         ray.shutdown()
@@ -577,6 +579,7 @@ def ray_cluster() -> Iterator[Callable[[], Any]]:
 
     yield make
     end()
+    patch.undo()
 
 
 @pytest.fixture

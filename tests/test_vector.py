@@ -182,9 +182,10 @@ class Failing(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
 
 @pytest.fixture
-def ray_here() -> Iterator[Any]:
+def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Ray on this machine alone, as small as it gets."""
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else actors wait for whatever a busy machine does
     ray.init(
         address="local",
         num_cpus=1,

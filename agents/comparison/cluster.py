@@ -25,7 +25,7 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import WITHOUT_SEED
 from prunegym.agents.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training.workers import check_device
-from prunegym.envs.cluster import Packed, cause_of, connected, pack, unpack
+from prunegym.envs.cluster import Packed, cause_of, connected, pack, reason_of, unpack
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
@@ -227,7 +227,7 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
     except ray.exceptions.RayError as fault:
         raise PruningError(
             f"`--ray` should have nodes that live. Received a task that died {RETRIES + 1} times "
-            f"({(str(fault).splitlines() or [type(fault).__name__])[0]}). Look at the memory of the nodes, and repeat "
-            "the command: what was finished is kept."
+            f"({reason_of(fault)}). Look at the memory of the nodes and at the logs of Ray, and repeat the command: "
+            "what was finished is kept."
         ) from fault
     return outcome
