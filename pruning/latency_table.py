@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +37,8 @@ Floats = NDArray[np.float64]
 SAMPLES = 32
 """Networks that a table is learned from. Half as many for a runtime that compiles each for a minute."""
 _FEWEST = 4
+#: Relative error of a whole network beyond which it counts as an exception.
+_NOISE = 0.02
 #: Share of the unpruned network's MACs that held-out plans keep.
 HELD_OUT_MACS = (0.25, 0.9)
 
@@ -95,7 +97,7 @@ class LatencyTable:
         self.fingerprint = dict(fingerprint)
         self.samples = tuple(samples)
         self.error = error
-        self._network = network
+        self.network = network
         self._reference: Reference | None = None
         counts = np.array([one.counts for one in samples])
         self._model = OperationModel(
@@ -199,7 +201,7 @@ class LatencyTable:
             progress: show a progress bar on standard error.
             ratio: measures one beside the unpruned network; tests bring their own.
         """
-        network, rng = self._network, np.random.default_rng([seed, plans])
+        network, rng = self.network, np.random.default_rng([seed, plans])
         ratio = ratio or self._measured_ratio
         errors = []
         for _ in tqdm(range(plans), desc="held-out plans", disable=not progress):
@@ -216,7 +218,7 @@ class LatencyTable:
         Raises:
             PruningError: one of them does not run.
         """
-        network = self._network
+        network = self.network
         if self._reference is None:
             self._reference = Reference(network.model, network.example_inputs, self.settings)
         return self._reference.beside(network.pruned(plan))
@@ -233,7 +235,7 @@ class LatencyTable:
         content = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "network": _signature(self._network),
+            "network": _signature(self.network),
             "samples": self.samples,
             "error": self.error,
         }
@@ -331,9 +333,14 @@ def fastest_widths(model: OperationModel, sizes: Counts) -> list[list[int]]:
 
 def _whole_from_parts(parts: Floats, wholes: Floats) -> tuple[float, float]:
     """Factor on the operations, and seconds outside of them, that give the time of whole networks."""
-    rows = np.stack([parts / wholes, 1 / wholes], axis=1)  # relative errors: small networks count as much
-    (scale, fixed), _ = nnls(rows, np.ones(len(wholes)))
-    return float(scale), float(fixed)
+    smallest = float(wholes.min())  # the unit of the second number: both are then of about one size
+
+    def errors(numbers: Floats) -> Floats:
+        return (numbers[0] * parts + numbers[1] * smallest) / wholes - 1  # relative: small networks count as much
+
+    # what was interrupted is far off, and must not count more for it
+    found = least_squares(errors, (1.0, 0.1), bounds=(0, np.inf), loss="soft_l1", f_scale=_NOISE)
+    return float(found.x[0]), float(found.x[1]) * smallest
 
 
 def _signature(network: PrunableNetwork) -> str:
