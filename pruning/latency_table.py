@@ -35,7 +35,7 @@ Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 SAMPLES = 32
-"""Networks that a table is learned from. Half as many for a runtime that compiles each for a minute."""
+"""Networks that a table is learned from; a quarter of that where each is compiled for half a minute."""
 _FEWEST = 4
 #: Relative error of a whole network beyond which it counts as an exception.
 _NOISE = 0.02
@@ -169,7 +169,7 @@ class LatencyTable:
             PruningError: a network does not run under the settings, or the cached file is damaged.
         """
         settings = settings or LatencySettings()
-        amount = samples or (SAMPLES if settings.backend != "compile" else SAMPLES // 2)
+        amount = samples or (SAMPLES if settings.backend != "compile" else SAMPLES // 4)
         if amount < _FEWEST:
             raise PruningError(f"`samples` should be at least {_FEWEST}. Received {samples}.")
         batch_of(network)
