@@ -266,7 +266,8 @@ class Trainer:
     def _resume(self) -> None:
         path = self.folder.path(CHECKPOINT)
         state = load_checkpoint(path, self.model)
-        if state.get("identities") != self._identities():
+        mine = self._identities()
+        if state.get("identities", mine) != mine:  # checkpoints of earlier versions do not say
             raise PruningError(
                 f"`--out` should hold a training of the same networks, weights and data. Received {path}, which is of "
                 "others. Bring these back, or choose another folder."
