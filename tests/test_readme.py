@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its commands exist."""
+"""The README is true: its Python runs, its commands exist; so do the options on every page."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 
 from prunegym.agents.cli import main
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,14 +33,15 @@ def test_commands_of_the_readme_have_help(command: str, capsys: pytest.CaptureFi
     assert f"prunegym {command}" in capsys.readouterr().out
 
 
-def test_every_flag_of_the_readme_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    """No option is shown that a command does not take."""
-    lines = re.findall(r"^prunegym +(\w+) (.*?)(?: #.*)?$", README, flags=re.MULTILINE)
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda text: text.splitlines()[0])
+def test_every_flag_that_is_shown_is_a_flag(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No option is shown that the command does not take, nor one that is cut short."""
+    shown = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)).replace("\\\n", " ")
     unknown = []
-    for command, rest in lines:
+    for command, rest in re.findall(r"^prunegym +(\w+) ([^#\n]*)", shown, flags=re.MULTILINE):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
-        text = capsys.readouterr().out
-        unknown += [f"{command} {flag}" for flag in re.findall(r"--[\w-]+", rest) if flag not in text]
+        flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
+        unknown += [f"{command} {flag}" for flag in re.findall(r"--[\w-]+", rest) if flag not in flags]
 
     assert unknown == []
