@@ -32,6 +32,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BUDGETS = tuple(map(Budget.parse, ("macs:0.5", "macs:0.3")))
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the actors have: sums of more threads are rounded differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def both(scorer: Scorer) -> PruningProblem:
     """The trained digits network at two budgets, of which `reset` draws one."""
