@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from prunegym.agents.config import EvaluateConfig, TrainConfig, TransferConfig
-from prunegym.agents.evaluate import KEY, EvaluationSettings, evaluate, measure_unpruned, plan_row
+from prunegym.agents.evaluate import KEY, TIMED, EvaluationSettings, evaluate, measure_unpruned, plan_row
 from prunegym.agents.finished_rows import FinishedRows
+from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
@@ -16,11 +19,14 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.setup import build_model, build_problems, build_prunable, build_task, seed_everything
 from prunegym.agents.tables import format_table
+from prunegym.agents.time_limit import TimeLimit
 from prunegym.agents.training.loop import TrainResult, train
 from prunegym.agents.transfer import transfer
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
+from prunegym.pruning.budget import Budget
 from prunegym.pruning.files import plain
+from prunegym.pruning.plan import PruningPlan
 
 #: Columns of a table of plans, in order.
 PLAN_COLUMNS = (
@@ -52,7 +58,7 @@ def run_train(config: TrainConfig, reporter: Reporter) -> Result:
         save_splits(problems, run)
         save_networks(problems, run)
         trained = train(problems, config, run, progress=reporter.progress, limit=reporter.limit)
-        rows = _rows_beside_baselines(problems, trained, run)
+        rows = _rows_beside_baselines(problems, trained, run, free=config.mode == "free", limit=reporter.limit)
         content = {
             "folder": str(run.folder),
             "policy": str(trained.policy),
@@ -77,7 +83,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
         if config.policy is not None:
             load_policy(config.policy)
         problems = [] if config.measures_unpruned else _problems(config, reporter)
-        unpruned = _unpruned_rows(config) if config.measures_unpruned else []
+        unpruned = _unpruned_rows(config, reporter.limit) if config.measures_unpruned else []
         run = launch.open()
         if problems:
             save_splits(problems, run)
@@ -134,7 +140,7 @@ def _problems(
     )
 
 
-def _unpruned_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
+def _unpruned_rows(config: EvaluateConfig, limit: TimeLimit) -> list[dict[str, Any]]:
     """Scores of the networks as they are."""
     task, device = build_task(config), str(config.torch_device)
     rows = []
@@ -142,14 +148,15 @@ def _unpruned_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
         model = build_model(name, weights, task.data, config.seed)
         network = build_prunable(model, task, name=name, keep=config.keep)
         rows.append(measure_unpruned(network, task, device=device))
+        limit.check()
     return rows
 
 
 def _rows_beside_baselines(
-    problems: list[PruningProblem], trained: TrainResult, run: RunFolder
+    problems: list[PruningProblem], trained: TrainResult, run: RunFolder, *, free: bool, limit: TimeLimit
 ) -> list[dict[str, Any]]:
     """What training reached on each network and budget: the policy's own plan, and the best it sampled."""
-    kept = FinishedRows(run, KEY)
+    kept = FinishedRows(run, KEY, TIMED)
     rows = []
     for problem in problems:
         for budget in problem.budgets:
@@ -162,12 +169,34 @@ def _rows_beside_baselines(
             }
             for name in ("uniform", "knapsack"):
                 found[name] = searcher_named(name)(problem, budget, SearchSettings())
+            bring = cache(partial(_brought, problem, budget, free=free))
             for name in ("uniform", "knapsack", *reached):
                 identity = dict(zip(KEY, (network, str(budget), name), strict=True))
-                rows.append(kept.once(identity, partial(plan_row, problem, budget, name, found[name])))
-            for name, plan in reached.items():
-                run.write_json(plan_file(name, key), plan.to_json())
+                rows.append(kept.once(identity, partial(_reached, run, problem, budget, name, found[name], bring)))
+                limit.check()
     return rows
+
+
+def _brought(problem: PruningProblem, budget: Budget, plan: PruningPlan, *, free: bool) -> SearchResult:
+    """A plan as it is deployed: brought to its latency budget by measuring, unless nothing holds it to budgets."""
+    result = SearchResult(plan=plan, evaluations=0, seconds=0)
+    return result if free else within_measured_budget(problem, budget, result)
+
+
+def _reached(
+    run: RunFolder,
+    problem: PruningProblem,
+    budget: Budget,
+    name: str,
+    found: SearchResult,
+    bring: Callable[[PruningPlan], SearchResult],
+) -> dict[str, Any]:
+    """The row of a plan, and the file that `prunegym prune --plan` reads."""
+    brought = bring(found.plan)  # measured once for all that came to the same plan
+    if name not in ("uniform", "knapsack"):
+        run.write_json(plan_file(name, f"{problem.scorer.network.name} {budget}"), brought.plan.to_json())
+    result = replace(found, plan=brought.plan, latency=brought.latency)
+    return plan_row(problem, budget, name, result)
 
 
 def plan_file(kind: str, key: str) -> str:

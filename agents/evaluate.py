@@ -31,6 +31,8 @@ Row = dict[str, Any]
 
 KEY = ("network", "budget", "searcher")
 """Columns that identify a row."""
+TIMED = ("seconds", "latency_share")
+"""Columns that are measured in time."""
 SCORES = "scores"
 """Folder of the journals of searches."""
 
@@ -74,7 +76,7 @@ def evaluate(
     work = [(problem, budget, name) for problem in problems for budget in problem.budgets for name in names]
     for problem, _, name in work:  # before anything is computed
         check_evaluations(name, problem, settings.evaluations)
-    kept = FinishedRows(run, KEY)
+    kept = FinishedRows(run, KEY, TIMED)
     rows: list[Row] = []
     with tqdm(work, desc="evaluate", unit="plan", disable=not settings.progress) as bar:
         for problem, budget, name in bar:
@@ -98,7 +100,7 @@ def _searched(
             progress=settings.progress,
             clock=journal.clock,
         )
-        result = searcher_named(name)(problem, budget, search)
+        result = within_measured_budget(problem, budget, searcher_named(name)(problem, budget, search))
     note_plan(run, name, problem, budget, result.plan)
     return plan_row(problem, budget, name, result, test=settings.test)
 
@@ -115,12 +117,18 @@ def plan_row(
 ) -> Row:
     """What a plan costs and what its recovered network scores.
 
+    Args:
+        problem: The network.
+        budget: One of its budgets.
+        searcher: Who made the plan.
+        result: The plan as it will be deployed: for a latency budget, already brought to it by measuring.
+        test: Score on the test split too.
+
     Returns:
-        network, budget, searcher; `cost`, the share of the budgeted cost kept; for latency budgets `latency_share`, the
-        measured one, once the plan has been brought to the budget; MACs and parameters; `reward_score` on
-        the images of the search and `selection_score` on others; `test_score` if asked; evaluations and seconds.
+        network, budget, searcher; `cost`, the share of the budgeted cost kept; MACs and parameters; `reward_score` on
+        the images of the search and `selection_score` on others; `test_score` if asked; evaluations and seconds; where
+        there is a latency model `latency_share`, the measured one, which rows of other budgets lack.
     """
-    result = within_measured_budget(problem, budget, result)
     network = problem.scorer.network
     counts = network.counts(result.plan)
     cost = network.cost(result.plan)
@@ -131,13 +139,14 @@ def plan_row(
         "searcher": searcher,
         "regime": "finetuned" if settings.recovery_steps else "post-training",
         "cost": problem.limit_of(result.plan, budget).fraction(counts),
-        **({} if result.latency is None else {"latency_share": result.latency["measured"]}),
         "macs": cost.macs,
         "parameters": cost.parameters,
         "reward_score": problem.scorer.score(result.plan).score,
         **recovered_scores(problem, result.plan, ("selection", "test") if test else ("selection",)),
         "evaluations": result.evaluations,
         "seconds": round(result.seconds, 3),
+        # in every row if in one: the rows of a run are one table
+        **({} if problem.latency is None else {"latency_share": result.latency and result.latency["measured"]}),
     }
 
 

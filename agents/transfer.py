@@ -9,10 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from prunegym.agents.config import TransferConfig
-from prunegym.agents.evaluate import KEY, plan_row
+from prunegym.agents.evaluate import KEY, TIMED, plan_row
 from prunegym.agents.finished_rows import FinishedRows
+from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.records import note_plan
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.training.loop import TrainResult, train
@@ -50,7 +51,7 @@ def transfer(
         (`few-shot`) and for the best plan it sampled (`few-shot best`).
     """
     pairs = [(problem, budget) for problem in problems for budget in problem.budgets]
-    kept = FinishedRows(run, KEY)
+    kept = FinishedRows(run, KEY, TIMED)
     rows: list[Row] = []
     frozen = [(*pair, name) for pair in pairs for name in ("uniform", "knapsack", "policy")]
     for problem, budget, name in tqdm(frozen, desc="zero-shot", unit="plan", disable=not progress):
@@ -69,7 +70,8 @@ def _frozen(
     label = "zero-shot" if name == "policy" else name
 
     def make() -> Row:
-        result = searcher_named(name)(problem, budget, SearchSettings(policy=config.policy))
+        found = searcher_named(name)(problem, budget, SearchSettings(policy=config.policy))
+        result = within_measured_budget(problem, budget, found)
         note_plan(kept.run, label, problem, budget, result.plan)
         return plan_row(problem, budget, label, result, test=test)
 
@@ -87,7 +89,7 @@ def _few_shot(
     limit: TimeLimit,
 ) -> list[Row]:
     """Adapt the policy to one network and budget, and rate both of its plans."""
-    name = f"{problem.scorer.network.name}__{budget}".replace(":", "").replace("/", "-")
+    name = "__".join(map(slug, (problem.scorer.network.name, str(budget).replace(":", ""))))
 
     @cache
     def adapted() -> TrainResult:
@@ -98,8 +100,9 @@ def _few_shot(
         plans = trained.own if label == FEW_SHOT[0] else trained.best
         plan = plans[f"{problem.scorer.network.name} {budget}"]
         found = SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds)
-        note_plan(kept.run, label, problem, budget, plan)
-        return plan_row(problem, budget, label, found, test=test)
+        result = within_measured_budget(problem, budget, found)
+        note_plan(kept.run, label, problem, budget, result.plan)
+        return plan_row(problem, budget, label, result, test=test)
 
     return [kept.once(_key(problem, budget, label), partial(make, label)) for label in FEW_SHOT]
 

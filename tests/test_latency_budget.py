@@ -1,17 +1,23 @@
 """Latency budgets brought to what a clock shows, on devices that do not do what the table says."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from prunegym.agents.evaluate import plan_row
+from prunegym.agents.evaluate import EvaluationSettings, evaluate, plan_row
+from prunegym.agents.finished_rows import ROWS
 from prunegym.agents.latency_budget import SLACK, Measure, bring_to_budget, within_measured_budget
+from prunegym.agents.records import PLANS
+from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.files import plain
 from prunegym.pruning.latency import Latency, LatencySettings
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.plan import PruningPlan
@@ -152,7 +158,7 @@ def test_budget_holds_on_a_real_measurement(problem: PruningProblem) -> None:
     result = SearchResult(plan=uniform_plan(measured, budget), evaluations=0, seconds=0.0)
 
     found = within_measured_budget(measured, budget, result)
-    row = plan_row(measured, budget, "uniform", result)
+    row = plan_row(measured, budget, "uniform", found)
     torch.set_num_threads(threads)
 
     assert found.latency is not None
@@ -160,4 +166,32 @@ def test_budget_holds_on_a_real_measurement(problem: PruningProblem) -> None:
     assert 0 < found.latency["interval"][0] <= found.latency["measured"] <= found.latency["interval"][1]
     assert f"{budget}: {found.latency['measured']:.1%} of the unpruned" in found.latency["sentence"]
     assert "1 thread, batch 16" in found.latency["sentence"]
-    assert 0 < row["latency_share"] < 3
+    assert row["latency_share"] == found.latency["measured"]
+
+
+def test_plan_that_is_scored_is_the_plan_that_is_kept(
+    problem: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets of all kinds stand in one table, and what was measured in time in another."""
+    measure, _ = device(problem, TRUTHS["much stays"])
+    brought: dict[str, PruningPlan] = {}
+
+    def within(problem: PruningProblem, budget: Budget, result: SearchResult) -> SearchResult:
+        if budget.kind == "latency":
+            plan, report = bring_to_budget(problem, budget, result.plan, measure)
+            result = replace(result, plan=plan, latency=report.to_json())
+        brought[f"{problem.scorer.network.name} {budget}"] = result.plan
+        return result
+
+    monkeypatch.setattr("prunegym.agents.evaluate.within_measured_budget", within)
+    run = RunFolder(tmp_path)
+    rows = evaluate([problem], EvaluationSettings(searchers=("uniform",), progress=False), run)
+
+    kept = run.read_json(PLANS)["uniform"]
+    assert {key: PruningPlan.from_json(plan) for key, plan in kept.items()} == brought
+    for row in rows:
+        plan = brought[f"{row['network']} {row['budget']}"]
+        assert row["macs"] == problem.scorer.network.cost(plan).macs
+        assert (row["latency_share"] is None) == (not row["budget"].startswith("latency"))
+    assert "latency_share" not in run.read_rows(ROWS)[0]
+    assert evaluate([problem], EvaluationSettings(searchers=("uniform",), progress=False), run) == plain(rows)
