@@ -336,7 +336,9 @@ def _whole_from_parts(parts: Floats, wholes: Floats) -> tuple[float, float]:
     smallest = float(wholes.min())  # the unit of the second number: both are then of about one size
 
     def errors(numbers: Floats) -> Floats:
-        return (numbers[0] * parts + numbers[1] * smallest) / wholes - 1  # relative: small networks count as much
+        # relative: small networks count as much
+        difference: Floats = (numbers[0] * parts + numbers[1] * smallest) / wholes - 1
+        return difference
 
     # what was interrupted is far off, and must not count more for it
     found = least_squares(errors, (1.0, 0.1), bounds=(0, np.inf), loss="soft_l1", f_scale=_NOISE)
