@@ -17,6 +17,7 @@ from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.grid import compare, curve_rows
 from prunegym.agents.comparison.report import report, terminal_text
 from prunegym.agents.comparison.summary import Table, summarise
+from prunegym.agents.pictures import new_figure
 from prunegym.agents.runs import RunFolder
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -148,3 +149,18 @@ def test_table_of_the_rows_has_all_pairs_and_seeds(compared: Compared) -> None:
 
     assert table.pairs == [("digits_resnet", budget) for budget in BUDGETS]
     assert table.seeds == [0, 1]
+
+
+def test_curves_far_below_the_best_are_named_and_leave_the_others_their_room(tmp_path: Path) -> None:
+    """Of one pair the legend is ranked."""
+    shared = {"network": "n", "budget": "macs:0.5", "seed": 0, "seconds": 1.0, "evaluations": 3}
+    ends = {"poor": 0.15, "good": 0.7, "best": 0.8}
+    curves = [{**shared, "searcher": name, "after_recovery_score": score} for name, score in ends.items()]
+    table = Table([{**one, "plan": one["searcher"]} for one in curves], curves, tuple(ends))
+    axes = new_figure(4, 3).subplots()
+    compare_pictures.draw_searches(axes, table, ("n", "macs:0.5"), "evaluations")
+
+    axes.set_ylim(*compare_pictures._shown_scores(axes))
+
+    assert axes.get_ylim()[0] == pytest.approx(50)
+    assert compare_pictures._ranked(axes)[1] == ["best", "good", "poor (below)"]

@@ -17,6 +17,8 @@ __all__ = ["FORMATS", "draw_anytime", "draw_profiles", "draw_searches"]
 
 _LINES, _MARKS = ("-", "--", ":"), ("o", "s", "^")
 _POINTS = 400
+_POINTS_SHOWN = 30
+"""Per cent below the best search that anytime curves show."""
 _MOST_PAIRS = 12
 """Pairs drawn at most: a picture of more would be too tall to look at."""
 
@@ -43,9 +45,31 @@ def draw_anytime(path: Path, table: Table) -> None:
                 draw_searches(axes, table, pair, price)
                 axes.set(xlabel=f"{price} of the search", title=" ".join(pair), xlim=(0, None))
             left.set_ylabel("score after recovery (selection), %")
+            left.set_ylim(*_shown_scores(left))
         handles, labels = panels[0][0].get_legend_handles_labels()
+        if len(pairs) == 1:
+            handles, labels = _ranked(panels[0][0])
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
         save_figure(figure, path)
+
+
+def _finals(axes: Any) -> list[float]:
+    """Score in per cent that each line ends with."""
+    return [float(line.get_ydata()[-1]) for line in axes.get_lines()]
+
+
+def _shown_scores(axes: Any) -> tuple[float | None, float | None]:
+    """Limits that leave the best apart from each other: what ends far below them is only named."""
+    finals = _finals(axes)
+    best, worst = np.nanmax(finals), np.nanmin(finals)
+    return (float(best) - _POINTS_SHOWN, None) if best - worst > _POINTS_SHOWN else (None, None)
+
+
+def _ranked(axes: Any) -> tuple[list[Any], list[str]]:
+    """Lines and names for the legend, best first; what lies below the panel is marked."""
+    lines = sorted(zip(axes.get_lines(), _finals(axes), strict=True), key=lambda one: -np.nan_to_num(one[1], nan=-1))
+    lowest = axes.get_ylim()[0]
+    return [line for line, _ in lines], [f"{line.get_label()}{' (below)' * (end < lowest)}" for line, end in lines]
 
 
 def draw_profiles(path: Path, profiles: Mapping[str, Profile], *, title: str) -> None:
