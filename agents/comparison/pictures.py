@@ -69,7 +69,8 @@ def _ranked(axes: Any) -> tuple[list[Any], list[str]]:
     """Lines and names for the legend, best first; what lies below the panel is marked."""
     lines = sorted(zip(axes.get_lines(), _finals(axes), strict=True), key=lambda one: -np.nan_to_num(one[1], nan=-1))
     lowest = axes.get_ylim()[0]
-    return [line for line, _ in lines], [f"{line.get_label()}{' (below)' * (end < lowest)}" for line, end in lines]
+    names = [f"{line.get_label()}{' (below)' if end < lowest else ''}" for line, end in lines]
+    return [line for line, _ in lines], names
 
 
 def draw_profiles(path: Path, profiles: Mapping[str, Profile], *, title: str) -> None:
