@@ -51,21 +51,24 @@ def duration(seconds: float | None) -> str:
 
 
 def texts(value: Any) -> list[str]:
-    """What an option that may be given several times holds."""
-    if value is None:
+    """What an option that may be given several times holds; nothing where it is empty."""
+    if value is None or value == "":
         return []
     return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def suggest(run: Run, command: str, *more: str) -> str:
-    """A command on the same network, data and budgets as a run.
+def suggest(runs: Sequence[Run], command: str, *more: str) -> str:
+    """A command on the same network, data and budgets as the first run that names a network.
 
     Args:
-        run: The run.
+        runs: Those of the page. If none names a network, as of a saved one, a word stands in its place.
         command: The sub-command.
         more: Further arguments.
     """
+    run = next((one for one in runs if texts(one.config.get("network"))), None)
     words = ["prunegym", command]
+    if run is None:
+        return shlex.join([*words, "--network", "NETWORK", "--data", "DATA", *more])
     for flag in ("network", "weights", "data", "budget"):
         given = texts(run.config.get(flag))
         if flag in ("network", "weights", "budget") and command == "prune":
