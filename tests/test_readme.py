@@ -1,7 +1,9 @@
-"""The README is true: its Python runs, its commands exist; so do the options on every page."""
+"""The README is true: its Python runs, its tables are the rows', its commands and options exist as on every page."""
 
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -9,7 +11,18 @@ from prunegym.agents.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = r"(?<![\w./`-])prunegym +([a-z]+) ([^#\n]*)"
+
+
+def typed(page: str) -> list[tuple[str, str]]:
+    """Commands that a page shows in blocks of code, with their arguments."""
+    shown = "\n".join(re.findall(r"```(?:bash|console)\n(.*?)```", page, flags=re.DOTALL)).replace("\\\n", " ")
+    return re.findall(COMMAND, shown)
+
+
+FILES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in FILES}
+SHOWING = sorted(name for name, text in PAGES.items() if typed(text))
 
 
 def test_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,21 +37,36 @@ def test_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Mo
     assert sizes[1] < sizes[0]
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^prunegym +(\w+)", README, flags=re.MULTILINE))))
-def test_commands_of_the_readme_have_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command that is shown explains itself."""
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """The script that makes the README's tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module("tables")
 
-    assert f"prunegym {command}" in capsys.readouterr().out
+
+def test_tables_are_those_of_the_rows(tables: ModuleType) -> None:
+    """Line by line, and there is no other table with figures."""
+    made = [table() for table in tables.TABLES.values()]
+
+    for table in made:
+        assert table in README
+    lines = [line for line in README.splitlines() if line.startswith("|") and re.search(r"\d", line)]
+    assert [line for line in lines if not any(line in table for table in made)] == []
 
 
-@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda text: text.splitlines()[0])
+def test_pages_that_show_commands_are_known() -> None:
+    """The test below is worth what it sees; a command is seen in a variable and behind a prompt too."""
+    assert {"README.md", "docs/tutorial.md", "docs/long_work.md"} <= set(SHOWING)
+    assert {command for command, _ in typed(PAGES["README.md"])} >= {"inspect", "train", "compare", "export", "report"}
+    assert len(typed(PAGES["docs/long_work.md"])) == 3
+
+
+@pytest.mark.parametrize("page", SHOWING)
 def test_every_flag_that_is_shown_is_a_flag(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """No option is shown that the command does not take, nor one that is cut short."""
-    shown = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)).replace("\\\n", " ")
     unknown = []
-    for command, rest in re.findall(r"^prunegym +(\w+) ([^#\n]*)", shown, flags=re.MULTILINE):
+    for command, rest in typed(PAGES[page]):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
