@@ -42,8 +42,6 @@ _NAMES = {"own": "policy", "best": "best sampled"}
 class Training:
     """The learning curve of one agent."""
 
-    label: str
-    """Network, budget and seed."""
     network: str
     budget: str
     seed: int
@@ -99,12 +97,19 @@ class Run:
     def network_names(self) -> list[str]:
         """Networks that were asked for; of a saved network, which is asked for by its folder, its name."""
         saved = self.came_to("finetune") or self.came_to("export")
-        return _texts(saved["network"] if saved else self.asked.get("network"))
+        return texts(saved["network"] if saved else self.asked.get("network"))
 
     @property
     def is_quick(self) -> bool:
         """Whether it is part of a quick demonstration, whose figures mean nothing."""
         return bool(self.config.get("quick"))
+
+
+def texts(value: Any) -> list[str]:
+    """What an option that may be given several times holds; nothing where it is empty."""
+    if value is None or value == "":
+        return []
+    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def gather(folders: Sequence[Path]) -> list[Run]:
@@ -240,7 +245,7 @@ def _attention(folder: Path) -> list[Record]:
 def _trainings(folder: Path, asked: Record) -> Iterator[Training]:
     """Learning curves: of ``train`` its own, of ``transfer`` and ``compare`` those in sub-folders."""
     config = asked.get("config", {})
-    networks, budgets = _texts(config.get("network")), _texts(config.get("budget")) or [DEFAULT_BUDGET]
+    networks, budgets = texts(config.get("network")), texts(config.get("budget")) or [DEFAULT_BUDGET]
     seed = int(asked.get("seed", 0))
     if asked["command"] == "train":
         yield from _training(folder, ", ".join(networks), ", ".join(budgets), seed)
@@ -256,16 +261,10 @@ def _trainings(folder: Path, asked: Record) -> Iterator[Training]:
                     yield from _training(folder / TRAININGS / name, network, budget, seed + offset)
 
 
-def _texts(value: Any) -> list[str]:
-    """One text or several, as a configuration holds them."""
-    return [value] if isinstance(value, str) else [str(one) for one in value or ()]
-
-
 def _training(folder: Path, network: str, budget: str, seed: int) -> Iterator[Training]:
     metrics = RunFolder(folder).read_rows(METRICS)
     if metrics:
-        label = f"{network} {budget} seed {seed}"
-        yield Training(label=label, network=network, budget=budget, seed=seed, metrics=metrics)
+        yield Training(network=network, budget=budget, seed=seed, metrics=metrics)
 
 
 def _examples(path: Path) -> dict[str, int]:

@@ -10,12 +10,12 @@ from statistics import fmean
 
 from prunegym.agents.report import charts
 from prunegym.agents.report.charts import Marks
-from prunegym.agents.report.gather import Run, Training
+from prunegym.agents.report.gather import Run, Training, texts
 from prunegym.agents.report.page import Block, Folded, Heading, Pictures, Section, Table, Text
 from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of
 from prunegym.agents.report.svg import Gallery, Picture
 from prunegym.agents.report.verdict import difference
-from prunegym.agents.report.words import amount, duration, option_rows, percent, signed, suggest, texts
+from prunegym.agents.report.words import amount, duration, option_rows, percent, signed, suggest
 
 #: Searchers that make a chart of rivals worth while.
 _RIVALS = 3

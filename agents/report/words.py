@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
-from prunegym.agents.report.gather import Record, Run
+from prunegym.agents.report.gather import Record, Run, texts
 
 _STEPS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -48,13 +47,6 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def texts(value: Any) -> list[str]:
-    """What an option that may be given several times holds; nothing where it is empty."""
-    if value is None or value == "":
-        return []
-    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def suggest(runs: Sequence[Run], command: str, *more: str) -> str:
