@@ -247,7 +247,7 @@ def report(
     """Write one self-contained HTML page about runs: what was asked and reached, rivals, graph, attention, time.
 
     Args:
-        runs: Run folders of ``prunegym train``, ``evaluate``, ``transfer``, ``prune``, ``compare`` or ``demo``.
+        runs: Run folders of any command; a demonstration counts as all of its steps.
         out: The page; by default ``report.html`` in the folder of the only run, or in the working directory if there
             are several.
         pictures: Folder that gets every picture as PNG and SVG too.
@@ -265,7 +265,7 @@ def report(
         [Path(one) for one in folders],
         None if out is None else Path(out),
         pictures=None if pictures is None else Path(pictures).expanduser(),
-    )
+    ).path
 
 
 def as_task(task: Task | DataSplits | str) -> Task:

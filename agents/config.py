@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.options import (
@@ -76,7 +78,13 @@ class AgentOptions(BudgetsOptions):
     """Exploration noise at the start, in units of the action, whose range is -1 to 1."""
     min_std: float = 0.02
     """Least exploration noise."""
-    tensorboard: bool = True
+    tensorboard: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Leave out the learning curves for TensorBoard beside metrics.csv.",
+            help_behavior_hint="(by default they are written)",
+        ),
+    ] = True
     """Write learning curves for TensorBoard beside metrics.csv."""
 
     def __post_init__(self) -> None:

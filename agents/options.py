@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from prunegym.agents.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.width_options import WidthOptions
@@ -188,7 +190,13 @@ class ScoringOptions(Options):
     regime: Literal["post-training", "finetuned"] = "post-training"
     """post-training: plans are scored after recovery, which is what you get without training. finetuned: a
     few training steps come before the score, to rank plans by what fine-tuning makes of them."""
-    compensate: bool = True
+    compensate: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Leave out the compensation, which folds removed channels into kept ones by least squares.",
+            help_behavior_hint="(by default it is done)",
+        ),
+    ] = True
     """Fold removed channels into kept ones by least squares."""
     statistics_examples: int = 512
     """Calibration images for activations, covariances and Taylor scores."""

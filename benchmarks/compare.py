@@ -4,17 +4,19 @@
         --vgg16-half vgg16_half.safetensors
 
 Each grid is a run folder of `prunegym compare` below --runs and goes on where it was; `--only resnet20_50` makes one.
-Rows, table, curves and pictures are copied to results/compare_NAME/.
+Rows, table, curves and pictures are copied to results/compare_NAME/, also of a grid that is interrupted, with what it
+takes to go on: where there is no run folder, it is made from there, so that a grid begun on one machine can be ended on
+another (see kept.py).
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from kept import keep, restore
 from rows import RESULTS
 
 from prunegym.agents.comparison.command import run_compare
@@ -24,7 +26,6 @@ from prunegym.agents.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
 TRAINED = ("uniform", "knapsack", "agent", "cmaes", "evolution")
-KEPT = ("rows.csv", "rows_timing.csv", "table.md", "curves.csv", "anytime.png", "profiles.png")
 
 POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}
 SMALLER = {**POST_TRAINING, "evaluations": 100, "repeats": 3}
@@ -81,18 +82,19 @@ def main(arguments: Arguments) -> None:
             weights=(file,),
             out=arguments.runs / f"compare_{name}",
         )
-        result = run_compare(config, Reporter(say=print, progress=True))
-        print(result.text)
-        keep(config.out, RESULTS / f"compare_{name}")
+        one_grid(config, RESULTS / f"compare_{name}")
 
 
-def keep(run: Path | None, folder: Path) -> None:
-    """Copy what a table in the documentation comes from."""
+def one_grid(config: CompareConfig, kept: Path) -> None:
+    """Begin a grid, or go on with it from its run folder or from what is kept, and keep what it came to."""
+    run = config.out
     assert run is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
-        if (run / file).exists():
-            shutil.copyfile(run / file, folder / file)
+    if restore(kept, run, config):
+        print(f"run folder: {run} (made from {kept})")
+    try:
+        print(run_compare(config, Reporter(say=print, progress=True)).text)
+    finally:
+        keep(run, kept)
 
 
 if __name__ == "__main__":

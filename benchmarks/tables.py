@@ -2,108 +2,154 @@
 
     python benchmarks/tables.py
 
-Prints Markdown; figures are in percent.
+Prints Markdown; accuracies are in percent. A test compares each line with the README.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from statistics import fmean, median
 
-import numpy as np
 from rows import RESULTS, Table
+
+from prunegym.agents.comparison import summary
+from prunegym.agents.comparison.bootstrap import Interval
+from prunegym.agents.finished_rows import ROWS
+from prunegym.agents.runs import RunFolder
+
+BUDGETS = ("macs:0.5", "macs:0.35")
+_HEADER = ("MACs kept", "50 %", "35 %")
 
 
 def main() -> None:
-    """Print every table whose rows are there."""
-    for name, make in (
-        ("post_training", post_training),
-        ("transfer", transfer),
-        ("finetune", finetune),
-        ("speed", speed),
-    ):
-        rows = Table(RESULTS / f"{name}.csv", ()).rows
-        if rows:
-            print(f"## {name}\n\n{make(rows)}\n")
+    """Print every table."""
+    for name, make in TABLES.items():
+        print(f"## {name}\n\n{make()}\n")
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Rows of a table."""
+    return Table(RESULTS / f"{name}.csv", ()).rows
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
-    text = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*text, *("| " + " | ".join(map(str, line)) + " |" for line in lines)])
+
+    def row(cells: Sequence[object]) -> str:
+        return "|" + "".join(f" {cell} |" if cell != "" else " |" for cell in cells)
+
+    return "\n".join([row(header), "|" + "---|" * len(header), *map(row, lines)])
 
 
-def percent(values: Iterable[float]) -> str:
+def with_range(values: Iterable[float]) -> str:
     """Mean with range over seeds, in percent."""
-    scores = 100 * np.asarray(list(values))
-    spread = f" ({scores.min():.1f} to {scores.max():.1f})" if len(scores) > 1 and np.ptp(scores) > 0 else ""
-    return f"{scores.mean():.1f}{spread}"
+    scores = [100 * one for one in values]
+    spread = f" ({min(scores):.1f} to {max(scores):.1f})" if min(scores) < max(scores) else ""
+    return f"{fmean(scores):.1f}{spread}"
 
 
-def post_training(rows: list[dict[str, str]]) -> str:
-    """Searchers by budget, over seeds."""
-    budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    searchers = dict.fromkeys(row["searcher"] for row in rows)
-    return markdown(
-        ["", *budgets],
-        (
-            [
-                searcher,
-                *(
-                    percent(
-                        float(row["selection_score"])
-                        for row in rows
-                        if (row["searcher"], row["budget"]) == (searcher, budget)
-                    )
-                    for budget in budgets
-                ),
-            ]
-            for searcher in searchers
-        ),
-    )
+def with_interval(found: Interval) -> str:
+    """Mean with its interval, in percent."""
+    low, high = (found.mean if one is None else one for one in (found.low, found.high))
+    return f"{100 * found.mean:.1f}" + (f" ({100 * low:.1f} to {100 * high:.1f})" if low < high else "")
 
 
-def transfer(rows: list[dict[str, str]]) -> str:
-    """Searchers and frozen policies by budget."""
-    budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    labels = dict.fromkeys((row["searcher"], row["policy"]) for row in rows)
+def post_training() -> str:
+    """The agent against its start, over seeds: at 50 % MACs with a second look, at 35 % without."""
+    rows = {"macs:0.5": read("post_training_confirmed"), "macs:0.35": read("post_training")}
+    titles = {
+        "uniform": "uniform",
+        "knapsack": "knapsack, one shot",
+        "untrained agent": "untrained agent",
+        "agent": "**agent, its own plan**",
+        "agent best sampled": "agent, best plan it sampled",
+    }
 
-    def score(label: tuple[str, str], budget: str) -> str:
-        found = [row for row in rows if (row["searcher"], row["policy"], row["budget"]) == (*label, budget)]
-        return percent(float(row["selection_score"]) for row in found) if found else ""
+    def score(searcher: str, budget: str) -> str:
+        found = [one for one in rows[budget] if (one["searcher"], one["budget"]) == (searcher, budget)]
+        return with_range(float(one["selection_score"]) for one in found)
 
-    def title(label: tuple[str, str]) -> str:
-        return f"{label[0]} {Path(label[1]).name.removeprefix('post_training__')}".strip()
-
-    return markdown(["", *budgets], ([title(one), *(score(one, budget) for budget in budgets)] for one in labels))
+    return markdown(_HEADER, ([title, *(score(name, one) for one in BUDGETS)] for name, title in titles.items()))
 
 
-def finetune(rows: list[dict[str, str]]) -> str:
+def compare(name: str = "resnet20_50") -> str:
+    """All searchers of a grid, best first, in two columns; the agent's controls under its name."""
+    run = RunFolder(RESULTS / f"compare_{name}")
+    rows = run.read_rows(ROWS)
+    searchers = tuple(dict.fromkeys(str(one["searcher"]) for one in rows))
+    titles = {"agent": "**agent**", "shuffled": "agent, shuffled", "mean": "agent, mean action"}
+    scores = {one["searcher"]: one["score"] for one in summary.summarise(summary.Table(rows, (), searchers))}
+    ranked = sorted(scores, key=lambda one: -scores[one].mean)
+    cells = [(titles.get(one, one), with_interval(scores[one])) for one in ranked]
+    half = -(-len(cells) // 2)
+    pairs = zip_longest(cells[:half], cells[half:], fillvalue=("", ""))
+    return markdown(("", "score", "", "score"), ([*left, *right] for left, right in pairs))
+
+
+def transfer() -> str:
+    """What needs no training, and frozen policies, on a network that these have not seen."""
+    trained = "post_training__cifar_resnet20__macs{}__s0"
+    titles = {
+        ("uniform", ""): "uniform",
+        ("knapsack", ""): "knapsack, one shot",
+        ("untrained agent, 3 rounds", ""): "untrained agent, 3 rounds",
+        ("policy", trained.format(0.5)): "policy trained at 50 % (1 round)",
+        ("policy", trained.format(0.35)): "policy trained at 35 % (3 rounds)",
+    }
+    scores = {
+        (one["searcher"], one["policy"], one["budget"]): f"{100 * float(one['selection_score']):.1f}"
+        for one in read("transfer")
+    }
+    return markdown(_HEADER, ([title, *(scores[*key, one] for one in BUDGETS)] for key, title in titles.items()))
+
+
+def finetune() -> str:
     """The three accuracies, cost and speed-up of each searcher."""
+    stages = ("after_pruning", "after_recovery", "after_finetuning")
+    lines = [
+        [
+            one["searcher"],
+            *(f"{100 * float(one[stage]):.1f}" for stage in stages),
+            f"{float(one['macs']) / 1e6:.1f} of {float(one['macs_before']) / 1e6:.1f} M",
+            f"{float(one['parameters']) / 1e3:.0f} of {float(one['parameters_before']) / 1e3:.0f} k",
+            f"{float(one['speed_up_torch']):.2f}x",
+            f"{float(one['speed_up_onnxruntime']):.2f}x",
+        ]
+        for one in read("finetune")
+    ]
     header = ["", "right after pruning", "after recovery", "after fine-tuning", "MACs", "parameters"]
-    return markdown(
-        [*header, "torch", "ONNX Runtime"],
-        (
-            [
-                row["searcher"],
-                *(f"{100 * float(row[key]):.2f}" for key in ("after_pruning", "after_recovery", "after_finetuning")),
-                f"{float(row['macs']) / 1e6:.1f} M of {float(row['macs_before']) / 1e6:.1f} M",
-                f"{float(row['parameters']) / 1e3:.0f} k of {float(row['parameters_before']) / 1e3:.0f} k",
-                f"{row['speed_up_torch']}x",
-                f"{row['speed_up_onnxruntime']}x",
-            ]
-            for row in rows
-        ),
-    )
+    return markdown([*header, "torch", "ONNX Runtime"], lines)
 
 
-def speed(rows: list[dict[str, str]]) -> str:
-    """Every measurement with what it says."""
+def coverage() -> str:
+    """How many networks are pruned, by library."""
     lines = []
-    for row in rows:
-        filled = {key: row[key] for key in list(row)[2:19] if row[key]}
-        lines.append([row["what"], row["network"], ", ".join(f"{key} {value}" for key, value in filled.items())])
-    return markdown(["measurement", "network", "figures"], lines)
+    for library in ("torchvision", "timm"):
+        rows = [one for one in read("coverage") if one["library"] == library]
+        whole = [one for one in rows if not one["failed"]]
+        slowest = max((one for one in rows if one["trace_seconds"]), key=lambda one: float(one["trace_seconds"]))
+        lines.append(
+            [
+                library,
+                f"{len(whole)} of {len(rows)}",
+                sum(float(one["reached"]) <= 0.5 for one in whole),
+                f"{median(float(one['passes']) for one in rows if one['passes']):.1f}",
+                f"{float(slowest['trace_seconds']):.1f} s ({slowest['network']})",
+                sum(bool(one["tp_reached"]) and float(one["tp_reached"]) < 0.95 for one in rows),
+            ]
+        )
+    header = ["", "do all of it", "reach 50 % of their MACs", "median time to trace, in forward passes"]
+    return markdown([*header, "slowest trace", "pruned by torch_pruning in the same run"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "post_training": post_training,
+    "compare": compare,
+    "transfer": transfer,
+    "finetune": finetune,
+    "coverage": coverage,
+}
 
 
 if __name__ == "__main__":

@@ -60,9 +60,30 @@ def signature(thing: Any) -> str:
     if inspect.isclass(thing) and not dataclasses.is_dataclass(thing):
         return ""
     called = inspect.signature(thing)
-    parameters = "".join(f"    {one},\n" for one in map(str, called.parameters.values()))
-    returns = "" if called.return_annotation is inspect.Signature.empty else f" -> {called.return_annotation}"
-    return re.sub(r"prunegym\.[\w.]*\.", "", f"(\n{parameters}){returns}" if parameters else f"(){returns}")
+    parameters = "".join(f"    {one},\n" for one in shown(called))
+    returns = "" if called.return_annotation is inspect.Signature.empty else f" -> {bare(called.return_annotation)}"
+    return f"(\n{parameters}){returns}" if parameters else f"(){returns}"
+
+
+def shown(called: inspect.Signature) -> list[str]:
+    """Parameters as they are written, with the bare `*` that keyword-only ones stand behind and the `/` of others."""
+    texts = []
+    kind = None
+    for one in called.parameters.values():
+        if kind is one.POSITIONAL_ONLY and one.kind is not one.POSITIONAL_ONLY:
+            texts.append("/")
+        if one.kind is one.KEYWORD_ONLY and kind not in (one.KEYWORD_ONLY, one.VAR_POSITIONAL):
+            texts.append("*")
+        kind = one.kind
+        texts.append(bare(str(one)))
+    return [*texts, "/"] if kind is inspect.Parameter.POSITIONAL_ONLY else texts
+
+
+def bare(annotation: object) -> str:
+    """A type without the modules it comes from, and without quotes where it was not evaluated."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    text = re.sub(r": '([^']*)'", r": \1", text)
+    return re.sub(r"\b(?:prunegym|collections|torch|pathlib|typing)\.(?:\w+\.)*", "", text)
 
 
 def documentation(thing: Any) -> str:
@@ -72,7 +93,9 @@ def documentation(thing: Any) -> str:
         for name, method in vars(thing).items():
             method = method.fget if isinstance(method, property) else method
             if not name.startswith("_") and inspect.isfunction(method):
-                text += f"\n\n{name}{inspect.signature(method)}\n    {(inspect.getdoc(method) or '').splitlines()[0]}"
+                called = inspect.signature(method)
+                lines = (inspect.getdoc(method) or "").splitlines()
+                text += f"\n\n{name}({', '.join(shown(called))}) -> {bare(called.return_annotation)}\n    {lines[0]}"
     return text
 
 

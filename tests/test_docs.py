@@ -1,5 +1,8 @@
 """The documentation is true: its code runs as it stands, it knows every command, option and name, its links lead on."""
 
+import dataclasses
+import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -7,12 +10,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import prunegym
+from prunegym.agents import config
 from prunegym.agents.cli import main
+from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
+from prunegym.agents.report.config import ReportConfig
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+#: A link within the repository: file and heading.
+LINK = r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "runs" / "README.md", ROOT / "benchmarks" / "LOG.md"]
+LINKED = [page for page in PAGES if re.search(LINK, page.read_text(encoding="utf-8"))]
+FLAG = r"(?<![\w-])--[a-z][\w-]*"
+CONFIGS = {
+    name: vars(config)[f"{name.capitalize()}Config"]
+    for name in ("inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo")
+} | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig, "report": ReportConfig}
+POSITIONAL = {"finetune": ("run",), "export": ("run",), "report": ("runs",)}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -77,12 +95,34 @@ def test_long_work_ends_with_a_policy(tmp_path: Path) -> None:
     assert (tmp_path / "agent" / "policy.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_their_headings(page: Path) -> None:
     """Within the documentation and the repository."""
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    links = re.findall(LINK, page.read_text(encoding="utf-8"))
 
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    for path, heading in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w-]", "", one.lower().replace(" ", "-")) for one in headings]
+
+
+def test_links_are_found() -> None:
+    """The test above is worth what it sees."""
+    assert {ROOT / "README.md", DOCS / "README.md", DOCS / "segmentation.md"} <= set(LINKED)
+    assert re.findall(LINK, "[a](b.md), [c](d.md#e f), [g](#h), [i](https://j.k)") == [
+        ("b.md", ""), ("d.md", "e f"), ("", "h")
+    ]  # fmt: skip
+
+
+def test_every_benchmark_is_told_how_to_run() -> None:
+    """Each script that can be run, once, and no other."""
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    text = (DOCS / "reproducing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!what|---)(.*?) \| (.*) \|$", text, flags=re.MULTILINE)
+
+    assert {name for _, command in rows for name in re.findall(r"benchmarks/(\w+\.py)", command)} == scripts
+    assert len({what for what, _ in rows}) == len({command for _, command in rows}) == len(rows)
 
 
 def test_reference_knows_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +136,25 @@ def test_reference_knows_every_command_and_option(capsys: pytest.CaptureFixture[
     for command, section in sections.items():
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
-        flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
-        assert flags <= set(re.findall(r"--[a-z][\w-]*", section)), command
+        told = set(re.findall(FLAG, capsys.readouterr().out))
+        assert {"--help"} < told
+        assert told == set(re.findall(FLAG, section)), command
+        own = {flag for flag in re.findall(r"^  (?:-h, )?(--[\w-]+)", section, flags=re.MULTILINE) if flag != "--help"}
+        fields = {one.name.replace("_", "-"): one for one in dataclasses.fields(CONFIGS[command])}
+        assert own == {
+            f"--no-{name}" if one.default is True else f"--{name}"
+            for name, one in fields.items()
+            if name not in POSITIONAL.get(command, ())
+        }
+
+
+def test_flag_that_turns_something_off_says_so() -> None:
+    """Its help is not that of what it turns off."""
+    text = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    helps = re.findall(r"^  --no-[\w-]+ +(.*)", text, flags=re.MULTILINE)
+
+    assert len(helps) >= 7
+    assert all(one.startswith("Leave out") and "True" not in one for one in helps)
 
 
 def test_reference_knows_every_public_name() -> None:
@@ -105,3 +162,39 @@ def test_reference_knows_every_public_name() -> None:
     names = re.findall(r"^## prunegym\.(\w+)", (DOCS / "python.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
     assert sorted(names) == sorted(set(prunegym.__all__) - {"__version__"})
+
+
+def test_reference_has_every_parameter_of_what_is_called() -> None:
+    """With the bare star behind which they must be named."""
+    text = (DOCS / "python.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## prunegym\.(\w+)\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL))
+    for name, section in sections.items():
+        thing = getattr(prunegym, name)
+        if inspect.isclass(thing) and not dataclasses.is_dataclass(thing):
+            continue
+        parameters = inspect.signature(thing).parameters.values()
+        signature = section.partition("\n)")[0]
+        shown = re.findall(r"^    \*{0,2}(\w+)(?:: .*)?,$|^    (\*),$", signature, flags=re.MULTILINE)
+        assert [one for one, _ in shown if one] == [one.name for one in parameters], name
+        assert any(star for _, star in shown) == any(one.kind is one.KEYWORD_ONLY for one in parameters), name
+
+
+def test_signatures_are_written_as_they_are_called() -> None:
+    """Stars and slashes; annotations without quotes and modules."""
+    spec = importlib.util.spec_from_file_location("write_reference", ROOT / "scripts" / "write_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def called(a: int, /, b: "Path", *, c: torch.Tensor | None = None, **more: str) -> Path:
+        """Nothing."""
+        raise NotImplementedError
+
+    def gathered(*names: str, last: bool = False) -> None:
+        """Nothing."""
+
+    assert script.signature(called) == (
+        "(\n    a: int,\n    /,\n    b: Path,\n    *,\n    c: Tensor | None = None,\n    **more: str,\n) -> Path"
+    )
+    assert script.signature(gathered) == "(\n    *names: str,\n    last: bool = False,\n) -> None"

@@ -1,7 +1,9 @@
-"""The README is true: its Python runs, its commands exist; so do the options on every page."""
+"""The README is true: its Python runs, its tables are the rows', its commands and options exist as on every page."""
 
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -9,7 +11,19 @@ from prunegym.agents.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
+FLOWING = " ".join(README.split())
+COMMAND = r"(?<![\w./`-])prunegym +([a-z]+) ([^#\n]*)"
+
+
+def typed(page: str) -> list[tuple[str, str]]:
+    """Commands that a page shows in blocks of code, with their arguments."""
+    shown = "\n".join(re.findall(r"```(?:bash|console)\n(.*?)```", page, flags=re.DOTALL)).replace("\\\n", " ")
+    return re.findall(COMMAND, shown)
+
+
+FILES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in FILES}
+SHOWING = sorted(name for name, text in PAGES.items() if typed(text))
 
 
 def test_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,21 +38,94 @@ def test_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Mo
     assert sizes[1] < sizes[0]
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^prunegym +(\w+)", README, flags=re.MULTILINE))))
-def test_commands_of_the_readme_have_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command that is shown explains itself."""
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """The script that makes the README's tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module("tables")
 
-    assert f"prunegym {command}" in capsys.readouterr().out
+
+def test_tables_are_those_of_the_rows(tables: ModuleType) -> None:
+    """Line by line, and there is no other table with figures."""
+    made = [table() for table in tables.TABLES.values()]
+
+    for table in made:
+        assert table in README
+    lines = [line for line in README.splitlines() if line.startswith("|") and re.search(r"\d", line)]
+    assert [line for line in lines if not any(line in table for table in made)] == []
 
 
-@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda text: text.splitlines()[0])
+def test_speed_is_that_of_the_rows(tables: ModuleType) -> None:
+    """What an evaluation, a training and a pass of the policy cost."""
+    rows = {(one["what"], one["network"]): one for one in tables.read("speed")}
+    two, other = rows["evaluation", "cifar_resnet20"], rows["evaluation", "cifar_resnet20_conv"]
+    networks = ("cifar_resnet20", "cifar_resnet56")
+    shares = [rows[f"share, {rounds} rounds", name] for name in networks for rounds in (1, 3)]
+    one, three, large, largest = (f"{100 * float(row['share']):.0f} %" for row in shares)
+    spent = [int(row["evaluations"]) for row in shares]
+    passes = [
+        f"{1e3 * float(rows['policy', network]['policy_seconds']):.0f} ms and "
+        f"{float(rows['policy', network]['memory_mib']):.0f} MiB on {name} ({rows['policy', network]['groups']} groups)"
+        for network, name in (("resnet50", "torchvision's ResNet-50"), ("vgg19", "VGG-19"))
+    ]
+
+    for sentence in (
+        f"costs {100 * float(two['overhead']):.0f} % more than the forward passes alone",
+        f"(ResNet-20; {100 * float(other['overhead']):.0f} % with 1×1 shortcuts)",
+        f"It is {float(other['times_faster']):.1f} times as fast as a deep copy pruned by torch_pruning",
+        f"medians of {two['repeats']} turns side by side",
+        f"take {one} of a training run's time on ResNet-20 in one round and {three} in three, {large} on ResNet-56 in "
+        f"one and {largest} in three (one run each of {min(spent)} to {max(spent)} evaluations",
+        f"takes {', '.join(passes)}",
+    ):
+        assert sentence in FLOWING
+
+
+def test_latency_is_that_of_the_rows(tables: ModuleType) -> None:
+    """How far tables are off, and budgets; with the drift of the machine."""
+    table, *budgets = (row for row in tables.read("latency") if row["network"] == "cifar_resnet56")
+    errors = [f"{100 * float(table[name]):.1f}" for name in ("median_error", "p95_error")]
+    kept = [f"{100 * float(row['exported_share']):.1f}" for row in budgets]
+    drifts = [f"{100 * abs(float(row['drift'])):.0f}" for row in budgets]
+
+    assert [row["allocation"] for row in budgets] == ["uniform", "knapsack", "random 0", "random 1", "random 2"]
+    assert [index for index, drift in enumerate(drifts) if drift != "0"] == [1, 3]
+    for sentence in (
+        f"off by {errors[0]} % in the median and {errors[1]} % at the 95th percentile; it takes "
+        f"{float(table['table_seconds']):.0f} s",
+        "they kept {} % of the latency (uniform), {} % (knapsack), {}, {} and {} % (random".format(*kept),
+        f"During the second and the fourth of these measurements the machine drifted, by {drifts[1]} and {drifts[3]} %",
+    ):
+        assert sentence in FLOWING
+
+
+def test_price_of_the_agents_is_that_of_the_rows(tables: ModuleType) -> None:
+    """Their evaluations, and what they reach on the reward images."""
+    agents = {
+        budget: [one for one in tables.read(name) if (one["searcher"], one["budget"]) == ("agent", budget)]
+        for name, budget in (("post_training_confirmed", "macs:0.5"), ("post_training", "macs:0.35"))
+    }
+    (half, third) = (sorted({int(one["evaluations"]) for one in some}) for some in agents.values())
+    reward = tables.with_range(float(one["reward_score"]) for one in agents["macs:0.5"])
+
+    spent = f"spent {half[0]} or {half[-1]} evaluations (plans scored) at 50 % and {third[0]} to {third[-1]} at 35 %"
+    assert spent in FLOWING
+    assert f"the agents at 50 % reach {reward} and the knapsack 77.2" in FLOWING
+
+
+def test_pages_that_show_commands_are_known() -> None:
+    """The test below is worth what it sees; a command is seen in a variable and behind a prompt too."""
+    assert {"README.md", "docs/tutorial.md", "docs/long_work.md"} <= set(SHOWING)
+    assert {command for command, _ in typed(PAGES["README.md"])} >= {"inspect", "train", "compare", "export", "report"}
+    assert len(typed(PAGES["docs/long_work.md"])) == 3
+
+
+@pytest.mark.parametrize("page", SHOWING)
 def test_every_flag_that_is_shown_is_a_flag(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """No option is shown that the command does not take, nor one that is cut short."""
-    shown = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)).replace("\\\n", " ")
     unknown = []
-    for command, rest in re.findall(r"^prunegym +(\w+) ([^#\n]*)", shown, flags=re.MULTILINE):
+    for command, rest in typed(PAGES[page]):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))

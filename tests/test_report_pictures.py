@@ -73,6 +73,7 @@ def test_layer_that_keeps_its_channels_is_no_edge(toys: Callable[[str], Prunable
     """A depthwise convolution reads and makes one group."""
     edges = layers_between(inspect_network(toys("mobile")).to_json()["groups"])
 
+    assert edges
     assert all("depthwise" not in layers for layers in edges.values())
     assert all(a != b for a, b in edges)
 
@@ -203,7 +204,7 @@ def test_slowest_modules_come_first() -> None:
 def test_learning_curve_shows_both_plans_and_references() -> None:
     """Seeds lie over each other under one label."""
     rows = [{"evaluations": n, "score_mean": 0.4, "best": 0.6, "own": 0.5} for n in (10, 20)]
-    trainings = [charts.Training(label="", network="n", budget="b", seed=seed, metrics=rows) for seed in range(2)]
+    trainings = [charts.Training(network="n", budget="b", seed=seed, metrics=rows) for seed in range(2)]
 
     found = drawn(lambda: charts.learning_curve(trainings, {"uniform": 0.3}))
     assert found.count("the policy's own plan") == found.count("best sampled plan") == found.count("uniform") == 1

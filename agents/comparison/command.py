@@ -30,6 +30,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
             check_same(rows, identity(problem, config))  # before config.json is written anew
     run = launch.open()
     if problems:
+        run.path(RESULT).unlink(missing_ok=True)  # of fewer rows: the folder is not finished until all are there
         save_splits(problems, run)
         save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
         rows = compare(problems, config, run, progress=reporter.progress, limit=reporter.limit)

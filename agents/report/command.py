@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from prunegym.agents.report.config import ReportConfig
-from prunegym.agents.report.gather import gather
 from prunegym.agents.report.report import report
-from prunegym.agents.report.scores import collect
-from prunegym.agents.report.verdict import verdicts
 from prunegym.agents.running import Reporter, Result
 from prunegym.pruning.files import plain
 
 
 def run_report(config: ReportConfig, reporter: Reporter) -> Result:
     """Write the page; the sentences of its verdict are the result."""
-    page = report(config.runs, config.out, pictures=config.pictures)
-    runs = gather(config.runs)
-    sentences = verdicts(runs, collect(runs))
+    written = report(config.runs, config.out, pictures=config.pictures)
+    sentences = written.page.sentences
     content = {
-        "page": str(page),
+        "page": str(written.path),
         "pictures": None if config.pictures is None else str(config.pictures),
-        "runs": [str(run.folder) for run in runs],
+        "runs": [str(run.folder) for run in written.runs],
         "verdict": plain(sentences),
     }
     lines = [f"{one.about}: {one.text}" for one in sentences]
-    return Result(content, "\n".join([*lines, f"page: {page}"]))
+    return Result(content, "\n".join([*lines, f"page: {written.path}"]))

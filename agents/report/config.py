@@ -20,7 +20,7 @@ class ReportConfig(Options):
     """
 
     runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
-    """Run folders of train, evaluate, transfer, prune, compare or demo."""
+    """Run folders, of any command, finished or not; a demonstration counts as all of its steps."""
     out: Path | None = None
     """The page. By default report.html in the folder of the only run, or in the working directory for several."""
     pictures: Path | None = None

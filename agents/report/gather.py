@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prunegym.agents.comparison.grid import KEY, TIMED
+from prunegym.agents import evaluate
+from prunegym.agents.comparison import grid
 from prunegym.agents.comparison.report import CURVES
 from prunegym.agents.comparison.search import TRAININGS
 from prunegym.agents.finished_rows import FinishedRows
@@ -26,6 +27,13 @@ from prunegym.pruning.files import read_json
 
 Record: TypeAlias = Mapping[str, Any]
 
+#: Commands that keep a row for each plan, with what identifies a row and what of it is measured in time. A comparison
+#: has all of them there and nowhere else; the results of the others hold them too, once there is one.
+_TABLES = {
+    "compare": (grid.KEY, grid.TIMED),
+    **dict.fromkeys(("train", "evaluate", "transfer"), (evaluate.KEY, evaluate.TIMED)),
+}
+
 #: What `train` calls its plans -> what tables call them.
 _NAMES = {"own": "policy", "best": "best sampled"}
 
@@ -34,8 +42,6 @@ _NAMES = {"own": "policy", "best": "best sampled"}
 class Training:
     """The learning curve of one agent."""
 
-    label: str
-    """Network, budget and seed."""
     network: str
     budget: str
     seed: int
@@ -60,7 +66,7 @@ class Run:
     plans: Mapping[str, Mapping[str, Record]] = field(default_factory=dict)
     """Searcher -> ``network budget`` -> plan."""
     rows: Sequence[Record] = ()
-    """Of ``compare``, and of other commands that keep rows as they are finished."""
+    """Of ``compare``; of ``train``, ``evaluate`` and ``transfer`` those of the result, or so far finished."""
     curves: Sequence[Record] = ()
     """Of ``compare``: what each search would have returned earlier."""
     trainings: Sequence[Training] = ()
@@ -79,9 +85,19 @@ class Run:
         return self.name if self.command in self.name else f"{self.command} {self.name}"
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it came to its end: every command writes its result last."""
+        return self.result is not None
+
+    def came_to(self, command: str) -> Record:
+        """The result, if the run is one of that command; empty if it is of another, or not finished."""
+        return self.result or {} if self.command == command else {}
+
+    @property
     def network_names(self) -> list[str]:
-        """Networks that were asked for."""
-        return _texts(self.asked.get("network"))
+        """Networks that were asked for; of a saved network, which is asked for by its folder, its name."""
+        saved = self.came_to("finetune") or self.came_to("export")
+        return texts(saved["network"] if saved else self.asked.get("network"))
 
     @property
     def is_quick(self) -> bool:
@@ -89,12 +105,18 @@ class Run:
         return bool(self.config.get("quick"))
 
 
+def texts(value: Any) -> list[str]:
+    """What an option that may be given several times holds; nothing where it is empty."""
+    if value is None or value == "":
+        return []
+    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
+
+
 def gather(folders: Sequence[Path]) -> list[Run]:
     """Read run folders.
 
     Args:
-        folders: Of ``train``, ``evaluate``, ``transfer``, ``prune``, ``compare`` or ``demo``; a demonstration counts
-            as all of its steps.
+        folders: Of any command; a demonstration counts as all of its steps.
 
     Returns:
         One entry per folder, in that order, each folder once.
@@ -151,23 +173,32 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Run:
     asked, run = _asked(folder), RunFolder(folder)
     command = str(asked["command"])
-    # other commands keep rows too, which stand in their results as well
-    rows = FinishedRows(run, KEY, TIMED).read() if command == "compare" else []
+    result = _optional(folder / RESULT, None)
+    rows = _rows(run, command, result)
     return Run(
         folder=folder,
         name=name,
         command=command,
         asked=asked,
         environment=_optional(folder / "env.json", {}),
-        result=_optional(folder / RESULT, None),
+        result=result,
         networks=_networks(folder, command),
         attention=_attention(folder),
-        plans=_plans(folder, rows),
+        plans=_plans(folder, rows if command == "compare" else ()),
         rows=rows,
         curves=run.read_rows(CURVES),
         trainings=tuple(_trainings(folder, asked)),
         examples=_examples(folder / SPLITS),
     )
+
+
+def _rows(run: RunFolder, command: str, result: Record | None) -> list[Record]:
+    """Rows about plans, as far as there are any."""
+    if command not in _TABLES:
+        return []
+    if command != "compare" and result is not None:
+        return list(result.get("rows", ()))
+    return list(FinishedRows(run, *_TABLES[command]).read())
 
 
 def _plans(folder: Path, rows: Sequence[Record]) -> dict[str, dict[str, Record]]:
@@ -214,7 +245,7 @@ def _attention(folder: Path) -> list[Record]:
 def _trainings(folder: Path, asked: Record) -> Iterator[Training]:
     """Learning curves: of ``train`` its own, of ``transfer`` and ``compare`` those in sub-folders."""
     config = asked.get("config", {})
-    networks, budgets = _texts(config.get("network")), _texts(config.get("budget")) or [DEFAULT_BUDGET]
+    networks, budgets = texts(config.get("network")), texts(config.get("budget")) or [DEFAULT_BUDGET]
     seed = int(asked.get("seed", 0))
     if asked["command"] == "train":
         yield from _training(folder, ", ".join(networks), ", ".join(budgets), seed)
@@ -230,16 +261,10 @@ def _trainings(folder: Path, asked: Record) -> Iterator[Training]:
                     yield from _training(folder / TRAININGS / name, network, budget, seed + offset)
 
 
-def _texts(value: Any) -> list[str]:
-    """One text or several, as a configuration holds them."""
-    return [value] if isinstance(value, str) else [str(one) for one in value or ()]
-
-
 def _training(folder: Path, network: str, budget: str, seed: int) -> Iterator[Training]:
     metrics = RunFolder(folder).read_rows(METRICS)
     if metrics:
-        label = f"{network} {budget} seed {seed}"
-        yield Training(label=label, network=network, budget=budget, seed=seed, metrics=metrics)
+        yield Training(network=network, budget=budget, seed=seed, metrics=metrics)
 
 
 def _examples(path: Path) -> dict[str, int]:

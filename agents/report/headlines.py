@@ -23,14 +23,17 @@ def headlines(runs: Sequence[Run], scores: Scores) -> list[Headline]:
         scores: As of :func:`.scores.collect`.
     """
     pruned = [
-        Headline(_title(run, run.result), list(_pruned_cards(run, run.result)))
-        for run in runs
-        if run.command == "prune" and run.result is not None
+        Headline(_title(result), list(_pruned_cards(run, result))) for run in runs if (result := run.came_to("prune"))
     ]
-    return (pruned or list(_plans(scores)) or list(_trainings(runs)))[:_MOST]
+    tuned = [
+        Headline(f"{result['network']} fine-tuned", list(_tuned_cards(run, result)))
+        for run in runs
+        if (result := run.came_to("finetune"))
+    ]
+    return (pruned + tuned or list(_plans(scores)) or list(_trainings(runs)))[:_MOST]
 
 
-def _title(run: Run, result: Record) -> str:
+def _title(result: Record) -> str:
     by = "a plan from a file" if result["searcher"] == "plan" else result["searcher"]
     return f"{result['network']} pruned to {result['budget']} by {by}"
 
@@ -55,6 +58,16 @@ def _pruned_cards(run: Run, result: Record) -> Iterator[Card]:
                 yield Card("speed-up", "none", f"{row['speed_up']:.2f}× lies within the noise; {conditions}", tone)
             else:
                 yield Card("speed-up", f"{row['speed_up']:.2f}×", conditions, tone)
+
+
+def _tuned_cards(run: Run, result: Record) -> Iterator[Card]:
+    scores = result["test_scores"]
+    after, before = scores["after_finetuning"], scores["before_finetuning"]
+    gap = difference([after], [before], run.examples.get("test"))
+    yield Card("accuracy", percent(after), f"test images; {percent(before)} before fine-tuning")
+    noise = "noise unknown" if gap.margin is None else f"noise ±{100 * gap.margin:.1f}"
+    yield Card("gained", signed(100 * gap.value), f"points in {plural(result['epochs'], 'epoch')}; {noise}", gap.tone)
+    yield Card("parameters", amount(result["parameters"]))
 
 
 def _trainings(runs: Sequence[Run]) -> Iterator[Headline]:

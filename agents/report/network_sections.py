@@ -38,7 +38,7 @@ def channels(runs: Sequence[Run], marks: Marks, gallery: Gallery) -> Section:
         blocks.append(Pictures(pictures))
     else:
         text = "The runs hold no plans with the widths before. They come from"
-        blocks.append(Text(text, suggest(runs[0], "evaluate", *_policy(runs))))
+        blocks.append(Text(text, suggest(runs, "evaluate", *_policy(runs))))
     introduction = "A group is coupled channels that can only go together. Bars are of the plan that is named first."
     return Section("channels", "Kept channels", blocks, introduction if pictures else "")
 
@@ -59,9 +59,8 @@ def group_sizes(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
     for run in runs:
         for record in run.networks:
             found.setdefault(record["network"], {one["name"]: one["channels"] for one in record["groups"]})
-        if run.command == "prune" and run.result is not None:
-            kept = {name: one["before"] for name, one in run.result["channels"].items()}
-            found.setdefault(run.result["network"], kept)
+        if result := run.came_to("prune"):
+            found.setdefault(result["network"], {name: one["before"] for name, one in result["channels"].items()})
     return found
 
 
@@ -69,10 +68,9 @@ def kept_by(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, dict[str, in
     """Channels that each searcher's plan keeps, by network and budget; of the same searcher the first run's."""
     found: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
     for run in runs:
-        if run.command == "prune" and run.result is not None:
-            key = (run.result["network"], run.result["budget"])
-            kept = {name: one["after"] for name, one in run.result["channels"].items()}
-            found.setdefault(key, {}).setdefault(run.result["searcher"], kept)
+        if result := run.came_to("prune"):
+            kept = {name: one["after"] for name, one in result["channels"].items()}
+            found.setdefault((result["network"], result["budget"]), {}).setdefault(result["searcher"], kept)
         for searcher, plans in run.plans.items():
             for name, plan in plans.items():
                 network, _, budget = name.rpartition(" ")
@@ -98,9 +96,9 @@ def graph(runs: Sequence[Run], gallery: Gallery) -> Section:
     blocks += [Folded(title, inner) for title, inner in parts[_SHOWN:]]
     if not records:
         text = "The runs do not hold the channel graph. It comes from"
-        blocks.append(Text(text, suggest(runs[0], "evaluate", *_policy(runs))))
+        blocks.append(Text(text, suggest(runs, "evaluate", *_policy(runs))))
     elif not attention:
-        blocks.append(Text("No policy was used, so there is no attention. It comes from", suggest(runs[0], "train")))
+        blocks.append(Text("No policy was used, so there is no attention. It comes from", suggest(runs, "train")))
     introduction = (
         "Groups are rows, in the order in which the network makes them. An arc to the right is a layer that reads one "
         "group and makes another; dashed ones lead back up, through a shortcut. "
@@ -182,14 +180,13 @@ def time(runs: Sequence[Run], gallery: Gallery) -> Section:
     """Where the time of the networks goes, before and after."""
     blocks: list[Block] = []
     for run in runs:
-        result = run.result or {}
-        times = result.get("module_times") if run.command == "prune" else None
-        if times:
+        result = run.came_to("prune")
+        if times := result.get("module_times"):
             title = f"{result['network']} pruned to {result['budget']} by {result['searcher']}"
             blocks += [Heading(title), *_time_blocks(title, times, gallery)]
     if not blocks:
         text = "No network was timed module by module. It comes from"
-        return Section("time", "Where the time goes", [Text(text, suggest(runs[0], "prune"))])
+        return Section("time", "Where the time goes", [Text(text, suggest(runs, "prune"))])
     introduction = (
         "Measured in PyTorch, module by module, both networks in turn; medians. A module's time is its own, without "
         "modules inside it. Reading the clock slows each module by some microseconds, so sums are longer than the "

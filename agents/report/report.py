@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from prunegym.agents.report.charts import Marks
 from prunegym.agents.report.gather import Run, gather
 from prunegym.agents.report.headlines import headlines
 from prunegym.agents.report.network_sections import channels, graph, kept_by, time
+from prunegym.agents.report.outcomes import reached
 from prunegym.agents.report.page import Page
 from prunegym.agents.report.scores import collect
-from prunegym.agents.report.sections import asked, front, learning, reached
+from prunegym.agents.report.sections import asked, front, learning
 from prunegym.agents.report.svg import Gallery
 from prunegym.agents.report.verdict import verdicts
 from prunegym.agents.report.words import joined
@@ -21,17 +23,23 @@ from prunegym.pruning.files import replacing, write_failure
 FILE = "report.html"
 
 
-def report(folders: Sequence[Path], out: Path | None = None, *, pictures: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class Written:
+    """A page that was written."""
+
+    path: Path
+    runs: Sequence[Run]
+    page: Page
+
+
+def report(folders: Sequence[Path], out: Path | None = None, *, pictures: Path | None = None) -> Written:
     """Write one self-contained HTML page about run folders.
 
     Args:
-        folders: Of ``train``, ``evaluate``, ``transfer``, ``prune``, ``compare`` or ``demo``.
+        folders: Of any command.
         out: The page; by default ``report.html`` in the folder of the only run, or in the working directory if there
             are several.
         pictures: Where to save the pictures as PNG and SVG too.
-
-    Returns:
-        The page's path.
 
     Raises:
         PruningError: A folder is absent, damaged or of something else, or a file could not be written.
@@ -39,9 +47,9 @@ def report(folders: Sequence[Path], out: Path | None = None, *, pictures: Path |
     runs = gather(folders)
     if out is None:
         out = Path(folders[0]).expanduser() / FILE if len(folders) == 1 else Path(FILE)
-    html = build_page(runs, Gallery(pictures)).render()
-    write_page(out, html)
-    return out
+    page = build_page(runs, Gallery(pictures))
+    write_page(out, page.render())
+    return Written(out, runs, page)
 
 
 def build_page(runs: Sequence[Run], gallery: Gallery) -> Page:

@@ -148,14 +148,14 @@ def collect(runs: Sequence[Run]) -> Scores:
 
 
 def _rows_of(run: Run) -> Iterator[Scored]:
-    """Rows of one run: of a comparison from its table, of others from their result."""
+    """Rows of one run."""
     if run.command == "compare":
         for row in run.rows:
             yield from _compared(run, row)
-    elif run.command == "prune" and run.result is not None:
-        yield from _pruned(run, run.result)
-    elif run.command in ("train", "evaluate", "transfer"):
-        for row in run.rows if run.result is None else run.result.get("rows", ()):
+    elif result := run.came_to("prune"):
+        yield from _pruned(run, result)
+    else:
+        for row in run.rows:
             if row["searcher"] != "unpruned":
                 yield from _evaluated(run, row)
 
@@ -266,7 +266,7 @@ def _settings(run: Run) -> str:
 
 def _conditions(sentence: str) -> str | None:
     """Device, runtime, threads and batch from the sentence about a latency: what stands behind the number of runs."""
-    found = re.search(r"paired \w+; (.*?)\)\.", sentence)
+    found = re.search(r"paired turns; (.*?)\)\.", sentence)
     return found[1] if found else None
 
 
@@ -291,11 +291,10 @@ def _unpruned(runs: Sequence[Run]) -> dict[str, Unpruned]:
             for split, one in record.get("unpruned", {}).items():
                 known.scores[data, split] = one["score"]
                 known.examples[data, split] = one["examples"]
-        result = run.result or {}
-        if run.command == "prune" and result:
+        if result := run.came_to("prune"):
             known = note(result["network"], result["macs"]["before"], result["parameters"]["before"])
             known.scores[data, "test"] = result["test_scores"]["unpruned"]
-        for row in result.get("rows", ()) if run.command == "evaluate" else ():
+        for row in run.rows:
             if row["searcher"] == "unpruned":
                 known = note(row["network"], row["macs"], row["parameters"])
                 for split in ("reward", "selection", "test"):

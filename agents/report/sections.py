@@ -1,4 +1,4 @@
-"""The parts of the page about what was asked, what was reached, rivals and learning.
+"""The parts of the page about what was asked, rivals and learning.
 
 A part that nothing is known about keeps its heading and says in one sentence which command would give it.
 """
@@ -10,21 +10,12 @@ from statistics import fmean
 
 from prunegym.agents.report import charts
 from prunegym.agents.report.charts import Marks
-from prunegym.agents.report.gather import Record, Run, Training
+from prunegym.agents.report.gather import Run, Training, texts
 from prunegym.agents.report.page import Block, Folded, Heading, Pictures, Section, Table, Text
 from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of
 from prunegym.agents.report.svg import Gallery, Picture
-from prunegym.agents.report.verdict import difference, speed_tone
-from prunegym.agents.report.words import (
-    amount,
-    duration,
-    option_rows,
-    percent,
-    plural,
-    signed,
-    suggest,
-    texts,
-)
+from prunegym.agents.report.verdict import difference
+from prunegym.agents.report.words import amount, duration, option_rows, percent, signed, suggest
 
 #: Searchers that make a chart of rivals worth while.
 _RIVALS = 3
@@ -42,15 +33,21 @@ def asked(runs: Sequence[Run]) -> Section:
                 "data": data_of(run) if config.get("data") else "",
                 "budget": ", ".join(texts(config.get("budget"))),
                 "regime": str(config.get("regime") or ""),
-                "searcher": ", ".join(texts(config.get("searcher"))) or str(run.asked.get("searcher") or ""),
+                "searcher": ", ".join(texts(config.get("searcher"))) or _searcher(run),
                 "seed": str(run.asked.get("seed", "")),
                 "evaluations": str(config.get("evaluations", "")) if run.command in ("train", "compare") else "",
-                "fine-tuning": f"{config['epochs']} epochs" if config.get("epochs") else "",
-                "state": "finished" if run.result is not None or run.plans else "not finished",
+                "epochs": str(config.get("epochs") or ""),
+                "state": "finished" if run.is_finished else "not finished",
             }
         )
     details = [Folded(f"Options, versions and machine of {run.label}", list(_details(run))) for run in runs]
     return Section("asked", "What was asked", [Table.of(rows), *details])
+
+
+def _searcher(run: Run) -> str:
+    """Who searched; commands that search nothing are put down under their own name."""
+    name = str(run.asked.get("searcher") or "")
+    return "" if name == run.command else name
 
 
 def _details(run: Run) -> Iterator[Block]:
@@ -72,75 +69,6 @@ def _details(run: Run) -> Iterator[Block]:
     yield Table.of(option_rows(run.config))
 
 
-def reached(runs: Sequence[Run]) -> Section:
-    """What networks that were pruned for good came to, one column each."""
-    done = [(run, run.result) for run in runs if run.command == "prune" and run.result is not None]
-    if not done:
-        text = "No network was pruned for good. The three accuracies, parameters and measured latency come from"
-        return Section("reached", "What was reached", [Text(text, suggest(runs[0], "prune"))])
-    columns = [_reached_column(result) for _, result in done]
-    measures = list(dict.fromkeys(name for one in columns for name in one))
-    rows = [
-        {"": name, **{run.label: column.get(name, "") for (run, _), column in zip(done, columns, strict=True)}}
-        for name in measures
-    ]
-    rows = [row for row in rows if any(value for name, value in row.items() if name)]
-    caption = (
-        "Accuracy on the test images, which were read once, at the end. Latency: median and quartiles, before and "
-        "after side by side."
-    )
-    conditions = dict.fromkeys(f"{row['backend']}: {_conditions(row)}" for _, one in done for row in _measured(one))
-    notes = [Text(f"Measured in {condition}.", kind="small") for condition in conditions]
-    return Section("reached", "What was reached", [Table.of(rows, caption), *notes])
-
-
-def _reached_column(result: Record) -> dict[str, str]:
-    scores, memory = result["test_scores"], result.get("memory")
-    return {
-        "network": result["network"],
-        "budget": result["budget"],
-        "plan by": result["searcher"],
-        "regime": result["regime"],
-        "accuracy, unpruned": percent(scores["unpruned"]),
-        **{f"accuracy, {words}": percent(scores.get(stage)) for stage, words in WORDS.items()},
-        "MACs": _before_after(result["macs"]),
-        "parameters": _before_after(result["parameters"]),
-        "peak memory of activations": f"{memory['before']:.3g} → {memory['after']:.3g} MiB" if memory else "",
-        "blocks left out": ", ".join(result.get("blocks_left_out", [])),
-        **{f"latency in {row['backend']}": _latency(row) for row in _measured(result)},
-        "evaluations of the search": str(result.get("search", {}).get("evaluations", "")),
-        "the search took": duration(result.get("search", {}).get("seconds")),
-    }
-
-
-def _before_after(cost: Record) -> str:
-    return f"{amount(cost['before'])} → {amount(cost['after'])} ({percent(cost['after'] / max(cost['before'], 1), 0)})"
-
-
-def _measured(result: Record) -> list[Record]:
-    """Rows about latency that hold one."""
-    return [row for row in result.get("latency", ()) if row.get("speed_up")]
-
-
-def _latency(row: Record) -> str:
-    """Medians with quartiles, and the ratio of neighbouring runs."""
-    before, after = (
-        f"{1e3 * row[side]['median_seconds']:.3g} ({1e3 * row[side]['lower_quartile_seconds']:.3g} to "
-        f"{1e3 * row[side]['upper_quartile_seconds']:.3g})"
-        for side in ("before", "after")
-    )
-    interval = " ({:.2f} to {:.2f})".format(*row["interval"]) if row.get("interval") else ""
-    noise = ", within the noise" if speed_tone(row) == "even" else ""
-    return f"{before} → {after} ms, {row['speed_up']:.2f}×{interval}{noise}"
-
-
-def _conditions(row: Record) -> str:
-    """What a latency is of."""
-    after = row["after"]
-    parts = [after.get("device_name"), after.get("runtime"), plural(int(after.get("threads") or 1), "thread")]
-    return ", ".join([*(str(one) for one in parts if one), f"batch {after.get('batch_size')}", str(after.get("dtype"))])
-
-
 def front(runs: Sequence[Run], scores: Scores, marks: Marks, gallery: Gallery) -> Section:
     """Accuracy against cost, with all rivals that were run."""
     blocks: list[Block] = []
@@ -149,10 +77,10 @@ def front(runs: Sequence[Run], scores: Scores, marks: Marks, gallery: Gallery) -
             blocks += [Heading(where.title), *_field_blocks(where, rows, scores, marks, gallery)]
     if not blocks:
         text = "No plans were put beside each other. Rivals at equal evaluations, with seeds and intervals, come from"
-        blocks.append(Text(text, suggest(runs[0], "compare", "--latency")))
+        blocks.append(Text(text, suggest(runs, "compare", "--latency")))
     elif not any(row.latency_ratio for row in scores.rows):
         text = "Accuracy against measured latency is missing: no plan's latency was measured. It comes from"
-        blocks.append(Text(text, suggest(runs[0], "compare", "--latency")))
+        blocks.append(Text(text, suggest(runs, "compare", "--latency")))
     introduction = (
         "Only scores on the same images, at the same stage, stand in one picture. Marks are means over runs, with the "
         "range of the runs. Searchers with a star score no plan while they search."
@@ -259,7 +187,7 @@ def learning(runs: Sequence[Run], marks: Marks, gallery: Gallery) -> Section:
         blocks.append(Pictures(pictures))
     else:
         text = "No agent was trained in these runs. A learning curve comes from"
-        blocks.append(Text(text, suggest(runs[0], "train")))
+        blocks.append(Text(text, suggest(runs, "train")))
     for run in runs:
         if run.command == "compare" and run.curves:
             blocks += [Heading(f"Searches of {run.label} over time"), Pictures(list(_searches(run, marks, gallery)))]
@@ -282,7 +210,7 @@ def _references(runs: Sequence[Run]) -> dict[str, float]:
     """Reward scores of uniform and knapsack, the mean over budgets, as the curves are."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        for row in (run.result or {}).get("rows", ()) if run.command == "train" else ():
+        for row in run.rows if run.command == "train" else ():
             if row["searcher"] in ("uniform", "knapsack") and row.get("reward_score") is not None:
                 found.setdefault(row["searcher"], []).append(row["reward_score"])
     return {name: fmean(values) for name, values in found.items()}

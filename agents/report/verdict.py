@@ -16,14 +16,11 @@ from typing import Literal
 
 from prunegym.agents.report.gather import Record, Run
 from prunegym.agents.report.scores import LEARNED, SIMPLE, WORDS, Field, Scored, Scores, by_searcher, mean_score
-from prunegym.agents.report.words import joined, percent, signed
-from prunegym.pruning.budget import Budget
-from prunegym.pruning.errors import PruningError
+from prunegym.agents.report.words import joined, percent, plural, signed
+from prunegym.pruning.latency import drifted
 
 #: Standard errors that a difference must exceed.
 _STANDARD_ERRORS = 1.96
-#: A measured latency this far above its budget, as a share of it, is told.
-_LATENCY_SLACK = 0.03
 #: Of the speed that the MACs promise, less than this share is told.
 _PROMISED = 0.5
 
@@ -94,9 +91,13 @@ def verdicts(runs: Sequence[Run], scores: Scores) -> list[Sentence]:
     for where, rows in scores.fields.items():
         found += _about_plans(where, rows, scores.examples(where))
     for run in runs:
-        if run.command == "prune" and run.result is not None:
-            found += _about_speed(run, run.result)
-            found += _about_accuracy(run, run.result)
+        if result := run.came_to("prune"):
+            found += _about_speed(run, result)
+            found += _about_accuracy(run, result)
+        if result := run.came_to("finetune"):
+            found.append(_about_finetuning(run, result))
+        if result := run.came_to("export"):
+            found += _about_files(result)
     found += _warnings(runs)
     return list(dict.fromkeys(found))
 
@@ -210,20 +211,15 @@ def _about_speed(run: Run, result: Record) -> Iterator[Sentence]:
             rest = f" {fewer:.1f} times fewer MACs are not {fewer:.1f} times the speed here." if less else ""
             yield Sentence("good", about, f"Faster: {figures}.{rest}")
         if row.get("drift"):
-            text = f"The machine drifted by {percent(row['drift'])} while it measured. Measure again when it is idle."
+            text = f"The machine drifted while it measured: {drifted(row['drift'])}. Measure again when it is idle."
             yield Sentence("note", about, text)
     yield from _about_latency_budget(run, result)
 
 
 def speed_tone(row: Record) -> Tone:
-    """Whether a network is faster than before, as the measurement judged it: by its interval, or by its words."""
-    if interval := row.get("interval"):
-        low, high = interval
-        return "even" if low <= 1 <= high else "good" if low > 1 else "bad"
-    text = str(row["sentence"])
-    if text.startswith("No "):
-        return "even"
-    return "bad" if text.startswith("Slower") or row["speed_up"] < 1 else "good"
+    """Whether a network is faster than before: by the interval of the measurement."""
+    low, high = row["interval"]
+    return "even" if low <= 1 <= high else "good" if low > 1 else "bad"
 
 
 def _milliseconds(row: Record) -> str:
@@ -232,21 +228,22 @@ def _milliseconds(row: Record) -> str:
 
 
 def _about_latency_budget(run: Run, result: Record) -> Iterator[Sentence]:
-    """Whether a latency budget holds on the measured network too."""
-    try:
-        budget = Budget.parse(str(result["budget"]))
-    except PruningError:
-        return  # a plan from a file has none
-    wanted = run.config.get("latency_backend", "torch")
-    row = next((one for one in result.get("latency", ()) if one["backend"] == wanted and one.get("speed_up")), None)
-    if budget.kind != "latency" or row is None:
+    """Whether a latency budget holds: when the plan was brought to it, and of the network in the end."""
+    kept = result.get("latency_budget")
+    if not kept:
         return
-    share = 1 / row["speed_up"]
-    allowed = budget.value / row["before"]["median_seconds"] if budget.absolute else budget.value
-    if share > allowed * (1 + _LATENCY_SLACK):
-        about = f"{result['network']} at {result['budget']}, latency in {wanted}"
-        text = f"The measured network does not hold the budget: {percent(share)} of the latency is left."
-        yield Sentence("bad", about, text)
+    backend = run.config.get("latency_backend", "torch")
+    about = f"{result['network']} at {result['budget']}, latency in {backend}"
+    yield Sentence("good" if kept["holds"] else "bad", about, str(kept["sentence"]))
+    row = next((one for one in result["latency"] if one["backend"] == backend and one.get("speed_up")), None)
+    if row is not None and kept["holds"]:
+        high, low = (1 / one for one in row["interval"])
+        if low > kept["asked"]:
+            text = (
+                f"Measured once more in the end, the network does not hold the budget: {percent(1 / row['speed_up'])} "
+                f"of the latency is left (interval {percent(low)} to {percent(high)}), {percent(kept['asked'])} asked."
+            )
+            yield Sentence("bad", about, text)
 
 
 def _about_accuracy(run: Run, result: Record) -> Iterator[Sentence]:
@@ -268,10 +265,32 @@ def _about_accuracy(run: Run, result: Record) -> Iterator[Sentence]:
         yield Sentence("note", about, f"{figures}.")
 
 
+def _about_finetuning(run: Run, result: Record) -> Sentence:
+    """What fine-tuning a saved network gave."""
+    scores = result["test_scores"]
+    after, before = scores["after_finetuning"], scores["before_finetuning"]
+    gap = difference([after], [before], run.examples.get("test"))
+    words = {"good": "Fine-tuning helped", "bad": "Fine-tuning did harm"}.get(
+        gap.tone, "Fine-tuning changed nothing beyond the noise" if gap.margin is not None else "Fine-tuned"
+    )
+    about = f"{result['network']}, fine-tuned for {plural(result['epochs'], 'epoch')}, test images"
+    return Sentence(gap.tone, about, f"{words}: {percent(before)} before, {percent(after)} after ({gap}).")
+
+
+def _about_files(result: Record) -> Iterator[Sentence]:
+    """How far exported files are from the network they were made of."""
+    for one in result["files"]:
+        about = f"{result['network']} as {one['format']}"
+        text = f"Its outputs differ from the network's by {one['difference']:.1e} at most."
+        if one["from_float32"]:
+            text += f" {result['dtype']} makes a difference of {one['from_float32']:.1e} by itself."
+        yield Sentence("note", about, f"{text} {one['warning']}" if one["warning"] else text)
+
+
 def _warnings(runs: Sequence[Run]) -> Iterator[Sentence]:
     """What a reader must know before believing a figure."""
     about = "The runs themselves"
-    unfinished = [run.label for run in runs if run.result is None and not run.plans]
+    unfinished = [run.label for run in runs if not run.is_finished]
     if unfinished:
         text = f"Not finished: {joined(unfinished)}. Repeat the command with --out and the folder to continue."
         yield Sentence("note", about, text)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
-from prunegym.agents.report.gather import Record, Run
+from prunegym.agents.report.gather import Record, Run, texts
 
 _STEPS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -50,22 +49,18 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def texts(value: Any) -> list[str]:
-    """What an option that may be given several times holds."""
-    if value is None:
-        return []
-    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
-
-
-def suggest(run: Run, command: str, *more: str) -> str:
-    """A command on the same network, data and budgets as a run.
+def suggest(runs: Sequence[Run], command: str, *more: str) -> str:
+    """A command on the same network, data and budgets as the first run that names a network.
 
     Args:
-        run: The run.
+        runs: Those of the page. If none names a network, as of a saved one, a word stands in its place.
         command: The sub-command.
         more: Further arguments.
     """
+    run = next((one for one in runs if texts(one.config.get("network"))), None)
     words = ["prunegym", command]
+    if run is None:
+        return shlex.join([*words, "--network", "NETWORK", "--data", "DATA", *more])
     for flag in ("network", "weights", "data", "budget"):
         given = texts(run.config.get(flag))
         if flag in ("network", "weights", "budget") and command == "prune":

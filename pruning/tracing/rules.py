@@ -156,7 +156,7 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     "im2col": unfold,
-    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax"), softmax),
+    **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax"), softmax),
     **dict.fromkeys(("index_select", "gather", "roll", "cumsum", "topk"), index_along),
     **dict.fromkeys(_POINTWISE, pointwise),
     **dict.fromkeys(_MATRIX, matrix_product),
