@@ -120,9 +120,9 @@ class PruningProblem:
         group_of = self.scorer.network.graph.group_of
         return threshold(scores, group_of, limit, self.widths if widths is None else widths)
 
-    def uniform_score(self, budget: Budget) -> Score:
-        """Score of the uniform plan: what every reward is compared with."""
-        return self.scorer.score(self.plan(self.uniform_counts(self.limits[budget])))
+    def uniform_score(self, budget: Budget, examples: int | None = None) -> Score:
+        """Score of the uniform plan, on so many examples: what every reward is compared with."""
+        return self.scorer.score(self.plan(self.uniform_counts(self.limits[budget])), examples=examples)
 
     def _within(self, largest: NDArray[np.int64] | None) -> Widths:
         return self.widths if largest is None else self.widths.within(largest)

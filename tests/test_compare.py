@@ -19,6 +19,7 @@ from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan
 from prunegym.agents.training.loop import Trainer
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -112,7 +113,7 @@ def test_rows_of_an_agent_come_from_one_training(compared: Any, half: PruningPro
     assert len(folders) == 2
     for seed, folder in enumerate(folders):
         policy, _ = load_policy(folder / "policy.safetensors")
-        assert plan_of(own[seed], run) == own_plan(policy, half, HALF, 1)
+        assert plan_of(own[seed], run) == own_plan(policy, ChannelPruningEnv(half, rounds=1), HALF)
         assert best[seed]["reward_score"] >= own[seed]["reward_score"]
         assert best[seed]["evaluations"] == own[seed]["evaluations"] <= QUICK["evaluations"]
 

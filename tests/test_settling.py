@@ -45,11 +45,11 @@ def test_plan_chosen_is_the_best_on_twice_the_images(small: PruningProblem, rng:
     plans = [replayed(env, BUDGET, one) for one in episodes[:5]]
     best = max(plans, key=lambda plan: small.scorer.score(plan, examples=60).score)
 
-    found = confirm(small, BUDGET, env, memory, 5)
+    found = confirm(env, BUDGET, memory, 5)
 
     assert found is not None
-    assert small.scorer.score(found.plan, examples=60).score == small.scorer.score(best, examples=60).score
-    assert found.score == small.scorer.score(found.plan).score
+    assert small.scorer.score(found.best.plan, examples=60).score == small.scorer.score(best, examples=60).score
+    assert found.best.score == small.scorer.score(found.best.plan).score
     assert found.evaluations == CONFIRMING * len(set(plans))
 
 
@@ -57,11 +57,11 @@ def test_plan_chosen_is_what_the_policy_imitates(small: PruningProblem, rng: np.
     """It leads the memory, whatever its first score was."""
     env, memory = remembered(small, rng, 8)
 
-    found = confirm(small, BUDGET, env, memory, 8)
+    found = confirm(env, BUDGET, memory, 8)
     (elite,), _ = memory.elites(1)
 
     assert found is not None
-    assert replayed(env, BUDGET, elite) == found.plan
+    assert replayed(env, BUDGET, elite) == found.best.plan
 
 
 def test_nothing_is_chosen_where_there_are_no_further_images(small: PruningProblem, rng: np.random.Generator) -> None:
@@ -69,7 +69,7 @@ def test_nothing_is_chosen_where_there_are_no_further_images(small: PruningProbl
     env, memory = remembered(small, rng, 3)
     object.__setattr__(small.scorer.settings, "examples", 10_000)
 
-    assert confirm(small, BUDGET, env, memory, 3) is None
+    assert confirm(env, BUDGET, memory, 3) is None
 
 
 def test_evaluations_kept_for_the_end_grow_with_the_allowance() -> None:

@@ -17,6 +17,7 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
 from prunegym.agents.transfer import transfer
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -57,7 +58,7 @@ def test_untrained_policy_makes_exactly_the_knapsack_plan(problem: PruningProble
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     trainer = Trainer([one], CONFIG, run)
 
-    plan = own_plan(trainer.model.policy, one, one.budgets[0], rounds=1)
+    plan = own_plan(trainer.model.policy, ChannelPruningEnv(one, rounds=1), one.budgets[0])
 
     assert plan == SEARCHERS["knapsack"](one, one.budgets[0], SearchSettings()).plan
 
@@ -67,7 +68,9 @@ def test_untrained_policy_in_rounds_applies_the_knapsack_in_rounds(half: Pruning
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     trainer = Trainer([half], replace(CONFIG, rounds=3), run)
 
-    assert own_plan(trainer.model.policy, half, HALF, rounds=3) == own_plan(None, half, HALF, rounds=3)
+    env = ChannelPruningEnv(half, rounds=3)
+
+    assert own_plan(trainer.model.policy, env, HALF) == own_plan(None, env, HALF)
 
 
 def test_training_spends_no_more_evaluations_than_allowed(half: PruningProblem, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_training_leaves_the_trail_of_its_plans(
 
     assert [one[::2] for one in result.own_trail[key]] == [one[::2] for one in whole.own_trail[key]]
     assert [one[::2] for one in result.best_trail[key]] == [one[::2] for one in whole.best_trail[key]]
-    assert result.own_trail[key][0].plan == own_plan(None, half, HALF, CONFIG.rounds)
+    assert result.own_trail[key][0].plan == own_plan(None, ChannelPruningEnv(half, rounds=CONFIG.rounds), HALF)
     best = result.best_trail[key]
     assert [one.score for one in best] == sorted({one.score for one in best})
     for trail, plan in ((best, result.best[key]), (result.own_trail[key], result.own[key])):
@@ -263,7 +266,8 @@ def test_saved_policy_makes_the_plan_of_the_training(half: PruningProblem, tmp_p
 
     agent, metadata = load_policy(result.policy)
 
-    assert own_plan(agent, half, HALF, int(metadata["rounds"])) == result.own["digits_resnet macs:0.5"]
+    env = ChannelPruningEnv(half, rounds=int(metadata["rounds"]))
+    assert own_plan(agent, env, HALF) == result.own["digits_resnet macs:0.5"]
 
 
 def test_row_counts_the_cost_of_the_plan(half: PruningProblem) -> None:

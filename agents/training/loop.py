@@ -172,7 +172,7 @@ class Trainer:
             "reward_mean": float(np.mean(collector.returns)),
             "reward_best": float(np.max(collector.returns)),
             "score_mean": float(np.mean([info["score"] for info in collector.infos])),
-            "best": float(np.mean([score for score, _ in self.notes.best.values()])),
+            "best": float(np.mean([one.score for one in self.notes.best.values()])),
             "own": own,
             "std": float(self.model.policy.log_std.detach().exp()),
         }
@@ -196,7 +196,7 @@ class Trainer:
         for _ in range(SETTLING):
             self.limit.check()
             self._score_own(remember=False)  # what has been chosen stays chosen
-            if all(self.notes.own_trail[key][-1].plan == plan for key, (_, plan) in self.notes.best.items()):
+            if all(self.notes.own_trail[key][-1].plan == plan for key, (_, plan, _) in self.notes.best.items()):
                 break
             self.model.imitate()
         save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
@@ -205,12 +205,12 @@ class Trainer:
         """Choose among the best plans of each network and budget on more images than the search has seen."""
         count = confirmed_plans(self.config.evaluations // len(self.pairs))
         for problem, budget in self.pairs:
-            env = self._env_of(problem)
-            found = confirm(problem, budget, env, self.model.memory, count)
+            found = confirm(self._env_of(problem), budget, self.model.memory, count)
             if found is not None:
                 self.notes.evaluations += found.evaluations
                 self.tick(found.evaluations)
-                self.notes.settle(_key(problem, budget), found.plan, found.score)
+                self.notes.settle(_key(problem, budget), found.best)
+            self.limit.check()
 
     def _seed_update(self) -> None:
         """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
@@ -255,7 +255,7 @@ class Trainer:
         return self._own_envs[key]
 
     def _own_plan(self, problem: PruningProblem, budget: Budget) -> PruningPlan:
-        return own_plan(self.model.policy, problem, budget, self.config.rounds)
+        return own_plan(self.model.policy, self._env_of(problem), budget)
 
     def checkpoint(self) -> None:
         """Save policy and state, atomically."""
@@ -296,7 +296,7 @@ class Trainer:
         own = {_key(problem, budget): self._own_plan(problem, budget) for problem, budget in self.pairs}
         for key, plan in own.items():
             notes.note_own(key, plan)
-        best = {key: plan for key, (_, plan) in notes.best.items()}
+        best = {key: one.plan for key, one in notes.best.items()}
         plans = {"own": own, "best": best}
         content = {kind: {key: plan.to_json() for key, plan in found.items()} for kind, found in plans.items()}
         self.folder.write_json("plan.json", content)
