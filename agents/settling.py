@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prunegym.agents.ppo import Episode, EpisodeMemory
-from prunegym.agents.second_look import CONFIRMING, confirmed_plans, has_further_images
+from prunegym.agents.second_look import CONFIRMING, has_further_images
 from prunegym.agents.training.notes import Best
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.pruning.budget import Budget
@@ -18,11 +18,6 @@ from prunegym.pruning.plan import PruningPlan
 
 SETTLING = 5
 """Evaluations kept for the end, for each network and budget: the policy is drawn to its best plan until it makes it."""
-
-
-def reserved(evaluations: int) -> int:
-    """Evaluations kept for the end, for each network and budget."""
-    return SETTLING + CONFIRMING * confirmed_plans(evaluations)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
+from prunegym.agents.time_limit import TimeLimit, TimeUp
+from prunegym.agents.training import loop
 from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
+from prunegym.agents.training.workers import make_envs
 from prunegym.agents.transfer import transfer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
@@ -73,11 +76,68 @@ def test_untrained_policy_in_rounds_applies_the_knapsack_in_rounds(half: Pruning
     assert own_plan(trainer.model.policy, env, HALF) == own_plan(None, env, HALF)
 
 
+def test_free_training_ends_with_plans_that_were_made_freely(half: PruningProblem, tmp_path: Path) -> None:
+    """Its own plan is not projected onto the budget, and the best one has the highest reward, not accuracy."""
+    key = f"{half.scorer.network.name} {HALF}"
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([half], replace(CONFIG, mode="free", rounds=2, std=0.3), run)
+    seen: list[dict[str, Any]] = []
+    note = trainer.notes.note_best
+    trainer.notes.note_best = lambda infos: note(seen.extend(infos) or infos)  # type: ignore[method-assign]
+
+    result = trainer.run_all(progress=False)
+
+    policy, _ = load_policy(result.policy)
+    free, budgeted = (ChannelPruningEnv(half, rounds=2, mode=mode) for mode in ("free", "budgeted"))
+    assert result.own[key] == own_plan(policy, free, HALF) != own_plan(policy, budgeted, HALF)
+    assert result.own_trail[key][0].plan == own_plan(None, free, HALF)
+    assert result.best[key] == max(seen, key=lambda info: float(info["reward"]))["plan"]
+    assert result.best[key] != max(seen, key=lambda info: float(info["score"]))["plan"]
+
+
 def test_training_spends_no_more_evaluations_than_allowed(half: PruningProblem, tmp_path: Path) -> None:
     """What was asked for is an upper bound, the settling at the end included."""
     result = go([half], tmp_path / "run")
 
     assert CONFIG.evaluations - 5 - SETTLING <= result.evaluations <= CONFIG.evaluations
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "update_evaluations", "imitation_steps", "updates", "looks"),
+    [(300, 20, 1, 13, 10), (60, 53, 1, 1, 0), (60, 20, 0, 2, 0), (41, 20, 0, 1, 0), (42, 20, 0, 2, 0)],
+)
+def test_training_plans_updates_and_end_within_its_allowance(
+    half: PruningProblem,
+    tmp_path: Path,
+    evaluations: int,
+    update_evaluations: int,
+    imitation_steps: int,
+    updates: int,
+    looks: int,
+) -> None:
+    """Second looks are left out rather than paid for with what is not there; plain PPO keeps nothing for the end."""
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    size = {"update_evaluations": update_evaluations, "imitation_steps": imitation_steps}
+
+    trainer = Trainer([half], replace(CONFIG, evaluations=evaluations, **size), run)
+
+    assert (trainer.updates, trainer.looks) == (updates, looks)
+
+
+@pytest.mark.parametrize(("ray", "rows"), [(None, 0), ("auto", 1)])
+def test_time_limit_waits_for_updates_whose_scores_are_in_no_journal(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: str | None, rows: int
+) -> None:
+    """On a cluster, with one worker too; here it stops after the evaluation under way."""
+    if ray is not None:
+        pytest.importorskip("ray")
+        monkeypatch.setattr(loop, "make_envs", lambda problems, config, padding: make_envs(problems, CONFIG, padding))
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="ppo", budget="b", seed=0, config={})
+
+    with pytest.raises(TimeUp):
+        train([half], replace(CONFIG, ray=ray), run, progress=False, limit=TimeLimit(0))
+
+    assert len(run.read_rows(METRICS)) == rows
 
 
 def test_training_resumes_from_its_checkpoint(

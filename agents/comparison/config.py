@@ -112,7 +112,7 @@ class CompareConfig(
         from prunegym.agents.settling import SETTLING
 
         workers = self.workers
-        least = -(-self.update_evaluations // workers) * workers + 1 + SETTLING
+        least = -(-self.update_evaluations // workers) * workers + 1 + (SETTLING if self.imitation_steps else 0)
         remedy = "Allow more, or lower --update-evaluations."
         rule = f"at least {least}, for one update of the agent"
         require(self.evaluations >= least, "evaluations", rule, self.evaluations, remedy)

@@ -18,6 +18,7 @@ from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
+from prunegym.agents.second_look import has_further_images
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.trail import Improvement
 from prunegym.agents.training.loop import CHECKPOINT, POLICY_FILE, TrainResult, train
@@ -140,9 +141,11 @@ class Searches:
         return _training_from_json(folder.read_json(TRAINING), folder), folder
 
     def _start_afresh(self, problem: PruningProblem, budget: Budget) -> None:
-        """Forget all scores, once the images have been prepared."""
+        """Forget all scores of plans, once the images have been prepared and the unpruned network has been scored."""
         if id(problem) not in self._warm:
             problem.uniform_score(budget)
+            problem.scorer.unpruned()
+            has_further_images(problem.scorer)
             self._warm.add(id(problem))
         problem.scorer.forget()
 

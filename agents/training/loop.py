@@ -22,8 +22,8 @@ from prunegym.agents.ppo import Episode, PruningPPO
 from prunegym.agents.records import ATTENTION, attention_records
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
-from prunegym.agents.second_look import confirmed_plans
-from prunegym.agents.settling import SETTLING, confirm, reserved
+from prunegym.agents.second_look import CONFIRMING, confirmed_plans
+from prunegym.agents.settling import SETTLING, confirm
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.trail import Improvement
 from prunegym.agents.training.agent import make_agent
@@ -75,15 +75,15 @@ def train(
         config: evaluations, rounds, workers, seed and the settings of PPO.
         run: where metrics, checkpoint, plans and policy go; a run folder with a checkpoint is resumed.
         progress: show a progress bar on standard error.
-        limit: when to stop: after the evaluation under way, or with several workers after the update.
+        limit: when to stop: after the evaluation under way, or with several workers or on a cluster after the update.
 
     Raises:
         PruningError: a worker died, or a loss became non-finite; what was learned is in the run folder.
         TimeUp: the limit is reached.
     """
     scorers = [problem.scorer for problem in problems]
-    # scores of worker processes are in no journal: to stop within an update would lose those of that update
-    per_score = limit if config.workers == 1 else NO_LIMIT
+    # scores of other processes are in no journal: to stop within an update would lose those of that update
+    per_score = limit if config.workers == 1 and config.ray is None else NO_LIMIT
     with journaled(scorers, run.path(JOURNAL), per_score) as journal:
         trainer = Trainer(problems, config, run, clock=journal.clock, limit=limit)
         try:
@@ -115,9 +115,12 @@ class Trainer:
         self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
         self.model = make_agent(config, self.envs, self.episodes, run.path("tensorboard"))
         # an update scores its episodes and the policy's own plan for every network and budget
-        per_pair = config.evaluations // len(self.pairs)
-        left = config.evaluations - reserved(per_pair) * len(self.pairs)
-        self.updates = max(1, left // (self.episodes + len(self.pairs)))
+        pairs, per_update = len(self.pairs), self.episodes + len(self.pairs)
+        end = SETTLING if config.imitation_steps else 0
+        self.looks = confirmed_plans(config.evaluations // pairs, end + -(-per_update // pairs)) if end else 0
+        """Plans of each network and budget that are looked at again in the end."""
+        left = config.evaluations - (end + CONFIRMING * self.looks) * pairs
+        self.updates = max(1, left // per_update)
         self.update = 0
         self.clock = clock or Clock()
         self.notes = Notes(self.clock)
@@ -203,9 +206,8 @@ class Trainer:
 
     def _confirm(self) -> None:
         """Choose among the best plans of each network and budget on more images than the search has seen."""
-        count = confirmed_plans(self.config.evaluations // len(self.pairs))
         for problem, budget in self.pairs:
-            found = confirm(self._env_of(problem), budget, self.model.memory, count)
+            found = confirm(self._env_of(problem), budget, self.model.memory, self.looks)
             if found is not None:
                 self.notes.evaluations += found.evaluations
                 self.tick(found.evaluations)
