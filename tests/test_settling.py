@@ -68,9 +68,7 @@ def test_plan_chosen_has_the_best_reward_that_was_asked_for(small: PruningProble
     """Of free plans, one that costs less may be worth more than the most accurate."""
     env, memory = remembered(small, rng, 8, mode="free", highest=1.0)
     (episodes,) = memory.episodes.values()
-    values = {}
-    for one in episodes[:8]:
-        values[replayed(env, BUDGET, one)] = env.value(60)
+    values = {replayed(env, BUDGET, one): env.value(60) for one in episodes}
     accurate = max(values, key=lambda plan: small.scorer.score(plan, examples=60).score)
 
     found = confirm(env, BUDGET, memory, 8)
