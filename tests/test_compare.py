@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.comparison import measure as compare_measure
 from prunegym.agents.comparison import search as compare_search
+from prunegym.agents.comparison.conditions import identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import CURVE, KEY, TIMED, compare, curve_rows, identity, unfinished
+from prunegym.agents.comparison.grid import CURVE, KEY, TIMED, compare, curve_rows, unfinished
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.finished_rows import ROWS, FinishedRows
 from prunegym.agents.policy_file import load_policy
@@ -317,7 +318,7 @@ def test_rows_of_other_settings_are_refused(
     )
     before = run.path(ROWS).read_bytes()
 
-    with pytest.raises(PruningError, match=f"`--out` should hold rows .*{message}.*Choose another folder"):
+    with pytest.raises(PruningError, match=f"`--out` should hold what .*{message}.*Choose another folder"):
         compare([PruningProblem(other, (HALF,))], replace(settings, repeats=2), run, progress=False)
 
     assert run.path(ROWS).read_bytes() == before
@@ -334,6 +335,28 @@ def test_rows_of_other_weights_are_refused(half: PruningProblem, zoo: Any, tmp_p
 
     with pytest.raises(PruningError, match="whose network fingerprint is"):
         compare([problem], replace(settings, repeats=2), run, progress=False)
+
+
+def test_searches_of_other_weights_are_refused_before_there_is_a_row(
+    half: PruningProblem, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that was stored is found by the name of its network alone."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_row", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(half, tmp_path / "run", config())
+    run = RunFolder(tmp_path / "run")
+    assert list(run.path("searches").rglob("plan.json"))
+    assert not run.read_rows(ROWS)
+    other = PruningProblem(Scorer(zoo("digits_resnet"), half.scorer.task, half.scorer.settings), (HALF,))
+    assert other.scorer.network.name == half.scorer.network.name
+
+    with pytest.raises(PruningError, match="Received rows or searches of digits_resnet whose network fingerprint is"):
+        compare([other], config(), run, progress=False)
 
 
 def test_rows_of_other_splits_are_refused(half: PruningProblem, tmp_path: Path) -> None:
