@@ -71,7 +71,7 @@ class RayVecEnv(VecEnv):
         self._ray = self._stack.enter_context(connected(address))
         try:
             self._send(parts, make)
-            self._actors: dict[int, Any] = {}
+            self._actors: list[Any] = [None] * len(parts)
             self._start_all(range(len(parts)), self._free)
             self._episodes = [_Episode((0, None, {})) for _ in parts]
             first = {0: self._actors[0].spaces.remote()}
@@ -170,7 +170,7 @@ class RayVecEnv(VecEnv):
         begins = list(zip(self._seeds, self._options, strict=True))
         # without a seed, an environment whose actor dies now would begin elsewhere: that is all right
         self._episodes = [_Episode((seed, None, dict(options))) for seed, options in begins]
-        asked = [actor.reset.remote(seed, options) for actor, (seed, options) in zip(self._actors.values(), begins, strict=True)]
+        asked = [actor.reset.remote(seed, options) for actor, (seed, options) in zip(self._actors, begins, strict=True)]
         results = self._answers(dict(enumerate(asked)))
         observations, infos, starts = zip(*results, strict=True)
         self._episodes = [_Episode(start) for start in starts]
@@ -182,7 +182,7 @@ class RayVecEnv(VecEnv):
     def step_async(self, actions: NDArray[Any]) -> None:
         """Send an action to every environment."""
         self._pending = []
-        for actor, episode, action in zip(self._actors.values(), self._episodes, actions, strict=True):
+        for actor, episode, action in zip(self._actors, self._episodes, actions, strict=True):
             episode.actions.append(np.array(action))
             self._pending.append(actor.step.remote(action))
 
@@ -203,7 +203,7 @@ class RayVecEnv(VecEnv):
             return
         self.closed = True
         try:
-            for actor in self._actors.values():
+            for actor in self._actors:
                 self._ray.kill(actor)
         except self._ray.exceptions.RaySystemError:
             pass  # the cluster is gone, and they with it

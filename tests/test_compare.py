@@ -13,12 +13,14 @@ from prunegym.agents.comparison import measure as compare_measure
 from prunegym.agents.comparison import search as compare_search
 from prunegym.agents.comparison.conditions import identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import CURVE, KEY, TIMED, compare, curve_rows, unfinished
+from prunegym.agents.comparison.grid import CURVE, CURVE_SCORES, KEY, TIMED, compare, curve_rows, unfinished
+from prunegym.agents.comparison.measure import Judge
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.finished_rows import ROWS, FinishedRows
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan
+from prunegym.agents.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training.loop import Trainer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
@@ -131,6 +133,34 @@ def test_curve_ends_where_the_row_is(compared: Any) -> None:
             spent = [one[price] for one in points]
             assert spent == sorted(spent)
             assert spent[-1] <= row[price]
+
+
+def test_curve_that_was_stopped_in_time_goes_on(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the plan under way; no plan is scored twice."""
+    settings = config(searcher=("random",), repeats=1, evaluations=20, seed=1)
+    _, whole = go(half, tmp_path / "whole", settings)
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="s", budget="b", seed=0, config=settings)
+    limit, scored = TimeLimit(), []
+    score = Judge.after_recovery
+
+    def stop(self: Judge, plan: PruningPlan) -> float:
+        scored.append(plan)
+        limit.end = 0.0
+        return score(self, plan)
+
+    monkeypatch.setattr(Judge, "after_recovery", stop)
+    with pytest.raises(TimeUp):
+        compare([half], settings, run, progress=False, limit=limit)
+    assert len(scored) == 1
+    compare([half], settings, run, progress=False)
+
+    (expected,), (curve,) = (list(one.path("searches").rglob(CURVE)) for one in (whole, run))
+    points, again = ([{**one, "seconds": 0} for one in read_json(path)] for path in (expected, curve))
+    assert again == points
+    assert len(scored) == len(points) >= 2
+    assert not list(run.path("searches").rglob(CURVE_SCORES))
 
 
 def test_curves_can_be_scored_on_fewer_images(half: PruningProblem, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ class CompareConfig(
             positive(self, "finetune_rate")
         rule, remedy = "left out with --ray", "Beside other work it would not be that of the network."
         require(self.ray is None or not self.latency, "latency", rule, "both", remedy)
+        rule, remedy = "1 with --ray", "The tasks of a comparison have one processor each."
+        require(self.ray is None or self.devices == 1, "devices", rule, self.devices, remedy)
         for mark in self.seconds:
             require(0 < mark < math.inf, "seconds", "above 0 and finite", mark)
         budgeted = self.mode == "budgeted"

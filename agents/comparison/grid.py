@@ -29,6 +29,8 @@ Key: TypeAlias = tuple[str, str, str, int, int | None]
 """Network, budget, searcher, seed of the search, seed of the fine-tuning."""
 
 CURVE = "curve.json"
+CURVE_SCORES = "curve_scores.csv"
+"""Scores of a curve that is not finished yet."""
 KEY = ("network", "budget", "searcher", "seed", "finetune_seed")
 _MEASURED = (
     "cost",
@@ -109,8 +111,38 @@ def _computed(
     if config.ray is not None:
         from prunegym.agents.comparison.cluster import computed_on_cluster
 
-        yield from computed_on_cluster(work, problems, config, run, announce, limit)
-        return
+        return computed_on_cluster(work, problems, config, run, announce, limit)
+    return computed_here(work, problems, config, run, announce, progress=progress, limit=limit)
+
+
+def computed_here(
+    work: Sequence[Key],
+    problems: Mapping[str, PruningProblem],
+    config: CompareConfig,
+    run: RunFolder,
+    announce: Callable[[Key], None],
+    *,
+    progress: bool = False,
+    limit: TimeLimit = NO_LIMIT,
+) -> Iterator[tuple[Key, Row]]:
+    """Compute rows one after the other in this process; a row is handed over before the time limit is looked at.
+
+    Args:
+        work: Keys of the rows.
+        problems: By network.
+        config: Of the comparison.
+        run: Gets the files of searches and fine-tuning.
+        announce: Told of the row under way.
+        progress: Show bars.
+        limit: When to stop.
+
+    Yields:
+        Keys with their rows.
+
+    Raises:
+        PruningError: A searcher fails.
+        TimeUp: The limit is reached.
+    """
     searches = Searches(config, run, progress=progress, limit=limit)
     judges = {name: Judge(one, config, run, progress=progress, limit=limit) for name, one in problems.items()}
     for key in work:
@@ -154,19 +186,29 @@ def compute_row(key: Key, problem: PruningProblem, searches: Searches, judge: Ju
 
 
 def _draw_curve(found: Found, judge: Judge) -> None:
-    """Score the plans of a search's trail, once, on images that the search has not seen."""
-    if found.folder.path(CURVE).exists():
-        return
-    points = [
-        {
-            "evaluations": one.evaluations,
-            "seconds": one.seconds,
-            "reward_score": one.score,
-            "after_recovery_score": judge.after_recovery(one.plan),
-        }
-        for one in found.trail
-    ]
-    found.folder.write_json(CURVE, points)
+    """Score the plans of a search's trail, each once, on images that the search has not seen.
+
+    Raises:
+        TimeUp: The limit is reached; the plans scored so far are not scored again.
+    """
+    folder, trail = found.folder, found.trail
+    if not folder.path(CURVE).exists():
+        scores = [row["after_recovery_score"] for row in folder.read_rows(CURVE_SCORES)]
+        for one in trail[len(scores) :]:
+            scores.append(judge.after_recovery(one.plan))
+            folder.append_row(CURVE_SCORES, {"evaluations": one.evaluations, "after_recovery_score": scores[-1]})
+            judge.limit.check()
+        points = [
+            {
+                "evaluations": one.evaluations,
+                "seconds": one.seconds,
+                "reward_score": one.score,
+                "after_recovery_score": score,
+            }
+            for one, score in zip(trail, scores, strict=True)
+        ]
+        folder.write_json(CURVE, points)
+    folder.path(CURVE_SCORES).unlink(missing_ok=True)
 
 
 def curve_rows(rows: Sequence[Mapping[str, Any]], run: RunFolder) -> list[Row]:
