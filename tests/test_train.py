@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from prunegym.agents.config import TrainConfig, TransferConfig
 from prunegym.agents.evaluate import plan_row
@@ -16,7 +18,7 @@ from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.time_limit import TimeLimit, TimeUp
-from prunegym.agents.training import loop
+from prunegym.agents.training import loop, workers
 from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
 from prunegym.agents.training.workers import make_envs
 from prunegym.agents.transfer import transfer
@@ -162,6 +164,41 @@ def test_training_resumes_from_its_checkpoint(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_training_goes_on_in_its_second_look(
+    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when one of two plans has been looked at: that is not done again, and the same one is chosen."""
+    config = replace(CONFIG, evaluations=64, update_evaluations=10)
+
+    def fresh() -> PruningProblem:
+        few = replace(scorer.settings, examples=30)
+        return PruningProblem(Scorer(scorer.network, scorer.task, few, statistics=scorer.statistics), (HALF,))
+
+    looked: list[PruningPlan] = []
+    run = Scorer.run
+
+    def counted(self: Scorer, plan: PruningPlan, split: str, examples: int) -> Score:
+        if examples == 60:
+            looked.append(plan)
+        return run(self, plan, split, examples)
+
+    def killed(self: Scorer, plan: PruningPlan, split: str, examples: int) -> Score:
+        if len(looked) == 2:
+            raise KeyboardInterrupt
+        return counted(self, plan, split, examples)
+
+    go([fresh()], tmp_path / "whole", config)
+    monkeypatch.setattr(Scorer, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go([fresh()], tmp_path / "run", config)
+    monkeypatch.setattr(Scorer, "run", counted)
+    go([fresh()], tmp_path / "run", config)
+
+    assert len(looked) == len(set(looked)) == 3  # two plans, and the uniform one that both are compared with
+    for name in (METRICS, "plan.json", "policy.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_training_leaves_the_trail_of_its_plans(
     half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,12 +283,24 @@ def test_worker_that_is_killed_ends_the_training_with_one_error(half: PruningPro
     trainer.close()
 
 
-def test_two_workers_learn_what_one_process_learns(half: PruningProblem, tmp_path: Path) -> None:
-    """Worker processes change the speed; both spend their evaluations and leave a policy."""
-    result = go([half], tmp_path / "two", replace(CONFIG, workers=2, evaluations=12))
+def test_two_workers_learn_what_one_process_learns(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two environments in processes of their own and in this one: metrics, plans and policy, byte by byte."""
+    two = replace(CONFIG, workers=2, evaluations=18)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as the workers have
+    try:
+        result = go([half], tmp_path / "two", two)
+        monkeypatch.setattr(workers, "ProcessVecEnv", DummyVecEnv)
+        monkeypatch.setattr(workers.signal, "signal", lambda *_: None)  # Ctrl-C is still for the tests
+        go([half], tmp_path / "one", two)
+    finally:
+        torch.set_num_threads(threads)
 
-    assert result.policy.is_file()
-    assert half.scorer.network.cost(result.own["digits_resnet macs:0.5"]).macs <= half.limits[HALF].most
+    assert result.evaluations > 6
+    for name in (METRICS, "plan.json", "policy.safetensors"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_one_policy_learns_on_two_networks_at_once(
