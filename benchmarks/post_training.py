@@ -96,7 +96,7 @@ def one_agent(arguments: Arguments, table: Table, budget: str, seed: int) -> Non
     problem = build_problem(arguments.network, arguments.weights, config, config.budgets)
     result = train([problem], config, run)
     shutil.copy(run.path(METRICS), RESULTS / f"curve__{folder}.csv")
-    key = f"{problem.scorer.network.name} {budget}"
+    key = problem.key(problem.budgets[0])
     start = own_plan(None, ChannelPruningEnv(problem, rounds=arguments.rounds), problem.budgets[0])
     for searcher in ("uniform", "knapsack"):
         found = SEARCHERS[searcher](problem, problem.budgets[0], SearchSettings())

@@ -17,9 +17,11 @@ from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
+from prunegym.agents.settling import SETTLING
 from prunegym.agents.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training import loop, workers
-from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
+from prunegym.agents.training.loop import METRICS, Trainer, train
+from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.workers import make_envs
 from prunegym.agents.transfer import transfer
 from prunegym.envs.channel_pruning import ChannelPruningEnv

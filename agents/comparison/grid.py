@@ -15,10 +15,11 @@ from tqdm import tqdm
 from prunegym.agents.comparison.conditions import SHARED, check_folder, identity, note_conditions
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.measure import STAGES, Judge
-from prunegym.agents.comparison.search import PLAN, Found, Searches
+from prunegym.agents.comparison.search import Found, Searches
 from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import check_evaluations
+from prunegym.agents.stored_search import PLAN
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

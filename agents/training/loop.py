@@ -9,8 +9,6 @@ on to the same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +23,10 @@ from prunegym.agents.searchers import own_plan
 from prunegym.agents.second_look import CONFIRMING, confirmed_plans
 from prunegym.agents.settling import SETTLING, confirm
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
-from prunegym.agents.trail import Improvement
 from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
 from prunegym.agents.training.notes import Notes
+from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
@@ -41,23 +39,6 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
 TIMING = "timing.csv"
 """Seconds stand apart from the metrics, which are the same for the same seed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What training left behind."""
-
-    policy: Path
-    evaluations: int
-    seconds: float
-    own: dict[str, PruningPlan] = field(default_factory=dict)
-    """The policy's own plan, by ``network budget``."""
-    best: dict[str, PruningPlan] = field(default_factory=dict)
-    """The best plan that was sampled, by ``network budget``: a different result, reported apart."""
-    own_trail: dict[str, list[Improvement]] = field(default_factory=dict)
-    """The policy's own plan before the first update, and after each update that changed it."""
-    best_trail: dict[str, list[Improvement]] = field(default_factory=dict)
-    """The best sampled plan whenever that changed; those of one update all carry the seconds of its end."""
 
 
 def train(
@@ -154,7 +135,7 @@ class Trainer:
     def _note_start(self) -> None:
         """Note the plans that the policy makes before it has learned anything: they need no evaluation."""
         for problem, budget in self.pairs:
-            self.notes.note_own(_key(problem, budget), self._own_plan(problem, budget))
+            self.notes.note_own(problem.key(budget), self._own_plan(problem, budget))
 
     def run_update(self) -> dict[str, Any]:
         """One PPO update, its row of metrics, and the checkpoint."""
@@ -211,7 +192,7 @@ class Trainer:
             if found is not None:
                 self.notes.evaluations += found.evaluations
                 self.tick(found.evaluations)
-                self.notes.settle(_key(problem, budget), found.best)
+                self.notes.settle(problem.key(budget), found.best)
             self.limit.check()
 
     def _seed_update(self) -> None:
@@ -245,8 +226,7 @@ class Trainer:
             observations.append(observation)
             actions.append(self.model.policy.act(observation))
             observation, value, done, _, info = env.step(actions[-1])
-        key = f"{info['network']} {info['budget']}"
-        self.notes.note_own(key, info["plan"], float(info["score"]), self.notes.evaluations + 1)
+        self.notes.note_own(problem.key(budget), info["plan"], float(info["score"]), self.notes.evaluations + 1)
         return Episode(observations, np.stack(actions), value), info
 
     def _env_of(self, problem: PruningProblem) -> ChannelPruningEnv:
@@ -295,7 +275,7 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         notes = self.notes
-        own = {_key(problem, budget): self._own_plan(problem, budget) for problem, budget in self.pairs}
+        own = {problem.key(budget): self._own_plan(problem, budget) for problem, budget in self.pairs}
         for key, plan in own.items():
             notes.note_own(key, plan)
         best = {key: one.plan for key, one in notes.best.items()}
@@ -335,8 +315,3 @@ class _Collector:
     def returns(self) -> list[float]:
         """Return of each episode of the last rollout."""
         return [episode.value for episode in self.model.last_episodes]
-
-
-def _key(problem: PruningProblem, budget: Budget) -> str:
-    """What plans are kept under."""
-    return f"{problem.scorer.network.name} {budget}"

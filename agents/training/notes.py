@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from prunegym.agents.trail import Improvement
+from prunegym.agents.trail import Improvement, trails_from_json, trails_to_json
+from prunegym.envs.setting import plan_key
 from prunegym.pruning.plan import PruningPlan
 
 
@@ -23,7 +24,7 @@ class Best(NamedTuple):
 
 
 class Notes:
-    """Plans of a training by ``network budget``, and its evaluations.
+    """Plans of a training by :func:`.plan_key`, and its evaluations.
 
     Args:
         clock: Gives seconds of training so far, those before an interruption included.
@@ -40,7 +41,7 @@ class Notes:
     def note_best(self, infos: Iterable[Mapping[str, Any]]) -> None:
         """Look for better plans among the next evaluations, each given by the ``info`` of its episode's end."""
         for evaluations, info in enumerate(infos, start=self.evaluations + 1):
-            key = f"{info['network']} {info['budget']}"
+            key = plan_key(info["network"], info["budget"])
             if key not in self.best or self.best[key].exceeded_by(info):
                 self.best[key] = Best(float(info["score"]), info["plan"], float(info["reward"]))
                 found = Improvement(evaluations, self.clock(), info["plan"], float(info["score"]))
@@ -63,8 +64,8 @@ class Notes:
         return {
             "evaluations": self.evaluations,
             "best": {key: [one.score, one.plan.to_json(), one.reward] for key, one in self.best.items()},
-            "own_trail": _trails_to_json(self.own_trail),
-            "best_trail": _trails_to_json(self.best_trail),
+            "own_trail": trails_to_json(self.own_trail),
+            "best_trail": trails_to_json(self.best_trail),
         }
 
     def restore(self, content: Mapping[str, Any]) -> None:
@@ -74,19 +75,11 @@ class Notes:
             key: Best(float(score), PruningPlan.from_json(plan), reward[0] if reward else None)
             for key, (score, plan, *reward) in content["best"].items()
         }
-        self.own_trail = _trails_from_json(content["own_trail"])
-        self.best_trail = _trails_from_json(content["best_trail"])
+        self.own_trail = trails_from_json(content["own_trail"])
+        self.best_trail = trails_from_json(content["best_trail"])
 
 
 def append_changed(trail: list[Improvement], found: Improvement) -> None:
     """Note the plan in force, if it is another than before."""
     if not trail or trail[-1].plan != found.plan:
         trail.append(found)
-
-
-def _trails_to_json(trails: Mapping[str, list[Improvement]]) -> dict[str, Any]:
-    return {key: [one.to_json() for one in kept] for key, kept in trails.items()}
-
-
-def _trails_from_json(content: Mapping[str, Any]) -> dict[str, list[Improvement]]:
-    return {key: [Improvement.from_json(one) for one in kept] for key, kept in content.items()}
