@@ -137,6 +137,7 @@ def test_time_limit_waits_for_updates_whose_scores_are_in_no_journal(
         pytest.importorskip("ray")
         monkeypatch.setattr(loop, "make_envs", lambda problems, config, padding: make_envs(problems, CONFIG, padding))
     run = RunFolder.create(tmp_path / "run", network="n", searcher="ppo", budget="b", seed=0, config={})
+    half.scorer.forget()  # what is remembered is not scored
 
     with pytest.raises(TimeUp):
         train([half], replace(CONFIG, ray=ray), run, progress=False, limit=TimeLimit(0))
