@@ -20,7 +20,8 @@ from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_nam
 from prunegym.agents.setup import build_model, build_problems, build_prunable, build_task, seed_everything
 from prunegym.agents.tables import format_table
 from prunegym.agents.time_limit import TimeLimit
-from prunegym.agents.training.loop import TrainResult, train
+from prunegym.agents.training.loop import train
+from prunegym.agents.training.result import TrainResult
 from prunegym.agents.transfer import transfer
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
@@ -161,7 +162,7 @@ def _rows_beside_baselines(
     for problem in problems:
         for budget in problem.budgets:
             network = problem.scorer.network.name
-            key = f"{network} {budget}"
+            key = problem.key(budget)
             reached = {"policy": trained.own[key], "best sampled": trained.best[key]}
             found = {
                 name: SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds)
@@ -194,7 +195,7 @@ def _reached(
     """The row of a plan, and the file that `prunegym prune --plan` reads."""
     brought = bring(found.plan)  # measured once for all that came to the same plan
     if name not in ("uniform", "knapsack"):
-        run.write_json(plan_file(name, f"{problem.scorer.network.name} {budget}"), brought.plan.to_json())
+        run.write_json(plan_file(name, problem.key(budget)), brought.plan.to_json())
     result = replace(found, plan=brought.plan, latency=brought.latency)
     return plan_row(problem, budget, name, result)
 

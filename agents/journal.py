@@ -63,11 +63,6 @@ class ScoreJournal:
         self._limit = limit
         self._known, self._size = _read(path)
 
-    @property
-    def known(self) -> int:
-        """Scores that the file holds."""
-        return len(self._known)
-
     def of(self, scorer: Scorer) -> ScoresOf:
         """The scores of one network, scored in one way."""
         return ScoresOf(self, scorer_identity(scorer))

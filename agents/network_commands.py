@@ -23,6 +23,7 @@ from prunegym.agents.setup import (
     network_source,
     seed_everything,
 )
+from prunegym.agents.stored_search import load_search, save_search
 from prunegym.agents.time_limit import TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -30,12 +31,8 @@ from prunegym.pruning.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.training import check_devices
 
-PLAN = "plan.json"
-SEARCH = "search.json"
-"""What the search for the plan took."""
 #: Images whose outputs are kept with a pruned network, so that whoever loads it can compare.
 _EXAMPLES = 16
 
@@ -149,23 +146,12 @@ def _find_plan_once(
     problem: PruningProblem, budget: Budget, config: PruneConfig, run: RunFolder, progress: bool, limit: TimeLimit
 ) -> SearchResult:
     """Search, unless the run has its plan already; a search that was interrupted is repeated from its journal."""
-    if run.path(PLAN).exists() and run.path(SEARCH).exists():
-        plan = PruningPlan.load(run.path(PLAN))
-        plan.mask(problem.scorer.network.graph)  # refuses a plan that was edited
-        spent = run.read_json(SEARCH)
-        return SearchResult(
-            plan=plan, evaluations=spent["evaluations"], seconds=spent["seconds"], latency=spent.get("latency")
-        )
+    stored = load_search(run, problem.scorer.network.graph)
+    if stored is not None:
+        return stored
     with journaled([problem.scorer], run.path(JOURNAL), limit) as journal:
         found = find_plan(problem, budget, config, progress=progress, clock=journal.clock)
-    spent = {
-        "evaluations": found.evaluations,
-        "seconds": found.seconds,
-        "history": found.history,
-        "latency": found.latency,
-    }
-    run.write_json(SEARCH, spent)
-    run.write_json(PLAN, found.plan.to_json())
+    save_search(found, run)
     return found
 
 

@@ -76,7 +76,7 @@ def note_plan(run: RunFolder, searcher: str, problem: PruningProblem, budget: Bu
         PruningError: The file could not be written.
     """
     plans: Record = run.read_json(PLANS) if run.path(PLANS).exists() else {}
-    plans.setdefault(searcher, {})[f"{problem.scorer.network.name} {budget}"] = plan.to_json()
+    plans.setdefault(searcher, {})[problem.key(budget)] = plan.to_json()
     run.write_json(PLANS, plans)
 
 

@@ -132,7 +132,8 @@ class Search:
         self.problem = problem
         self.budget = budget
         self.limit = problem.limits[budget]
-        self.looks = self._affordable_looks(settings.evaluations, least) if choosing else 0
+        looks = confirmed_plans(settings.evaluations, least.number) if choosing else 0
+        self.looks = looks if looks and has_further_images(problem.scorer) else 0
         self.allowed = settings.evaluations - CONFIRMING * self.looks
         self.rng = np.random.default_rng(settings.seed)
         self.trail = Trail(settings.clock)
@@ -221,11 +222,6 @@ class Search:
             self._bar.update(CONFIRMING * len(plans))
         self._bar.close()
         return SearchResult(**self.trail.result())
-
-    def _affordable_looks(self, evaluations: int, least: LeastEvaluations) -> int:
-        """Plans to look at again in the end: one alone is no choice, and the searcher's own work comes first."""
-        looks = min(confirmed_plans(evaluations), (evaluations - least.number) // CONFIRMING)
-        return looks if looks > 1 and has_further_images(self.problem.scorer) else 0
 
     def _check(self, counts: Counts) -> None:
         widths = self.problem.widths

@@ -65,13 +65,18 @@ def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) ->
     started = time.perf_counter()
     agent, metadata = load_policy(settings.policy, device=problem.scorer.device)
     rounds = settings.rounds or int(metadata.get("rounds", 1))
-    plan = own_plan(agent, problem, budget, rounds)
+    plan = own_plan(agent, ChannelPruningEnv(problem, rounds=rounds), budget)
     return SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - started)
 
 
-def own_plan(agent: PruningPolicy | None, problem: PruningProblem, budget: Budget, rounds: int) -> PruningPlan:
-    """The plan a policy makes by itself, without noise; that of an untrained policy (the knapsack) for None."""
-    env = ChannelPruningEnv(problem, rounds=rounds)
+def own_plan(agent: PruningPolicy | None, env: ChannelPruningEnv, budget: Budget) -> PruningPlan:
+    """The plan a policy makes by itself, without noise; that of an untrained policy (the knapsack) for None.
+
+    Args:
+        agent: The policy.
+        env: Of the network, with the rounds and in the mode that the policy learned in; it scores nothing.
+        budget: One of its budgets.
+    """
     observation, _ = env.reset(options={"budget": budget})
     done = False
     while not done:

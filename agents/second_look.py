@@ -18,9 +18,15 @@ CONFIRMING = 2
 """Evaluations that a second look counts for: it takes twice the images."""
 
 
-def confirmed_plans(evaluations: int) -> int:
-    """Plans of each network and budget that a search of so many evaluations can afford to look at again."""
-    return min(CONFIRMED, evaluations // 30)
+def confirmed_plans(evaluations: int, least: int = 0) -> int:
+    """Plans of each network and budget that a search can afford to look at again: none or several, one is no choice.
+
+    Args:
+        evaluations: That the search is allowed.
+        least: Of these, what it cannot do without: its own work comes first.
+    """
+    plans = min(CONFIRMED, evaluations // 30, (evaluations - least) // CONFIRMING)
+    return plans if plans > 1 else 0
 
 
 def has_further_images(scorer: Scorer) -> bool:

@@ -8,7 +8,7 @@ images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunegym.pruning.plan import PruningPlan
@@ -120,6 +120,20 @@ class Trail:
             "history": self.history,
             "improvements": self.improvements,
         }
+
+
+def trails_to_json(trails: Mapping[str, Sequence[Improvement]]) -> dict[str, Any]:
+    """Several trails, by whatever they are kept under, in what JSON holds."""
+    return {key: [one.to_json() for one in kept] for key, kept in trails.items()}
+
+
+def trails_from_json(content: Mapping[str, Any]) -> dict[str, list[Improvement]]:
+    """Read :func:`trails_to_json`'s mapping.
+
+    Raises:
+        PruningError: A plan is none.
+    """
+    return {key: [Improvement.from_json(one) for one in kept] for key, kept in content.items()}
 
 
 def in_force(improvements: Sequence[Improvement], *, seconds: float) -> Improvement | None:

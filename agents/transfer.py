@@ -16,7 +16,8 @@ from prunegym.agents.records import note_plan
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
-from prunegym.agents.training.loop import TrainResult, train
+from prunegym.agents.training.loop import train
+from prunegym.agents.training.result import TrainResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 
@@ -98,9 +99,10 @@ def _few_shot(
     def make(label: str) -> Row:
         trained = adapted()
         plans = trained.own if label == FEW_SHOT[0] else trained.best
-        plan = plans[f"{problem.scorer.network.name} {budget}"]
+        plan = plans[problem.key(budget)]
         found = SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds)
-        result = within_measured_budget(problem, budget, found)
+        # nothing holds free plans to budgets
+        result = found if config.mode == "free" else within_measured_budget(problem, budget, found)
         note_plan(kept.run, label, problem, budget, result.plan)
         return plan_row(problem, budget, label, result, test=test)
 

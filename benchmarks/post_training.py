@@ -24,6 +24,7 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchResult, SearchSettings, own_plan
 from prunegym.agents.setup import build_problem
 from prunegym.agents.training.loop import METRICS, train
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.plan import PruningPlan
 
@@ -95,8 +96,8 @@ def one_agent(arguments: Arguments, table: Table, budget: str, seed: int) -> Non
     problem = build_problem(arguments.network, arguments.weights, config, config.budgets)
     result = train([problem], config, run)
     shutil.copy(run.path(METRICS), RESULTS / f"curve__{folder}.csv")
-    key = f"{problem.scorer.network.name} {budget}"
-    start = own_plan(None, problem, problem.budgets[0], arguments.rounds)
+    key = problem.key(problem.budgets[0])
+    start = own_plan(None, ChannelPruningEnv(problem, rounds=arguments.rounds), problem.budgets[0])
     for searcher in ("uniform", "knapsack"):
         found = SEARCHERS[searcher](problem, problem.budgets[0], SearchSettings())
         add(table, problem, budget, searcher, seed, arguments, found)

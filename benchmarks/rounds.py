@@ -17,6 +17,7 @@ from prunegym.agents.config import EvaluateConfig
 from prunegym.agents.evaluate import plan_row
 from prunegym.agents.searchers import SearchResult, own_plan
 from prunegym.agents.setup import build_problem, build_task
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def main(arguments: Arguments) -> None:
                 if table.has(**key):
                     continue
                 started = time.perf_counter()
-                plan = own_plan(None, problem, budget, rounds)
+                plan = own_plan(None, ChannelPruningEnv(problem, rounds=rounds), budget)
                 found = SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - started)
                 row = plan_row(problem, budget, "untrained agent", found)
                 table.append({**row, "criterion": criterion, "rounds": rounds})

@@ -18,6 +18,7 @@ from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.searchers import SearchSettings, own_plan, searcher_named
 from prunegym.agents.setup import build_problem
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 
@@ -62,7 +63,8 @@ def add(table: Table, problem: PruningProblem, budget: Budget, searcher: str, po
     settings = SearchSettings(policy=Path(policy) if policy else None)
     if searcher.startswith("untrained"):
         found = searcher_named("knapsack")(problem, budget, settings)
-        found = type(found)(plan=own_plan(None, problem, budget, rounds), evaluations=0, seconds=found.seconds)
+        start = own_plan(None, ChannelPruningEnv(problem, rounds=rounds), budget)
+        found = type(found)(plan=start, evaluations=0, seconds=found.seconds)
     else:
         found = searcher_named(searcher)(problem, budget, settings)
     row = plan_row(problem, budget, searcher, found)

@@ -57,7 +57,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     0 before the last round. Then the weighted terms of a named profile (`prunegym.envs.rewards`): by default
     the score of the recovered network on the reward split minus that of the uniform plan at the same budget.
-    `info` carries every term, the score, MACs, parameters and the plan.
+    `info` carries the reward, every term of it, the score, MACs, parameters and the plan.
 
     ## Starting State
 
@@ -186,27 +186,19 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
             return self.problem.project(keep, self._round_limits[self._round], self._counts)
         return self.problem.widths.within(self._counts).nearest(keep)
 
+    def value(self, examples: int | None = None) -> float:
+        """Reward of the plan as it is now, on so many examples of the reward split; by default those of the scorer."""
+        return reward(self.profile, self._outcome(examples))[0]
+
     def _finish(self) -> tuple[float, dict[str, Any]]:
         """Score the plan of the last round."""
-        score = self._scorer.score(self.plan)
-        reference = self.problem.uniform_score(self._budget)
-        costs, latency = self.problem.costs, self.problem.latency
-        cost = costs.cost(self._counts)
-        outcome = Outcome(
-            score=score.score,
-            loss=score.loss,
-            reference_score=reference.score,
-            reference_loss=reference.loss,
-            unpruned_score=self._scorer.unpruned().score,
-            cost=self._limit.fraction(self._counts),
-            budget=self._limit.most / self._limit.full,
-            macs=cost.macs / costs.full.macs,
-            latency=1.0 if latency is None else latency.latency(self._counts) / latency.full,
-        )
+        outcome = self._outcome()
         value, terms = reward(self.profile, outcome)
+        cost = self.problem.costs.cost(self._counts)
         info = {
-            "score": score.score,
-            "loss": score.loss,
+            "score": outcome.score,
+            "loss": outcome.loss,
+            "reward": value,
             "macs": cost.macs,
             "parameters": cost.parameters,
             "cost": outcome.cost,
@@ -217,6 +209,23 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
             **{f"reward/{name}": term for name, term in terms.items()},
         }
         return value, info
+
+    def _outcome(self, examples: int | None = None) -> Outcome:
+        """What the plan costs, and what it scores beside what it is compared with."""
+        score = self._scorer.score(self.plan, examples=examples)
+        reference = self.problem.uniform_score(self._budget, examples)
+        costs, latency = self.problem.costs, self.problem.latency
+        return Outcome(
+            score=score.score,
+            loss=score.loss,
+            reference_score=reference.score,
+            reference_loss=reference.loss,
+            unpruned_score=self._scorer.unpruned(examples=examples).score,
+            cost=self._limit.fraction(self._counts),
+            budget=self._limit.most / self._limit.full,
+            macs=costs.cost(self._counts).macs / costs.full.macs,
+            latency=1.0 if latency is None else latency.latency(self._counts) / latency.full,
+        )
 
     def _look_again(self) -> None:
         """Recover the network of this round and measure it afresh."""

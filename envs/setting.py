@@ -21,6 +21,11 @@ IMPORTANCE = "taylor_squared"
 """Criterion of the knapsack allocator: changes of the loss can be added and compared across groups."""
 
 
+def plan_key(network: str, budget: object) -> str:
+    """What plans for a network and a budget are kept under, in run folders too."""
+    return f"{network} {budget}"
+
+
 @dataclass
 class PruningProblem:
     """One network, its data and the budgets it is to be pruned to.
@@ -61,6 +66,10 @@ class PruningProblem:
         """The same problem for plans that leave some residual blocks out."""
         removed = tuple(sorted({*self.removed, *blocks}))
         return PruningProblem(self.scorer, self.budgets, self.latency, self.rules, removed)
+
+    def key(self, budget: Budget) -> str:
+        """What plans for a budget are kept under, see :func:`plan_key`."""
+        return plan_key(self.scorer.network.name, budget)
 
     def limit_of(self, plan: PruningPlan, budget: Budget) -> Limit:
         """A budget as it applies to a plan, which may leave out more blocks than all plans do."""
@@ -120,9 +129,9 @@ class PruningProblem:
         group_of = self.scorer.network.graph.group_of
         return threshold(scores, group_of, limit, self.widths if widths is None else widths)
 
-    def uniform_score(self, budget: Budget) -> Score:
-        """Score of the uniform plan: what every reward is compared with."""
-        return self.scorer.score(self.plan(self.uniform_counts(self.limits[budget])))
+    def uniform_score(self, budget: Budget, examples: int | None = None) -> Score:
+        """Score of the uniform plan, on so many examples: what every reward is compared with."""
+        return self.scorer.score(self.plan(self.uniform_counts(self.limits[budget])), examples=examples)
 
     def _within(self, largest: NDArray[np.int64] | None) -> Widths:
         return self.widths if largest is None else self.widths.within(largest)

@@ -26,7 +26,8 @@ from prunegym.pruning.errors import PruningError
 ATTEMPTS = 5
 """Actors that may die over one step of an environment before the step is taken to be what kills them."""
 PATIENCE = 300.0
-"""Seconds that a replacement may take to start with a processor of its own; then it has to share."""
+"""Seconds that an actor may take to start with processors of its own; then it has to share."""
+
 
 @dataclass
 class _Episode:
@@ -70,7 +71,8 @@ class RayVecEnv(VecEnv):
         self._ray = self._stack.enter_context(connected(address))
         try:
             self._send(parts, make)
-            self._actors = [self._start(index, reserve=index < self._free) for index in range(len(parts))]
+            self._actors: list[Any] = [None] * len(parts)
+            self._start_all(range(len(parts)), self._free)
             self._episodes = [_Episode((0, None, {})) for _ in parts]
             first = {0: self._actors[0].spaces.remote()}
             observations, actions = self._answers(first, lambda actor: actor.spaces.remote())[0]
@@ -94,11 +96,24 @@ class RayVecEnv(VecEnv):
                 stacklevel=3,
             )
 
-    def _start(self, index: int, *, reserve: bool) -> Any:
+    def _start_all(self, indices: Sequence[int], free: int) -> None:
+        """Start actors of environments, so many with processors of their own if they get them in time."""
+        ready = {}
+        for position, index in enumerate(indices):
+            self._start(index, reserve=position < free)
+            ready[self._actors[index].spaces.remote()] = index
+        _, waiting = self._ray.wait(list(ready), num_returns=len(ready), timeout=PATIENCE)
+        for reference in waiting:  # for processors that others have taken, or of a node that is gone
+            index = ready[reference]
+            self._ray.kill(self._actors[index])
+            self._start(index, reserve=False)
+
+    def _start(self, index: int, *, reserve: bool) -> None:
         """Start the actor of an environment, with processors of its own or without."""
         # spread: an actor that reserves nothing would else go where the others are
         options = {"num_cpus": self._threads if reserve else 0, "scheduling_strategy": "SPREAD"}
-        return self._ray.remote(Worker).options(**options).remote(self._parts[index], self._make, self._threads)
+        actor = self._ray.remote(Worker).options(**options)
+        self._actors[index] = actor.remote(self._parts[index], self._make, self._threads)
 
     def _answers(self, asked: dict[int, Any], ask: Callable[[Any], Any] | None = None) -> list[Any]:
         """Wait for the answers of actors; where one dies, for that of its replacement.
@@ -139,16 +154,9 @@ class RayVecEnv(VecEnv):
         """
         self.replaced += len(dead)
         free = _free_processors(self._ray) // self._threads
-        ready = {}
-        for position, index in enumerate(dead):
+        for index in dead:
             self._ray.kill(self._actors[index])  # if it is only out of reach
-            self._actors[index] = self._start(index, reserve=position < free)
-            ready[self._actors[index].spaces.remote()] = index
-        _, waiting = self._ray.wait(list(ready), num_returns=len(ready), timeout=PATIENCE)
-        for reference in waiting:  # for processors of a node that is gone, perhaps
-            index = ready[reference]
-            self._ray.kill(self._actors[index])
-            self._actors[index] = self._start(index, reserve=False)
+        self._start_all(dead, free)
         answers = {}
         for index in dead:
             actor, episode = self._actors[index], self._episodes[index]

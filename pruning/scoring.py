@@ -37,9 +37,6 @@ CACHE_LIMIT = 1 << 30
 QUICK_EXAMPLES = 128
 """Calibration examples of the recalibration between rounds."""
 
-UNPRUNED = PruningPlan(())
-"""Stands for the unpruned network among the scored plans."""
-
 
 @dataclass(frozen=True)
 class Score:
@@ -129,6 +126,7 @@ class Scorer:
         self.form = self._choose_form()
         """Layout and precision in which candidates run."""
         self._cache: dict[tuple[PruningPlan, str, int], Score] = {}
+        self._unpruned: dict[tuple[str, int], Score] = {}
         self.scored = 0
         """Plans run so far; cached ones do not count."""
         self.journal: Journal | None = None
@@ -158,15 +156,15 @@ class Scorer:
 
     def unpruned(self, *, split: str | None = None, examples: int | None = None) -> Score:
         """The unpruned network's score, in the same precision and on the same examples."""
-        key = (UNPRUNED, split or self.settings.split, examples or self.settings.examples)
-        if key not in self._cache:
+        key = (split or self.settings.split, examples or self.settings.examples)
+        if key not in self._unpruned:
             model = copy.deepcopy(self.network.model)
             self.form.prepare_layers(model)
-            self._cache[key] = self._measure(model, *key[1:])
-        return self._cache[key]
+            self._unpruned[key] = self._measure(model, *key)
+        return self._unpruned[key]
 
     def forget(self) -> None:
-        """Drop all scores, so that the next search pays for each of its own; batches stay prepared."""
+        """Drop all scores of plans, so that the next search pays for each of its own; batches stay prepared."""
         self._cache.clear()
 
     def pruned(self, plan: PruningPlan) -> nn.Module:

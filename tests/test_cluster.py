@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunegym.agents.comparison.cluster import compute, pieces, read_files, save_files
+from prunegym.agents.comparison.cluster import compute, pieces, read_files, take
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.grid import Key, _grid, compare, compute_row
 from prunegym.agents.comparison.measure import Judge
@@ -92,7 +92,9 @@ def test_task_gives_rows_and_files_of_the_run_folder(half: PruningProblem, tmp_p
     threads = torch.get_num_threads()
     try:
         outcome = compute(pack(half), config, keys, {}, math.inf)
-        save_files(outcome.files, there)
+        take(outcome, there)
+        stale = next(there.path("finetuning").iterdir()) / "checkpoint.pt"
+        stale.write_bytes(b"of an earlier task that was stopped half-way")
         again = compute(pack(half), config, keys, read_files(there, list(there.folder.iterdir())), math.inf)
     finally:
         torch.set_num_threads(threads)
@@ -102,6 +104,8 @@ def test_task_gives_rows_and_files_of_the_run_folder(half: PruningProblem, tmp_p
     names = {path.relative_to(here.folder).as_posix() for path in here.folder.rglob("*") if path.is_file()}
     assert outcome.files.keys() == names
     assert [row["seconds"] for row in again.rows] == [row["seconds"] for row in outcome.rows]
+    take(again, there)
+    assert not stale.exists()
 
 
 def test_task_that_comes_too_late_does_nothing(half: PruningProblem) -> None:
@@ -117,6 +121,13 @@ def test_latency_is_refused_beside_other_work() -> None:
     pytest.importorskip("ray")
     with pytest.raises(PruningError, match="`--latency` should be left out with --ray"):
         replace(COMPARISON, latency=True, ray="auto")
+
+
+def test_several_devices_are_refused_beside_other_work() -> None:
+    """Tasks reserve a processor each."""
+    pytest.importorskip("ray")
+    with pytest.raises(PruningError, match=r"`--devices` should be 1 with --ray. Received 2"):
+        replace(COMPARISON, devices=2, ray="auto")
 
 
 @pytest.mark.slow

@@ -11,14 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.comparison import measure as compare_measure
 from prunegym.agents.comparison import search as compare_search
+from prunegym.agents.comparison.conditions import identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import CURVE, KEY, TIMED, compare, curve_rows, identity, unfinished
+from prunegym.agents.comparison.grid import CURVE, CURVE_SCORES, KEY, TIMED, compare, curve_rows, unfinished
+from prunegym.agents.comparison.measure import Judge
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.finished_rows import ROWS, FinishedRows
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan
+from prunegym.agents.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training.loop import Trainer
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -112,7 +116,7 @@ def test_rows_of_an_agent_come_from_one_training(compared: Any, half: PruningPro
     assert len(folders) == 2
     for seed, folder in enumerate(folders):
         policy, _ = load_policy(folder / "policy.safetensors")
-        assert plan_of(own[seed], run) == own_plan(policy, half, HALF, 1)
+        assert plan_of(own[seed], run) == own_plan(policy, ChannelPruningEnv(half, rounds=1), HALF)
         assert best[seed]["reward_score"] >= own[seed]["reward_score"]
         assert best[seed]["evaluations"] == own[seed]["evaluations"] <= QUICK["evaluations"]
 
@@ -129,6 +133,34 @@ def test_curve_ends_where_the_row_is(compared: Any) -> None:
             spent = [one[price] for one in points]
             assert spent == sorted(spent)
             assert spent[-1] <= row[price]
+
+
+def test_curve_that_was_stopped_in_time_goes_on(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the plan under way; no plan is scored twice."""
+    settings = config(searcher=("random",), repeats=1, evaluations=20, seed=1)
+    _, whole = go(half, tmp_path / "whole", settings)
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="s", budget="b", seed=0, config=settings)
+    limit, scored = TimeLimit(), []
+    score = Judge.after_recovery
+
+    def stop(self: Judge, plan: PruningPlan) -> float:
+        scored.append(plan)
+        limit.end = 0.0
+        return score(self, plan)
+
+    monkeypatch.setattr(Judge, "after_recovery", stop)
+    with pytest.raises(TimeUp):
+        compare([half], settings, run, progress=False, limit=limit)
+    assert len(scored) == 1
+    compare([half], settings, run, progress=False)
+
+    (expected,), (curve,) = (list(one.path("searches").rglob(CURVE)) for one in (whole, run))
+    points, again = ([{**one, "seconds": 0} for one in read_json(path)] for path in (expected, curve))
+    assert again == points
+    assert len(scored) == len(points) >= 2
+    assert not list(run.path("searches").rglob(CURVE_SCORES))
 
 
 def test_curves_can_be_scored_on_fewer_images(half: PruningProblem, tmp_path: Path) -> None:
@@ -316,7 +348,7 @@ def test_rows_of_other_settings_are_refused(
     )
     before = run.path(ROWS).read_bytes()
 
-    with pytest.raises(PruningError, match=f"`--out` should hold rows .*{message}.*Choose another folder"):
+    with pytest.raises(PruningError, match=f"`--out` should hold what .*{message}.*Choose another folder"):
         compare([PruningProblem(other, (HALF,))], replace(settings, repeats=2), run, progress=False)
 
     assert run.path(ROWS).read_bytes() == before
@@ -333,6 +365,28 @@ def test_rows_of_other_weights_are_refused(half: PruningProblem, zoo: Any, tmp_p
 
     with pytest.raises(PruningError, match="whose network fingerprint is"):
         compare([problem], replace(settings, repeats=2), run, progress=False)
+
+
+def test_searches_of_other_weights_are_refused_before_there_is_a_row(
+    half: PruningProblem, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that was stored is found by the name of its network alone."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_row", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(half, tmp_path / "run", config())
+    run = RunFolder(tmp_path / "run")
+    assert list(run.path("searches").rglob("plan.json"))
+    assert not run.read_rows(ROWS)
+    other = PruningProblem(Scorer(zoo("digits_resnet"), half.scorer.task, half.scorer.settings), (HALF,))
+    assert other.scorer.network.name == half.scorer.network.name
+
+    with pytest.raises(PruningError, match="Received rows or searches of digits_resnet whose network fingerprint is"):
+        compare([other], config(), run, progress=False)
 
 
 def test_rows_of_other_splits_are_refused(half: PruningProblem, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_own_ratios_played_again_are_the_own_plan(policy: PruningPolicy, half: P
     ratios = own_ratios(policy, half, HALF, rounds)
 
     assert len(ratios) == rounds
-    assert play(half, HALF, ratios) == own_plan(policy, half, HALF, rounds)
+    assert play(half, HALF, ratios) == own_plan(policy, ChannelPruningEnv(half, rounds=rounds), HALF)
 
 
 def test_shuffling_is_a_permutation_that_the_seed_chooses(policy: PruningPolicy, half: PruningProblem) -> None:
@@ -50,7 +50,7 @@ def test_shuffling_is_a_permutation_that_the_seed_chooses(policy: PruningPolicy,
     counts = half.scorer.network.counts(plans[0])
     assert np.abs(counts - expected).max() <= 1  # an action is a rounded logit
     assert plans[0] == plans[1] != plans[2]
-    assert plans[0] != own_plan(policy, half, HALF, 1)
+    assert plans[0] != own_plan(policy, ChannelPruningEnv(half, rounds=1), HALF)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from prunegym.agents.cli import REFUSED
+from prunegym.agents.journal import JOURNAL
 from prunegym.agents.time_limit import TIME_UP
 
 #: Runs a command for each line of arguments it reads, in a process of its own, and says how it ended.
@@ -51,9 +52,9 @@ for line in sys.stdin:
             used = sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
         if kill_after is not None and used > kill_after:
             os.kill(child, signal.SIGKILL)
-        ended, status, usage = os.wait4(child, os.WNOHANG)
+        ended, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0.01)
-    print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, flush=True)
+    print(os.waitstatus_to_exitcode(status), used, flush=True)
 """
 
 #: Little of everything: the numbers do not matter.
@@ -61,7 +62,7 @@ FEW = ["--statistics-examples", "32", "--recalibration-examples", "32", "--rewar
 AGENT = ["--update-evaluations", "4", "--imitation-steps", "4", "--ppo-epochs", "2", "--rounds", "2"]
 NETWORK = ["--network", "digits_vgg"]
 COMMANDS = {
-    "train": ["train", *NETWORK, *FEW, *AGENT, "--evaluations", "50"],
+    "train": ["train", *NETWORK, *FEW, *AGENT, "--evaluations", "64"],  # enough for a second look
     "compare": [
         *("compare", *NETWORK, *FEW, *AGENT, "--evaluations", "20", "--repeats", "2", "--finetune-repeats", "1"),
         *("--searcher", "uniform", "--searcher", "evolution", "--searcher", "agent", "--epochs", "2"),
@@ -81,7 +82,7 @@ class Nursery:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.seconds = 0.0
-        """Of the last command, on the processor."""
+        """Of the last command, on the processor, without those of its workers."""
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
         self.process = subprocess.Popen(
             [sys.executable, "-Wignore", "-c", NURSERY],
@@ -155,6 +156,8 @@ def test_command_killed_at_five_moments_ends_as_if_it_had_not_been(
     """Metrics, rows, plans, policies and networks, byte by byte; each run is killed once and continued."""
     whole, seconds = uninterrupted(nursery, command, tmp_path / "whole")
     assert any(name.endswith(("metrics.csv", "rows.csv")) for name in whole)
+    if command == "train":
+        assert '"examples": 128' in (tmp_path / "whole" / JOURNAL).read_text()  # it looks again
     killed = 0
     for number, moment in enumerate(moments(seconds, 5)):
         arguments = [*COMMANDS[command], "--out", str(tmp_path / str(number))]
@@ -164,6 +167,19 @@ def test_command_killed_at_five_moments_ends_as_if_it_had_not_been(
         assert same_files(tmp_path / str(number)) == whole
         assert not list((tmp_path / str(number)).rglob(".*"))
     assert killed >= 4  # the last moment may come too late
+
+
+@pytest.mark.slow
+def test_training_on_two_workers_that_is_killed_goes_on_to_the_same_bytes(nursery: Nursery, tmp_path: Path) -> None:
+    """At two moments; scores of worker processes are in no journal, so an update that was cut is made again."""
+    more = ["--workers", "2", "--evaluations", "30"]
+    whole, seconds = uninterrupted(nursery, "train", tmp_path / "whole", *more)
+
+    for number, moment in enumerate(moments(seconds, 2)):
+        arguments = [*COMMANDS["train"], *more, "--out", str(tmp_path / str(number))]
+        assert nursery.run(arguments, kill_after=moment) == -signal.SIGKILL
+        assert nursery.run(arguments) == 0, nursery.log.read_text()
+        assert same_files(tmp_path / str(number)) == whole
 
 
 @pytest.mark.slow

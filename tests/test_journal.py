@@ -156,7 +156,9 @@ def test_journal_cut_anywhere_is_continued(
             kept.write(plan, "reward", examples, SCORE)
 
     assert sum(one is not None for one in known) == whole[:cut].count(b"\n")
-    assert ScoreJournal(path).known == len(path.read_bytes().splitlines()) == 3
+    again = ScoreJournal(path).of(scorer)
+    assert [again.read(plan, "reward", examples) for examples in (1, 2, 3)] == [SCORE] * 3
+    assert len(path.read_bytes().splitlines()) == 3
 
 
 def test_full_disk_keeps_the_scores(

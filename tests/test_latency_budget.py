@@ -180,7 +180,7 @@ def test_plan_that_is_scored_is_the_plan_that_is_kept(
         if budget.kind == "latency":
             plan, report = bring_to_budget(problem, budget, result.plan, measure)
             result = replace(result, plan=plan, latency=report.to_json())
-        brought[f"{problem.scorer.network.name} {budget}"] = result.plan
+        brought[problem.key(budget)] = result.plan
         return result
 
     monkeypatch.setattr("prunegym.agents.evaluate.within_measured_budget", within)

@@ -99,7 +99,7 @@ def test_plans_of_several_searchers_are_kept_side_by_side(
     for searcher, plan in zip(("uniform", "policy", "uniform"), plans, strict=True):
         note_plan(run, searcher, problem, budget, plan)
 
-    key = f"{problem.scorer.network.name} {budget}"
+    key = problem.key(budget)
     content = run.read_json(PLANS)
     assert {name: PruningPlan.from_json(one[key]) for name, one in content.items()} == {
         "uniform": plans[2],

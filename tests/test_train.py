@@ -8,15 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from prunegym.agents.config import TrainConfig, TransferConfig
 from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SEARCHERS, SearchSettings, own_plan
-from prunegym.agents.training.loop import METRICS, SETTLING, Trainer, TrainResult, train
+from prunegym.agents.settling import SETTLING
+from prunegym.agents.time_limit import TimeLimit, TimeUp
+from prunegym.agents.training import loop, workers
+from prunegym.agents.training.loop import METRICS, Trainer, train
+from prunegym.agents.training.result import TrainResult
+from prunegym.agents.training.workers import make_envs
 from prunegym.agents.transfer import transfer
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -57,7 +65,7 @@ def test_untrained_policy_makes_exactly_the_knapsack_plan(problem: PruningProble
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     trainer = Trainer([one], CONFIG, run)
 
-    plan = own_plan(trainer.model.policy, one, one.budgets[0], rounds=1)
+    plan = own_plan(trainer.model.policy, ChannelPruningEnv(one, rounds=1), one.budgets[0])
 
     assert plan == SEARCHERS["knapsack"](one, one.budgets[0], SearchSettings()).plan
 
@@ -67,7 +75,28 @@ def test_untrained_policy_in_rounds_applies_the_knapsack_in_rounds(half: Pruning
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     trainer = Trainer([half], replace(CONFIG, rounds=3), run)
 
-    assert own_plan(trainer.model.policy, half, HALF, rounds=3) == own_plan(None, half, HALF, rounds=3)
+    env = ChannelPruningEnv(half, rounds=3)
+
+    assert own_plan(trainer.model.policy, env, HALF) == own_plan(None, env, HALF)
+
+
+def test_free_training_ends_with_plans_that_were_made_freely(half: PruningProblem, tmp_path: Path) -> None:
+    """Its own plan is not projected onto the budget, and the best one has the highest reward, not accuracy."""
+    key = f"{half.scorer.network.name} {HALF}"
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([half], replace(CONFIG, mode="free", rounds=2, std=0.3), run)
+    seen: list[dict[str, Any]] = []
+    note = trainer.notes.note_best
+    trainer.notes.note_best = lambda infos: note(seen.extend(infos) or infos)  # type: ignore[method-assign]
+
+    result = trainer.run_all(progress=False)
+
+    policy, _ = load_policy(result.policy)
+    free, budgeted = (ChannelPruningEnv(half, rounds=2, mode=mode) for mode in ("free", "budgeted"))
+    assert result.own[key] == own_plan(policy, free, HALF) != own_plan(policy, budgeted, HALF)
+    assert result.own_trail[key][0].plan == own_plan(None, free, HALF)
+    assert result.best[key] == max(seen, key=lambda info: float(info["reward"]))["plan"]
+    assert result.best[key] != max(seen, key=lambda info: float(info["score"]))["plan"]
 
 
 def test_training_spends_no_more_evaluations_than_allowed(half: PruningProblem, tmp_path: Path) -> None:
@@ -75,6 +104,45 @@ def test_training_spends_no_more_evaluations_than_allowed(half: PruningProblem, 
     result = go([half], tmp_path / "run")
 
     assert CONFIG.evaluations - 5 - SETTLING <= result.evaluations <= CONFIG.evaluations
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "update_evaluations", "imitation_steps", "updates", "looks"),
+    [(300, 20, 1, 13, 10), (60, 53, 1, 1, 0), (60, 20, 0, 2, 0), (41, 20, 0, 1, 0), (42, 20, 0, 2, 0)],
+)
+def test_training_plans_updates_and_end_within_its_allowance(
+    half: PruningProblem,
+    tmp_path: Path,
+    evaluations: int,
+    update_evaluations: int,
+    imitation_steps: int,
+    updates: int,
+    looks: int,
+) -> None:
+    """Second looks are left out rather than paid for with what is not there; plain PPO keeps nothing for the end."""
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    size = {"update_evaluations": update_evaluations, "imitation_steps": imitation_steps}
+
+    trainer = Trainer([half], replace(CONFIG, evaluations=evaluations, **size), run)
+
+    assert (trainer.updates, trainer.looks) == (updates, looks)
+
+
+@pytest.mark.parametrize(("ray", "rows"), [(None, 0), ("auto", 1)])
+def test_time_limit_waits_for_updates_whose_scores_are_in_no_journal(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: str | None, rows: int
+) -> None:
+    """On a cluster, with one worker too; here it stops after the evaluation under way."""
+    if ray is not None:
+        pytest.importorskip("ray")
+        monkeypatch.setattr(loop, "make_envs", lambda problems, config, padding: make_envs(problems, CONFIG, padding))
+    run = RunFolder.create(tmp_path / "run", network="n", searcher="ppo", budget="b", seed=0, config={})
+    half.scorer.forget()  # what is remembered is not scored
+
+    with pytest.raises(TimeUp):
+        train([half], replace(CONFIG, ray=ray), run, progress=False, limit=TimeLimit(0))
+
+    assert len(run.read_rows(METRICS)) == rows
 
 
 def test_training_resumes_from_its_checkpoint(
@@ -99,6 +167,41 @@ def test_training_resumes_from_its_checkpoint(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_training_goes_on_in_its_second_look(
+    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when one of two plans has been looked at: that is not done again, and the same one is chosen."""
+    config = replace(CONFIG, evaluations=64, update_evaluations=10)
+
+    def fresh() -> PruningProblem:
+        few = replace(scorer.settings, examples=30)
+        return PruningProblem(Scorer(scorer.network, scorer.task, few, statistics=scorer.statistics), (HALF,))
+
+    looked: list[PruningPlan] = []
+    run = Scorer.run
+
+    def counted(self: Scorer, plan: PruningPlan, split: str, examples: int) -> Score:
+        if examples == 60:
+            looked.append(plan)
+        return run(self, plan, split, examples)
+
+    def killed(self: Scorer, plan: PruningPlan, split: str, examples: int) -> Score:
+        if len(looked) == 2:
+            raise KeyboardInterrupt
+        return counted(self, plan, split, examples)
+
+    go([fresh()], tmp_path / "whole", config)
+    monkeypatch.setattr(Scorer, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go([fresh()], tmp_path / "run", config)
+    monkeypatch.setattr(Scorer, "run", counted)
+    go([fresh()], tmp_path / "run", config)
+
+    assert len(looked) == len(set(looked)) == 3  # two plans, and the uniform one that both are compared with
+    for name in (METRICS, "plan.json", "policy.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_training_leaves_the_trail_of_its_plans(
     half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +222,7 @@ def test_training_leaves_the_trail_of_its_plans(
 
     assert [one[::2] for one in result.own_trail[key]] == [one[::2] for one in whole.own_trail[key]]
     assert [one[::2] for one in result.best_trail[key]] == [one[::2] for one in whole.best_trail[key]]
-    assert result.own_trail[key][0].plan == own_plan(None, half, HALF, CONFIG.rounds)
+    assert result.own_trail[key][0].plan == own_plan(None, ChannelPruningEnv(half, rounds=CONFIG.rounds), HALF)
     best = result.best_trail[key]
     assert [one.score for one in best] == sorted({one.score for one in best})
     for trail, plan in ((best, result.best[key]), (result.own_trail[key], result.own[key])):
@@ -183,12 +286,24 @@ def test_worker_that_is_killed_ends_the_training_with_one_error(half: PruningPro
     trainer.close()
 
 
-def test_two_workers_learn_what_one_process_learns(half: PruningProblem, tmp_path: Path) -> None:
-    """Worker processes change the speed; both spend their evaluations and leave a policy."""
-    result = go([half], tmp_path / "two", replace(CONFIG, workers=2, evaluations=12))
+def test_two_workers_learn_what_one_process_learns(
+    half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two environments in processes of their own and in this one: metrics, plans and policy, byte by byte."""
+    two = replace(CONFIG, workers=2, evaluations=18)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as the workers have
+    try:
+        result = go([half], tmp_path / "two", two)
+        monkeypatch.setattr(workers, "ProcessVecEnv", DummyVecEnv)
+        monkeypatch.setattr(workers.signal, "signal", lambda *_: None)  # Ctrl-C is still for the tests
+        go([half], tmp_path / "one", two)
+    finally:
+        torch.set_num_threads(threads)
 
-    assert result.policy.is_file()
-    assert half.scorer.network.cost(result.own["digits_resnet macs:0.5"]).macs <= half.limits[HALF].most
+    assert result.evaluations > 6
+    for name in (METRICS, "plan.json", "policy.safetensors"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_one_policy_learns_on_two_networks_at_once(
@@ -263,7 +378,8 @@ def test_saved_policy_makes_the_plan_of_the_training(half: PruningProblem, tmp_p
 
     agent, metadata = load_policy(result.policy)
 
-    assert own_plan(agent, half, HALF, int(metadata["rounds"])) == result.own["digits_resnet macs:0.5"]
+    env = ChannelPruningEnv(half, rounds=int(metadata["rounds"]))
+    assert own_plan(agent, env, HALF) == result.own["digits_resnet macs:0.5"]
 
 
 def test_row_counts_the_cost_of_the_plan(half: PruningProblem) -> None:

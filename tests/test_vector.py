@@ -222,6 +222,24 @@ def test_actor_that_is_killed_is_replaced_without_a_trace(both: PruningProblem, 
     env.close()
 
 
+def test_actor_that_gets_no_processor_of_its_own_shares_one(
+    both: PruningProblem, ray_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that others took after it was counted as free: nobody waits for it for ever."""
+    from prunegym.envs import vector
+
+    other = ray_here.remote(num_cpus=1)(vector.Worker).remote(None, None, 1)
+    monkeypatch.setattr(vector, "_free_processors", lambda ray: 1)
+    monkeypatch.setattr(vector, "PATIENCE", 1.0)
+
+    env = vector.RayVecEnv([both], partial(ChannelPruningEnv, rounds=2))
+
+    assert env.get_attr("rounds") == [2]
+    assert env.replaced == 0
+    env.close()
+    ray_here.kill(other)
+
+
 @pytest.mark.slow
 def test_actor_and_node_that_are_killed_cost_no_evaluation(
     both: PruningProblem, ray_cluster: Callable[[], Any]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
-from prunegym.agents.comparison.grid import Key, Row, compute_row
-from prunegym.agents.comparison.measure import FINETUNING, Judge
+from prunegym.agents.comparison.grid import Key, Row, computed_here
+from prunegym.agents.comparison.measure import FINETUNING
 from prunegym.agents.comparison.measure import folder_name as name_of_finetuning
-from prunegym.agents.comparison.search import PLAN, SEARCHES, TRAININGS, Searches
+from prunegym.agents.comparison.search import SEARCHES, TRAININGS
 from prunegym.agents.comparison.search import folder_name as name_of_search
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import WITHOUT_SEED
+from prunegym.agents.stored_search import PLAN
 from prunegym.agents.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training.workers import check_device
 from prunegym.envs.cluster import Packed, cause_of, connected, pack, reason_of, unpack
@@ -45,6 +47,8 @@ class Outcome:
     """Of the first keys of the piece."""
     files: dict[str, bytes]
     """By path in the run folder."""
+    removed: list[str]
+    """Files that the task was given and has no more use for, such as checkpoints."""
     finished: bool
     """Whether the rows are all of the piece; else the time limit was reached."""
 
@@ -83,7 +87,7 @@ def computed_on_cluster(
             done, _ = ray.wait(list(waiting), num_returns=1)
             keys = waiting.pop(done[0])
             outcome = _outcome(ray, done[0])
-            save_files(outcome.files, run)
+            take(outcome, run)
             for key, row in zip(keys, outcome.rows, strict=False):
                 yield key, row
                 announce(key)
@@ -117,7 +121,7 @@ def compute(
     """
     limit = TimeLimit(end - time.time())
     if limit.reached:
-        return Outcome([], {}, finished=False)
+        return Outcome([], {}, [], finished=False)
     torch.set_num_threads(_processors(config, keys))
     problem: PruningProblem = unpack(packed)
     with TemporaryDirectory() as folder:
@@ -125,16 +129,24 @@ def compute(
         save_files(files, run)
         if config.policy is not None:
             config = replace(config, policy=run.path(POLICY))
-        searches, judge = Searches(config, run, limit=limit), Judge(problem, config, run, limit=limit)
         rows: list[Row] = []
-        try:
-            for key in keys:
-                rows.append(compute_row(key, problem, searches, judge))
-                limit.check()
-        except TimeUp:
-            pass
+        with suppress(TimeUp):
+            for _, row in computed_here(keys, {keys[0][0]: problem}, config, run, lambda key: None, limit=limit):
+                rows.append(row)
         produced = read_files(run, [path for path in run.folder.iterdir() if path.is_dir()])
-    return Outcome(rows, produced, finished=len(rows) == len(keys))
+        removed = [name for name in files if not run.path(name).exists()]
+    return Outcome(rows, produced, removed, finished=len(rows) == len(keys))
+
+
+def take(outcome: Outcome, run: RunFolder) -> None:
+    """Bring the run folder to where a task left its own.
+
+    Raises:
+        PruningError: A file could not be written.
+    """
+    save_files(outcome.files, run)
+    for name in outcome.removed:
+        run.path(name).unlink(missing_ok=True)
 
 
 def save_files(files: Mapping[str, bytes], run: RunFolder) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from prunegym.agents.comparison.conditions import check_folder, identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import check_same, compare, finished, identity, unfinished
+from prunegym.agents.comparison.grid import compare, finished, unfinished
 from prunegym.agents.comparison.report import report, terminal_text
-from prunegym.agents.finished_rows import ROWS
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.records import save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
@@ -25,9 +25,8 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
     check_devices(config.torch_device, config.devices)
     problems = _problems(config, reporter)
     if config.out is not None:
-        rows = RunFolder(config.out.expanduser()).read_rows(ROWS)
-        for problem in problems:
-            check_same(rows, identity(problem, config))  # before config.json is written anew
+        # before config.json is written anew
+        check_folder(RunFolder(config.out.expanduser()), [identity(problem, config) for problem in problems])
     run = launch.open()
     if problems:
         run.path(RESULT).unlink(missing_ok=True)  # of fewer rows: the folder is not finished until all are there

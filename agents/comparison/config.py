@@ -91,6 +91,8 @@ class CompareConfig(
             positive(self, "finetune_rate")
         rule, remedy = "left out with --ray", "Beside other work it would not be that of the network."
         require(self.ray is None or not self.latency, "latency", rule, "both", remedy)
+        rule, remedy = "1 with --ray", "The tasks of a comparison have one processor each."
+        require(self.ray is None or self.devices == 1, "devices", rule, self.devices, remedy)
         for mark in self.seconds:
             require(0 < mark < math.inf, "seconds", "above 0 and finite", mark)
         budgeted = self.mode == "budgeted"
@@ -112,7 +114,7 @@ class CompareConfig(
         from prunegym.agents.settling import SETTLING
 
         workers = self.workers
-        least = -(-self.update_evaluations // workers) * workers + 1 + SETTLING
+        least = -(-self.update_evaluations // workers) * workers + 1 + (SETTLING if self.imitation_steps else 0)
         remedy = "Allow more, or lower --update-evaluations."
         rule = f"at least {least}, for one update of the agent"
         require(self.evaluations >= least, "evaluations", rule, self.evaluations, remedy)

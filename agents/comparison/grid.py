@@ -7,48 +7,32 @@ rows that were measured under other conditions are refused, not mixed in.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
+from prunegym.agents.comparison.conditions import SHARED, check_folder, identity, note_conditions
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.measure import STAGES, Judge
-from prunegym.agents.comparison.search import PLAN, Found, Searches
-from prunegym.agents.finished_rows import ROWS, FinishedRows
+from prunegym.agents.comparison.search import Found, Searches
+from prunegym.agents.finished_rows import FinishedRows
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import check_evaluations
+from prunegym.agents.stored_search import PLAN
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json
-from prunegym.pruning.training import weights_digest
 
 Row: TypeAlias = dict[str, Any]
 Key: TypeAlias = tuple[str, str, str, int, int | None]
 """Network, budget, searcher, seed of the search, seed of the fine-tuning."""
 
 CURVE = "curve.json"
+CURVE_SCORES = "curve_scores.csv"
+"""Scores of a curve that is not finished yet."""
 KEY = ("network", "budget", "searcher", "seed", "finetune_seed")
-#: What a row must share with all others, and with the others of its network or searcher, to stand beside them.
-_SHARED = (
-    "data",
-    "data_fingerprint",
-    "split_seed",
-    "regime",
-    "criterion",
-    "compensate",
-    "statistics_examples",
-    "recalibration_examples",
-    "reward_examples",
-    "recovery_steps",
-    "recovery_rate",
-    "precision",
-    "allowance",
-    "epochs",
-)
 _MEASURED = (
     "cost",
     "macs",
@@ -62,7 +46,7 @@ _MEASURED = (
 )
 TIMED = ("seconds", "latency_ratio", "latency")
 """Columns that differ from run to run, in a file of their own."""
-COLUMNS = (*KEY, "network_fingerprint", "policy_fingerprint", *_SHARED, *_MEASURED, *TIMED)
+COLUMNS = (*KEY, "network_fingerprint", "policy_fingerprint", *SHARED, *_MEASURED, *TIMED)
 """Columns of a row; ``rows.csv`` has them up to those that are timed."""
 
 
@@ -92,9 +76,9 @@ def compare(
         TimeUp: The limit is reached.
     """
     known = {problem.scorer.network.name: (problem, identity(problem, config)) for problem in problems}
-    rows = run.read_rows(ROWS)
-    for _, conditions in known.values():
-        check_same(rows, conditions)
+    conditions = [one for _, one in known.values()]
+    check_folder(run, conditions)
+    note_conditions(run, conditions)
     work = [key for key in unfinished(config, run) if key[0] in known]
     for network, _, searcher, *_ in work:  # before anything is computed
         check_evaluations(searcher, known[network][0], config.evaluations)
@@ -128,8 +112,38 @@ def _computed(
     if config.ray is not None:
         from prunegym.agents.comparison.cluster import computed_on_cluster
 
-        yield from computed_on_cluster(work, problems, config, run, announce, limit)
-        return
+        return computed_on_cluster(work, problems, config, run, announce, limit)
+    return computed_here(work, problems, config, run, announce, progress=progress, limit=limit)
+
+
+def computed_here(
+    work: Sequence[Key],
+    problems: Mapping[str, PruningProblem],
+    config: CompareConfig,
+    run: RunFolder,
+    announce: Callable[[Key], None],
+    *,
+    progress: bool = False,
+    limit: TimeLimit = NO_LIMIT,
+) -> Iterator[tuple[Key, Row]]:
+    """Compute rows one after the other in this process; a row is handed over before the time limit is looked at.
+
+    Args:
+        work: Keys of the rows.
+        problems: By network.
+        config: Of the comparison.
+        run: Gets the files of searches and fine-tuning.
+        announce: Told of the row under way.
+        progress: Show bars.
+        limit: When to stop.
+
+    Yields:
+        Keys with their rows.
+
+    Raises:
+        PruningError: A searcher fails.
+        TimeUp: The limit is reached.
+    """
     searches = Searches(config, run, progress=progress, limit=limit)
     judges = {name: Judge(one, config, run, progress=progress, limit=limit) for name, one in problems.items()}
     for key in work:
@@ -173,19 +187,29 @@ def compute_row(key: Key, problem: PruningProblem, searches: Searches, judge: Ju
 
 
 def _draw_curve(found: Found, judge: Judge) -> None:
-    """Score the plans of a search's trail, once, on images that the search has not seen."""
-    if found.folder.path(CURVE).exists():
-        return
-    points = [
-        {
-            "evaluations": one.evaluations,
-            "seconds": one.seconds,
-            "reward_score": one.score,
-            "after_recovery_score": judge.after_recovery(one.plan),
-        }
-        for one in found.trail
-    ]
-    found.folder.write_json(CURVE, points)
+    """Score the plans of a search's trail, each once, on images that the search has not seen.
+
+    Raises:
+        TimeUp: The limit is reached; the plans scored so far are not scored again.
+    """
+    folder, trail = found.folder, found.trail
+    if not folder.path(CURVE).exists():
+        scores = [row["after_recovery_score"] for row in folder.read_rows(CURVE_SCORES)]
+        for one in trail[len(scores) :]:
+            scores.append(judge.after_recovery(one.plan))
+            folder.append_row(CURVE_SCORES, {"evaluations": one.evaluations, "after_recovery_score": scores[-1]})
+            judge.limit.check()
+        points = [
+            {
+                "evaluations": one.evaluations,
+                "seconds": one.seconds,
+                "reward_score": one.score,
+                "after_recovery_score": score,
+            }
+            for one, score in zip(trail, scores, strict=True)
+        ]
+        folder.write_json(CURVE, points)
+    folder.path(CURVE_SCORES).unlink(missing_ok=True)
 
 
 def curve_rows(rows: Sequence[Mapping[str, Any]], run: RunFolder) -> list[Row]:
@@ -228,61 +252,3 @@ def finished(config: CompareConfig, run: RunFolder) -> list[Row]:
 def _key(row: Mapping[str, Any]) -> Key:
     network, budget, searcher, seed, finetune_seed = (row[name] for name in KEY)
     return str(network), str(budget), str(searcher), int(seed), None if finetune_seed is None else int(finetune_seed)
-
-
-def identity(problem: PruningProblem, config: CompareConfig) -> Row:
-    """What the rows of a problem were measured on and how."""
-    scorer = problem.scorer
-    settings = scorer.settings
-    return {
-        "network": scorer.network.name,
-        "network_fingerprint": weights_digest(scorer.network.model)[:16],
-        "data": scorer.task.name,
-        "data_fingerprint": scorer.task.fingerprint[:16],
-        "split_seed": config.split_seed,
-        "regime": "finetuned" if settings.recovery_steps else "post-training",
-        "criterion": settings.criterion,
-        "compensate": settings.compensate,
-        "statistics_examples": settings.statistics_examples,
-        "recalibration_examples": settings.recalibration_examples,
-        "reward_examples": settings.examples,
-        "recovery_steps": settings.recovery_steps,
-        "recovery_rate": settings.learning_rate,
-        "precision": settings.precision,
-        "allowance": config.evaluations,
-        "epochs": config.epochs,
-        "policy_fingerprint": None if config.policy is None else _file_digest(config),
-    }
-
-
-def _file_digest(config: CompareConfig) -> str:
-    assert config.policy is not None
-    return hashlib.sha256(config.policy.read_bytes()).hexdigest()[:16]
-
-
-def check_same(rows: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> None:
-    """Refuse to add rows to others that they cannot be compared with.
-
-    Args:
-        rows: Rows that are there.
-        now: What new rows are measured on, see :func:`identity`.
-
-    Raises:
-        PruningError: Data, splits, criterion, recovery, reward or allowance differ; or a network or policy of the
-            same name has other weights.
-    """
-    for row in rows:
-        names = list(_SHARED)
-        if row.get("network") == now["network"]:
-            names.append("network_fingerprint")
-        if row.get("searcher") == "policy" and now["policy_fingerprint"] is not None:
-            names.append("policy_fingerprint")
-        differing = [name for name in names if str(row.get(name)) != str(now[name])]
-        if differing:
-            name = differing[0]
-            raise PruningError(
-                f"`--out` should hold rows that can be compared with new ones. Received rows of "
-                f"{row.get('network')} whose {name.replace('_', ' ')} is {row.get(name)}; now it is {now[name]} "
-                f"(differing: {', '.join(one.replace('_', ' ') for one in differing)}). "
-                "Choose another folder, or bring back the earlier network, data and settings."
-            )

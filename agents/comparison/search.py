@@ -7,9 +7,7 @@ agent, from whose training several of the searchers come.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
 from prunegym.agents.comparison.controls import CONTROLS
@@ -18,16 +16,18 @@ from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
+from prunegym.agents.second_look import has_further_images
+from prunegym.agents.stored_search import load_search, save_search
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.trail import Improvement
-from prunegym.agents.training.loop import CHECKPOINT, POLICY_FILE, TrainResult, train
+from prunegym.agents.training.loop import CHECKPOINT, POLICY_FILE, train
+from prunegym.agents.training.result import TrainResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.plan import PruningPlan
 
 SEARCHES, TRAININGS = "searches", "trainings"
-PLAN, SEARCH, TRAINING = "plan.json", "search.json", "training.json"
+TRAINING = "training.json"
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Searches:
             )
         result = within_measured_budget(problem, budget, result)
         folder = self._folder(SEARCHES, searcher, network, budget, seed)
-        folder.write_json(PLAN, result.plan.to_json())
-        folder.write_json(SEARCH, _search_to_json(result))
+        save_search(result, folder)
         return Found(result, folder)
 
     def _search(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
@@ -114,7 +113,7 @@ class Searches:
     def _agent(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
         """What comes out of the training of an agent."""
         trained, folder = self.trained(problem, budget, seed, AGENTS[searcher])
-        key = f"{problem.scorer.network.name} {budget}"
+        key = problem.key(budget)
         plan, trail = trained.own[key], trained.own_trail[key]
         if searcher == "agent best":
             plan, trail = trained.best[key], trained.best_trail[key]
@@ -135,14 +134,16 @@ class Searches:
             self._start_afresh(problem, budget)
             config = self.config.training(network, budget, seed, features)
             trained = train([problem.only(budget)], config, folder, progress=self.progress, limit=self.limit)
-            folder.write_json(TRAINING, _training_to_json(trained))
+            folder.write_json(TRAINING, trained.to_json())
         folder.path(CHECKPOINT).unlink(missing_ok=True)  # megabytes, and of no more use
-        return _training_from_json(folder.read_json(TRAINING), folder), folder
+        return TrainResult.from_json(folder.read_json(TRAINING), folder.path(POLICY_FILE)), folder
 
     def _start_afresh(self, problem: PruningProblem, budget: Budget) -> None:
-        """Forget all scores, once the images have been prepared."""
+        """Forget all scores of plans, once the images have been prepared and the unpruned network has been scored."""
         if id(problem) not in self._warm:
             problem.uniform_score(budget)
+            problem.scorer.unpruned()
+            has_further_images(problem.scorer)
             self._warm.add(id(problem))
         problem.scorer.forget()
 
@@ -152,11 +153,8 @@ class Searches:
     def _stored(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> Found | None:
         """A search that was finished before."""
         folder = self._folder(SEARCHES, searcher, problem.scorer.network.name, budget, seed)
-        if not folder.path(SEARCH).exists():
-            return None
-        result = _search_from_json(folder.read_json(SEARCH), PruningPlan.load(folder.path(PLAN)))
-        result.plan.mask(problem.scorer.network.graph)  # refuses the plan of another network
-        return Found(result, folder)
+        result = load_search(folder, problem.scorer.network.graph)
+        return None if result is None else Found(result, folder)
 
 
 def folder_name(name: str, network: str, budget: str, seed: int) -> str:
@@ -164,53 +162,3 @@ def folder_name(name: str, network: str, budget: str, seed: int) -> str:
     # the names of searchers and budgets stay distinct without colons and blanks; those of networks may not
     parts = (re.sub("[: ]", "-", name), network, budget.replace(":", ""))
     return f"{'__'.join(map(slug, parts))}__s{seed}"
-
-
-def _search_to_json(result: SearchResult) -> dict[str, Any]:
-    return {
-        "evaluations": result.evaluations,
-        "seconds": result.seconds,
-        "history": result.history,
-        "improvements": [one.to_json() for one in result.improvements],
-        "latency": result.latency,
-    }
-
-
-def _search_from_json(content: Mapping[str, Any], plan: PruningPlan) -> SearchResult:
-    return SearchResult(
-        plan=plan,
-        evaluations=content["evaluations"],
-        seconds=content["seconds"],
-        history=[(evaluations, score) for evaluations, score in content["history"]],
-        improvements=[Improvement.from_json(one) for one in content["improvements"]],
-        latency=content.get("latency"),
-    )
-
-
-def _training_to_json(trained: TrainResult) -> dict[str, Any]:
-    return {
-        "evaluations": trained.evaluations,
-        "seconds": trained.seconds,
-        "own": {key: plan.to_json() for key, plan in trained.own.items()},
-        "best": {key: plan.to_json() for key, plan in trained.best.items()},
-        "own_trail": {key: [one.to_json() for one in trail] for key, trail in trained.own_trail.items()},
-        "best_trail": {key: [one.to_json() for one in trail] for key, trail in trained.best_trail.items()},
-    }
-
-
-def _training_from_json(content: Mapping[str, Any], folder: RunFolder) -> TrainResult:
-    def plans(name: str) -> dict[str, PruningPlan]:
-        return {key: PruningPlan.from_json(plan) for key, plan in content[name].items()}
-
-    def trails(name: str) -> dict[str, list[Improvement]]:
-        return {key: [Improvement.from_json(one) for one in trail] for key, trail in content[name].items()}
-
-    return TrainResult(
-        policy=folder.path(POLICY_FILE),
-        evaluations=content["evaluations"],
-        seconds=content["seconds"],
-        own=plans("own"),
-        best=plans("best"),
-        own_trail=trails("own_trail"),
-        best_trail=trails("best_trail"),
-    )

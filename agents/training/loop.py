@@ -9,8 +9,6 @@ on to the same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +20,13 @@ from prunegym.agents.ppo import Episode, PruningPPO
 from prunegym.agents.records import ATTENTION, attention_records
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import own_plan
-from prunegym.agents.second_look import confirmed_plans
-from prunegym.agents.settling import SETTLING, confirm, reserved
+from prunegym.agents.second_look import CONFIRMING, confirmed_plans
+from prunegym.agents.settling import SETTLING, confirm
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
-from prunegym.agents.trail import Improvement
 from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
 from prunegym.agents.training.notes import Notes
+from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
@@ -41,23 +39,6 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
 TIMING = "timing.csv"
 """Seconds stand apart from the metrics, which are the same for the same seed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What training left behind."""
-
-    policy: Path
-    evaluations: int
-    seconds: float
-    own: dict[str, PruningPlan] = field(default_factory=dict)
-    """The policy's own plan, by ``network budget``."""
-    best: dict[str, PruningPlan] = field(default_factory=dict)
-    """The best plan that was sampled, by ``network budget``: a different result, reported apart."""
-    own_trail: dict[str, list[Improvement]] = field(default_factory=dict)
-    """The policy's own plan before the first update, and after each update that changed it."""
-    best_trail: dict[str, list[Improvement]] = field(default_factory=dict)
-    """The best sampled plan whenever that changed; those of one update all carry the seconds of its end."""
 
 
 def train(
@@ -75,15 +56,15 @@ def train(
         config: evaluations, rounds, workers, seed and the settings of PPO.
         run: where metrics, checkpoint, plans and policy go; a run folder with a checkpoint is resumed.
         progress: show a progress bar on standard error.
-        limit: when to stop: after the evaluation under way, or with several workers after the update.
+        limit: when to stop: after the evaluation under way, or with several workers or on a cluster after the update.
 
     Raises:
         PruningError: a worker died, or a loss became non-finite; what was learned is in the run folder.
         TimeUp: the limit is reached.
     """
     scorers = [problem.scorer for problem in problems]
-    # scores of worker processes are in no journal: to stop within an update would lose those of that update
-    per_score = limit if config.workers == 1 else NO_LIMIT
+    # scores of other processes are in no journal: to stop within an update would lose those of that update
+    per_score = limit if config.workers == 1 and config.ray is None else NO_LIMIT
     with journaled(scorers, run.path(JOURNAL), per_score) as journal:
         trainer = Trainer(problems, config, run, clock=journal.clock, limit=limit)
         try:
@@ -115,9 +96,12 @@ class Trainer:
         self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
         self.model = make_agent(config, self.envs, self.episodes, run.path("tensorboard"))
         # an update scores its episodes and the policy's own plan for every network and budget
-        per_pair = config.evaluations // len(self.pairs)
-        left = config.evaluations - reserved(per_pair) * len(self.pairs)
-        self.updates = max(1, left // (self.episodes + len(self.pairs)))
+        pairs, per_update = len(self.pairs), self.episodes + len(self.pairs)
+        end = SETTLING if config.imitation_steps else 0
+        self.looks = confirmed_plans(config.evaluations // pairs, end + -(-per_update // pairs)) if end else 0
+        """Plans of each network and budget that are looked at again in the end."""
+        left = config.evaluations - (end + CONFIRMING * self.looks) * pairs
+        self.updates = max(1, left // per_update)
         self.update = 0
         self.clock = clock or Clock()
         self.notes = Notes(self.clock)
@@ -151,7 +135,7 @@ class Trainer:
     def _note_start(self) -> None:
         """Note the plans that the policy makes before it has learned anything: they need no evaluation."""
         for problem, budget in self.pairs:
-            self.notes.note_own(_key(problem, budget), self._own_plan(problem, budget))
+            self.notes.note_own(problem.key(budget), self._own_plan(problem, budget))
 
     def run_update(self) -> dict[str, Any]:
         """One PPO update, its row of metrics, and the checkpoint."""
@@ -172,7 +156,7 @@ class Trainer:
             "reward_mean": float(np.mean(collector.returns)),
             "reward_best": float(np.max(collector.returns)),
             "score_mean": float(np.mean([info["score"] for info in collector.infos])),
-            "best": float(np.mean([score for score, _ in self.notes.best.values()])),
+            "best": float(np.mean([one.score for one in self.notes.best.values()])),
             "own": own,
             "std": float(self.model.policy.log_std.detach().exp()),
         }
@@ -196,21 +180,20 @@ class Trainer:
         for _ in range(SETTLING):
             self.limit.check()
             self._score_own(remember=False)  # what has been chosen stays chosen
-            if all(self.notes.own_trail[key][-1].plan == plan for key, (_, plan) in self.notes.best.items()):
+            if all(self.notes.own_trail[key][-1].plan == plan for key, (_, plan, _) in self.notes.best.items()):
                 break
             self.model.imitate()
         save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
 
     def _confirm(self) -> None:
         """Choose among the best plans of each network and budget on more images than the search has seen."""
-        count = confirmed_plans(self.config.evaluations // len(self.pairs))
         for problem, budget in self.pairs:
-            env = self._env_of(problem)
-            found = confirm(problem, budget, env, self.model.memory, count)
+            found = confirm(self._env_of(problem), budget, self.model.memory, self.looks)
             if found is not None:
                 self.notes.evaluations += found.evaluations
                 self.tick(found.evaluations)
-                self.notes.settle(_key(problem, budget), found.plan, found.score)
+                self.notes.settle(problem.key(budget), found.best)
+            self.limit.check()
 
     def _seed_update(self) -> None:
         """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
@@ -243,8 +226,7 @@ class Trainer:
             observations.append(observation)
             actions.append(self.model.policy.act(observation))
             observation, value, done, _, info = env.step(actions[-1])
-        key = f"{info['network']} {info['budget']}"
-        self.notes.note_own(key, info["plan"], float(info["score"]), self.notes.evaluations + 1)
+        self.notes.note_own(problem.key(budget), info["plan"], float(info["score"]), self.notes.evaluations + 1)
         return Episode(observations, np.stack(actions), value), info
 
     def _env_of(self, problem: PruningProblem) -> ChannelPruningEnv:
@@ -255,7 +237,7 @@ class Trainer:
         return self._own_envs[key]
 
     def _own_plan(self, problem: PruningProblem, budget: Budget) -> PruningPlan:
-        return own_plan(self.model.policy, problem, budget, self.config.rounds)
+        return own_plan(self.model.policy, self._env_of(problem), budget)
 
     def checkpoint(self) -> None:
         """Save policy and state, atomically."""
@@ -293,10 +275,10 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         notes = self.notes
-        own = {_key(problem, budget): self._own_plan(problem, budget) for problem, budget in self.pairs}
+        own = {problem.key(budget): self._own_plan(problem, budget) for problem, budget in self.pairs}
         for key, plan in own.items():
             notes.note_own(key, plan)
-        best = {key: plan for key, (_, plan) in notes.best.items()}
+        best = {key: one.plan for key, one in notes.best.items()}
         plans = {"own": own, "best": best}
         content = {kind: {key: plan.to_json() for key, plan in found.items()} for kind, found in plans.items()}
         self.folder.write_json("plan.json", content)
@@ -333,8 +315,3 @@ class _Collector:
     def returns(self) -> list[float]:
         """Return of each episode of the last rollout."""
         return [episode.value for episode in self.model.last_episodes]
-
-
-def _key(problem: PruningProblem, budget: Budget) -> str:
-    """What plans are kept under."""
-    return f"{problem.scorer.network.name} {budget}"

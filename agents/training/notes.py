@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from prunegym.agents.trail import Improvement
+from prunegym.agents.trail import Improvement, trails_from_json, trails_to_json
+from prunegym.envs.setting import plan_key
 from prunegym.pruning.plan import PruningPlan
 
 
+class Best(NamedTuple):
+    """A plan and what it is worth."""
+
+    score: float
+    plan: PruningPlan
+    reward: float | None
+    """By which plans are ranked; None in checkpoints of earlier versions, which ranked by scores."""
+
+    def exceeded_by(self, info: Mapping[str, Any]) -> bool:
+        """Whether the plan of an ``info`` is worth more."""
+        return bool(info["score"] > self.score if self.reward is None else info["reward"] > self.reward)
+
+
 class Notes:
-    """Plans of a training by ``network budget``, and its evaluations.
+    """Plans of a training by :func:`.plan_key`, and its evaluations.
 
     Args:
         clock: Gives seconds of training so far, those before an interruption included.
@@ -19,25 +33,25 @@ class Notes:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.evaluations = 0
-        self.best: dict[str, tuple[float, PruningPlan]] = {}
-        """The best plans that were sampled, with their scores."""
+        self.best: dict[str, Best] = {}
+        """The plans with the highest rewards that were sampled."""
         self.own_trail: dict[str, list[Improvement]] = {}
         self.best_trail: dict[str, list[Improvement]] = {}
 
     def note_best(self, infos: Iterable[Mapping[str, Any]]) -> None:
         """Look for better plans among the next evaluations, each given by the ``info`` of its episode's end."""
         for evaluations, info in enumerate(infos, start=self.evaluations + 1):
-            key = f"{info['network']} {info['budget']}"
-            if key not in self.best or info["score"] > self.best[key][0]:
-                self.best[key] = (info["score"], info["plan"])
+            key = plan_key(info["network"], info["budget"])
+            if key not in self.best or self.best[key].exceeded_by(info):
+                self.best[key] = Best(float(info["score"]), info["plan"], float(info["reward"]))
                 found = Improvement(evaluations, self.clock(), info["plan"], float(info["score"]))
                 self.best_trail.setdefault(key, []).append(found)
 
-    def settle(self, key: str, plan: PruningPlan, score: float) -> None:
+    def settle(self, key: str, best: Best) -> None:
         """Take this plan as the best one from now on."""
-        self.best[key] = (score, plan)
+        self.best[key] = best
         append_changed(
-            self.best_trail.setdefault(key, []), Improvement(self.evaluations, self.clock(), plan, score)
+            self.best_trail.setdefault(key, []), Improvement(self.evaluations, self.clock(), best.plan, best.score)
         )
 
     def note_own(self, key: str, plan: PruningPlan, score: float | None = None, evaluations: int | None = None) -> None:
@@ -49,30 +63,23 @@ class Notes:
         """The same in what JSON holds."""
         return {
             "evaluations": self.evaluations,
-            "best": {key: [score, plan.to_json()] for key, (score, plan) in self.best.items()},
-            "own_trail": _trails_to_json(self.own_trail),
-            "best_trail": _trails_to_json(self.best_trail),
+            "best": {key: [one.score, one.plan.to_json(), one.reward] for key, one in self.best.items()},
+            "own_trail": trails_to_json(self.own_trail),
+            "best_trail": trails_to_json(self.best_trail),
         }
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Take up what :meth:`to_json` gave."""
         self.evaluations = int(content["evaluations"])
         self.best = {
-            key: (float(score), PruningPlan.from_json(plan)) for key, (score, plan) in content["best"].items()
+            key: Best(float(score), PruningPlan.from_json(plan), reward[0] if reward else None)
+            for key, (score, plan, *reward) in content["best"].items()
         }
-        self.own_trail = _trails_from_json(content["own_trail"])
-        self.best_trail = _trails_from_json(content["best_trail"])
+        self.own_trail = trails_from_json(content["own_trail"])
+        self.best_trail = trails_from_json(content["best_trail"])
 
 
 def append_changed(trail: list[Improvement], found: Improvement) -> None:
     """Note the plan in force, if it is another than before."""
     if not trail or trail[-1].plan != found.plan:
         trail.append(found)
-
-
-def _trails_to_json(trails: Mapping[str, list[Improvement]]) -> dict[str, Any]:
-    return {key: [one.to_json() for one in kept] for key, kept in trails.items()}
-
-
-def _trails_from_json(content: Mapping[str, Any]) -> dict[str, list[Improvement]]:
-    return {key: [Improvement.from_json(one) for one in kept] for key, kept in content.items()}
