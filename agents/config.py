@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from prunegym.agents.option_rules import Names, Options, at_least, positive, require
+from prunegym.agents.option_rules import Names, Options, at_least, only_with, positive, require
 from prunegym.agents.options import (
     DEFAULT_BUDGET,
     DEFAULT_EVALUATIONS,
@@ -264,6 +264,11 @@ class SearchOptions(Options):
         require(alone, "plan", rule, self.plan, remedy)
         at_least(self, 0, "evaluations")
         at_least(self, 1, "rounds")
+        if self.rounds is not None:
+            from prunegym.agents.searchers import ONE_ROUND
+
+            used = self.searcher_name not in {*ONE_ROUND, "plan"}
+            only_with(self, used, "--searcher policy or attention", "rounds")
 
     @property
     def searcher_name(self) -> str:

@@ -116,7 +116,7 @@ def test_result_without_memory_is_still_described(result: PruneResult) -> None:
 def test_epochs_of_zero_leave_fine_tuning_out(problem: PruningProblem, counted: list[str]) -> None:
     """What is given back is the recovered network; only the test split is read."""
     found = find_plan(problem, HALF, config())
-    outcome = carry_out(problem, found, config(epochs=0), latency=False)
+    outcome = carry_out(problem, found, config(epochs=0, batch_size=128), latency=False)
 
     assert "after_finetuning" not in outcome.scores
     assert outcome.epochs == ()
