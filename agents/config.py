@@ -6,7 +6,7 @@ fields of the last base class first, and a field that is declared again stays wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -295,10 +295,11 @@ class PruneConfig(TimeLimitOption, ProblemOptions, DistillationOptions, Training
     def __post_init__(self) -> None:
         super().__post_init__()
         rule, remedy = "left out with --plan", "A given plan is carried out as it is."
-        for name in ("align", "min_channels", "bound"):
-            value = getattr(self, name)
-            alone = self.plan is None or value in (1, ())
-            require(alone, name.replace("_", "-"), rule, value, remedy)
+        unused = ("align", "min_channels", "bound", "budget", "evaluations", "leave_out")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            alone = self.plan is None or one.name not in unused or value == one.default
+            require(alone, one.name.replace("_", "-"), rule, value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

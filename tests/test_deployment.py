@@ -375,5 +375,5 @@ def test_what_is_no_network_is_refused(toys: Callable[[str], PrunableNetwork], t
         prunegym.export(finder(), tmp_path)
     with pytest.raises(PruningError, match="`source` should be a mapping for a task of one's own"):
         prunegym.finetune(finder(), Boxes(), source="digits_vgg")
-    with pytest.raises(TypeError, match="optimiser"):
+    with pytest.raises(PruningError, match="Did you mean 'optimizer'"):
         prunegym.finetune(finder(), Boxes(), optimiser="adamw")
