@@ -299,7 +299,7 @@ def _idle_latency(measured: bool, what: str = "latency=True or a latency budget"
 
 def _problem(
     model: nn.Module,
-    task: Task | DataSplits | str | Path,
+    task: TaskLike,
     budgets: Sequence[Budget],
     options: ProblemOptions,
     *,
