@@ -16,7 +16,7 @@ from prunegym.agents.deployment.finetune import FinetuneResult
 from prunegym.agents.face_options import TaskLike, as_task, checked_options, data_name, texts_of
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.agents.options import LatencyOptions, ProblemOptions, parse_budgets
-from prunegym.agents.prune import PruneResult, carry_out, find_plan
+from prunegym.agents.prune import PruneResult, carry_out, check_fine_tuning, find_plan
 from prunegym.agents.prune import save as save_pruned
 from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
 from prunegym.agents.width_options import WidthOptions
@@ -153,6 +153,7 @@ def prune(
     )
     wanted = Budget("macs", 1.0) if config.plan is not None else wanted
     problem = _problem(model, task, [wanted], config, name=config.network, keep=config.keep, progress=progress)
+    check_fine_tuning(problem, config)
     found = find_plan(problem, wanted, config, progress=progress)
     known = completed_source(source, problem.scorer.task)
     return carry_out(problem, found, config, source=known, latency=latency, progress=progress)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunegym.agents import config as configs
-from prunegym.agents import network_commands, pretrain, prune, setup
+from prunegym.agents import fitting, network_commands, pretrain, prune, setup
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
@@ -242,8 +242,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         asked.append({**vars(settings), "checkpoint_minutes": minutes, "teacher": teacher is not None})
         return []
 
-    monkeypatch.setattr(pretrain, "train_network", note)
-    monkeypatch.setattr(prune, "train_network", note)
+    monkeypatch.setattr(fitting, "train_network", note)
     return asked
 
 

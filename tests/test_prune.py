@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunegym.agents import prune
+from prunegym.agents import fitting, prune
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
 from prunegym.agents.prune import STAGES, PruneResult, carry_out, check_outputs, count_macs, describe, find_plan
@@ -182,8 +182,11 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_network(
         with pytest.raises(KeyboardInterrupt):
             carry_out(problem, found, longer, run=RunFolder(tmp_path), latency=False)
 
+    done: list[int] = []
+    monkeypatch.setattr(fitting, "note_epoch", lambda run, row, **_: done.append(row.epoch))
     again = carry_out(problem, found, longer, run=RunFolder(tmp_path), latency=False)
 
+    assert done == [2]
     state = again.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
     assert again.scores == whole.scores
