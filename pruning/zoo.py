@@ -28,7 +28,6 @@ __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
 _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000
-#: How the names of modules begin that are made of a user's files.
 #: Arguments of single torchvision networks: the auxiliary heads only help the first training, and the slow
 #: initialisation that goes with them is being retired (torchvision warns if it is not turned off).
 _TORCHVISION_ARGUMENTS = {
@@ -283,12 +282,6 @@ def import_file(path: Path) -> ModuleType:
             f"{type(error).__name__}: {error}. Correct it, or install what it needs."
         ) from error
     return module
-
-
-def imported_files() -> list[Path]:
-    """The user's files that were imported: another process has to import them before it unpickles their classes."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(USER_MODULES)]
-    return list(dict.fromkeys(Path(one.__file__) for one in modules if one.__file__))
 
 
 @contextmanager
