@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
 
@@ -274,17 +275,10 @@ def _difference(model: nn.Module, data: bytes, inputs: tuple[Any, ...], toleranc
             f"`model` should export to a file that ONNX Runtime runs. Received {type(fault).__name__}: "
             f"{(str(fault).splitlines() or [''])[0]} Use float32, or the torch backend."
         ) from fault
-    worst = 0.0
-    for mine, theirs in zip(expected, found, strict=True):
-        if not mine.numel():
-            continue
-        difference = float((mine.double() - torch.from_numpy(theirs).double()).abs().max())
-        scale = float(mine.double().abs().max())
-        if not difference <= tolerance * max(scale, 1e-6):
-            raise PruningError(
-                "`model` should give the same outputs in ONNX Runtime as in torch. Received outputs that "
-                f"differ by {difference:.2g} where the largest is {scale:.2g}. Export a network with finite "
-                "outputs, or report this network."
-            )
-        worst = max(worst, difference)
-    return worst
+    gap = gap_between(expected, [torch.from_numpy(one) for one in found])
+    if not gap.within(tolerance):
+        raise PruningError(
+            f"`model` should give the same outputs in ONNX Runtime as in torch. Received {gap}. Export a network with "
+            "finite outputs, or report this network."
+        )
+    return gap.absolute
