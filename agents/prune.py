@@ -36,7 +36,7 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recipe import NO_SOURCE, Blueprint
 from prunegym.pruning.saving import save_network
 from prunegym.pruning.speed_up import speed_up
-from prunegym.pruning.training import EpochRow, check_training, evaluate_network
+from prunegym.pruning.training import EpochRow, check_training, compare_networks
 
 #: Names of the scores of a result, in the order in which they come about.
 STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
@@ -59,8 +59,8 @@ class PruneResult:
     budget: str
     regime: str
     scores: dict[str, float]
-    """On the test split: ``unpruned``, ``after_pruning`` (cut, nothing else), ``after_recovery`` and, if
-    there was any, ``after_finetuning`` (last epoch)."""
+    """On the test split: ``unpruned``, ``after_pruning`` (cut, nothing else; NaN where its outputs are),
+    ``after_recovery`` and, if there was any, ``after_finetuning`` (last epoch)."""
     before: Cost
     after: Cost
     memory: tuple[PeakMemory, PeakMemory]
@@ -181,10 +181,7 @@ def carry_out(
     stages = {"unpruned": network.model, "after_pruning": network.pruned(plan), "after_recovery": recovered}
     if config.epochs:
         stages["after_finetuning"] = model
-    scores = {
-        name: evaluate_network(one, scorer.task, "test", device=scorer.device).score
-        for name, one in stages.items()
-    }
+    scores = compare_networks(stages, scorer.task, device=scorer.device, may_fail={"after_pruning"})
     return PruneResult(
         model=model.eval(),
         network=network,
@@ -344,13 +341,14 @@ def describe(content: Mapping[str, Any]) -> str:
     rows = []
     memory = content.get("memory", {})  # results of version 0.1.0 have none
     for name in STAGES:
-        if content["test_scores"][name] is None:
+        score = content["test_scores"][name]
+        if score is None and name != "after_pruning":
             continue
         side = "before" if name == "unpruned" else "after"
         rows.append(
             {
                 "network": name.replace("_", " ").replace("finetuning", "fine-tuning"),
-                "test score": content["test_scores"][name],
+                "test score": "no number" if score is None else score,
                 "MACs": content["macs"][side],
                 "parameters": content["parameters"][side],
                 **({"peak MiB": memory[side]} if memory else {}),

@@ -18,10 +18,12 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
 from prunegym.agents.setup import assemble_problem, build_task
 from prunegym.envs.setting import PruningProblem
+from prunegym.pruning import measuring
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain
+from prunegym.pruning.measuring import compare_networks, evaluate_network
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
@@ -65,13 +67,13 @@ def result(problem: PruningProblem) -> PruneResult:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The splits that networks are measured on, in order."""
     splits: list[str] = []
-    real = prune.evaluate_network
+    real = measuring.evaluate_network
 
     def note(model: Any, task: Any, split: str, **settings: Any) -> Any:
         splits.append(split)
         return real(model, task, split, **settings)
 
-    monkeypatch.setattr(prune, "evaluate_network", note)
+    monkeypatch.setattr(measuring, "evaluate_network", note)
     return splits
 
 
@@ -85,7 +87,7 @@ def test_first_accuracy_is_of_surgery_alone(problem: PruningProblem, result: Pru
     """No compensation, no recalibration: what cutting does by itself."""
     bare = problem.scorer.network.pruned(result.plan)
 
-    assert prune.evaluate_network(bare, problem.scorer.task, "test").score == result.scores["after_pruning"]
+    assert evaluate_network(bare, problem.scorer.task, "test").score == result.scores["after_pruning"]
 
 
 def test_pruned_network_is_smaller_and_of_the_same_class(result: PruneResult) -> None:
@@ -262,6 +264,23 @@ def test_text_names_every_stage(result: PruneResult) -> None:
     assert f"{result.after.macs:,}" in text
     assert f"{result.memory[1].mib:.4g}" in text
     assert content["channels"]["features.0"]["before"] == 16
+
+
+def test_nan_is_no_score(task: ClassificationTask, result: PruneResult) -> None:
+    """An accuracy could be made of it: it is refused, or told where it may be."""
+    sound, broken = build_network("digits_vgg"), build_network("digits_vgg")
+    broken.classifier.bias.data[3] = float("nan")
+    assert evaluate_network(broken, task, "test").score > 0
+
+    scores = compare_networks({"unpruned": sound, "after_pruning": broken}, task, may_fail={"after_pruning"})
+
+    assert np.isfinite(scores["unpruned"])
+    assert np.isnan(scores["after_pruning"])
+    content = plain(replace(result, scores={**result.scores, **scores}).to_json())
+    assert content["test_scores"]["after_pruning"] is None
+    assert "no number" in describe(content)
+    with pytest.raises(PruningError, match="Received NaN on the test split of 'digits' for the network after recovery"):
+        compare_networks({"unpruned": sound, "after_recovery": broken}, task, may_fail={"after_pruning"})
 
 
 def test_network_that_depends_silently_on_its_widths_is_refused() -> None:

@@ -21,7 +21,7 @@ from prunegym.pruning.modes import evaluating
 from prunegym.pruning.recipe import Blueprint
 from prunegym.pruning.saving import write_network
 from prunegym.pruning.task import Task, forward
-from prunegym.pruning.training import EpochRow, TrainingSettings, evaluate_network
+from prunegym.pruning.training import EpochRow, TrainingSettings, compare_networks
 
 #: Names of the scores of a result.
 STAGES = ("before_finetuning", "after_finetuning")
@@ -125,11 +125,8 @@ def finetune_network(
         progress=progress,
         limit=limit,
     )
-    before = copy.deepcopy(model)
-    scores = {
-        stage: evaluate_network(one, task, "test", device=device).score
-        for stage, one in zip(STAGES, (before, tuned), strict=True)
-    }
+    both = (copy.deepcopy(model), tuned)
+    scores = compare_networks(dict(zip(STAGES, both, strict=True)), task, device=device)
     return FinetuneResult(
         model=tuned,
         name=name,

@@ -3,7 +3,7 @@
 The schedule is fixed beforehand and the last epoch counts: no split is looked at to choose one.
 """
 
-from prunegym.pruning.measuring import Measurement, evaluate_network
+from prunegym.pruning.measuring import Measurement, compare_networks, evaluate_network
 from prunegym.pruning.training.check import check_devices, check_training
 from prunegym.pruning.training.checkpoint import weights_digest
 from prunegym.pruning.training.distillation import distillation_loss
@@ -17,6 +17,7 @@ __all__ = [
     "TrainingSettings",
     "check_devices",
     "check_training",
+    "compare_networks",
     "distillation_loss",
     "evaluate_network",
     "train_network",
