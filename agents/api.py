@@ -132,7 +132,8 @@ def prune(
     """
     wanted = Budget.parse(budget)
     measured = latency or wanted.kind == "latency"
-    idle = {"checkpoint_minutes": "a checkpoint, which prunegym.finetune writes", **_idle_latency(measured)}
+    idle = _idle(options, measured, "latency=True or a latency budget")
+    idle["checkpoint_minutes"] = "a checkpoint, which prunegym.finetune writes"
     further = checked_options(prune, PruneConfig, options, task, idle, table=wanted.kind == "latency")
     config = PruneConfig(
         network=name or type(model).__name__,
@@ -203,7 +204,7 @@ def make_env(
     budgets = parse_budgets(texts_of(budget))
     rewarded = profile_named(reward).latency != 0 if reward is not None else mode == "free"
     measured = rewarded or any(one.kind == "latency" for one in budgets)
-    idle = _idle_latency(measured, "a latency budget, or a reward with a latency term")
+    idle = _idle(options, measured, "a latency budget, or a reward with a latency term")
     further = checked_options(make_env, ProblemOptions, options, task, idle, table=measured)
     config = ProblemOptions(
         align=align,
@@ -293,9 +294,13 @@ def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapp
     return network_source(source, task.data)
 
 
-def _idle_latency(measured: bool, what: str = "latency=True or a latency budget") -> dict[str, str]:
-    """Options about latency, where none is measured."""
-    return {} if measured else {one.name: what for one in fields(LatencyOptions)}
+def _idle(options: Mapping[str, Any], measured: bool, by: str) -> dict[str, str]:
+    """Options about latency where none is measured, and about training before a score where there is none."""
+    idle = {} if measured else {one.name: by for one in fields(LatencyOptions)}
+    steps = options.get("recovery_steps")
+    if not (options.get("regime") == "finetuned" if steps is None else steps):
+        idle["recovery_rate"] = "recovery_steps above 0 or regime='finetuned'"
+    return idle
 
 
 def _problem(

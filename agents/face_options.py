@@ -90,7 +90,7 @@ def texts_of(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def data_name(task: TaskLike) -> dict[str, str]:
+def data_name(task: TaskLike) -> dict[str, Any]:
     """The option ``data`` where a task is the name of data, their file or folder."""
     return {"data": str(task)} if isinstance(task, str | Path) else {}
 

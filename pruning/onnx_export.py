@@ -155,8 +155,8 @@ def onnx_bytes(
         model: the network.
         inputs: example inputs; without ``dynamic_batch`` the file takes these sizes only.
         dynamic_batch: leave the batch size open.
-        quick: use torch's older exporter where it is there and takes the network. It needs a tenth of the time, and
-            the files run as fast; for files that are run and thrown away.
+        quick: use torch's older exporter where it is there and takes the network: for files that are run and thrown
+            away, of which a latency table needs many.
 
     Raises:
         PruningError: torch cannot export the network.
@@ -177,8 +177,8 @@ def onnx_bytes(
         reason = (str(fault).splitlines() or [""])[0]
         raise PruningError(
             "`model` should be a network that torch.onnx.export can export. Received a "
-            f"{type(model).__name__}, which raised {type(fault).__name__}: {reason} Use the torch backend, "
-            "or rewrite what the message names."
+            f"{type(model).__name__}, which raised {type(fault).__name__}: {reason} Use the torch backend or the "
+            "format program, or rewrite what the message names."
         ) from fault
     return data
 

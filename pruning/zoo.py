@@ -106,7 +106,9 @@ def build_network(
         PruningError: The name is unknown, the user's function fails, or the weights do not fit.
     """
     if num_classes is not None and num_classes < 1:
-        raise PruningError(f"`num_classes` should be at least 1. Received {num_classes}.")
+        raise PruningError(
+            f"`num_classes` should be at least 1. Received {num_classes}. Leave it out for the network's own."
+        )
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -242,7 +244,7 @@ def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise PruningError(
             f"`--network` should be a function that returns a torch.nn.Module. Received {name}, which "
-            f"returned a {type(network).__name__}."
+            f"returned a {type(network).__name__}. Let it return the network."
         )
     return network
 

@@ -169,6 +169,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("env", {"bound": "a=1.."}, "`bound` should be left out: .*Give `bounds`"),
     ("env", {"latency_batch": 1}, "`latency_batch` should be given with a latency budget, or a reward"),
     ("prune", {"latency_batch": 1}, "`latency_batch` should be given with latency=True or a latency budget"),
+    ("prune", {"recovery_rate": 0.1}, "`recovery_rate` should be given with recovery_steps above 0 or regime"),
+    ("env", {"recovery_rate": 0.1, "recovery_steps": 0}, "`recovery_rate` should be given with recovery_steps"),
     ("any", {"checkpoint_minutes": 1.0}, "`checkpoint_minutes` should be given with "),
     ("any", {"temperature": 2.0, "epochs": 1}, "`--temperature` should be given with --distill"),
     ("prune", {"batch_size": 16}, "`--batch-size` should be given with --epochs above 0"),

@@ -1,7 +1,7 @@
 """Where a training runs: one device, or several side by side, through Lightning Fabric.
 
 Every training goes through Fabric: precision, scaled losses, backward passes and clipping are written once. Importing
-it costs nothing that PyTorch's optimisers do not cost too (both load ``torch._dynamo``).
+it loads ``torch._dynamo``, as making one of PyTorch's optimisers does: this module is imported where a training starts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def precision_for(device: torch.device, amp: bool) -> Precision:
     """How a device computes: float32, or mixed with bfloat16, or with float16 where a graphics card has no other."""
     if not amp:
         return Precision()
-    # emulated bfloat16 is slower than float32
+    # where bfloat16 is emulated, there is nothing to be gained by it
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return Autocast("16-mixed" if old else "bf16-mixed", device.type)
 
@@ -100,7 +100,7 @@ def launch(fabric: Fabric, work: Callable[[Fabric, Job], object], job: Job) -> N
                 raise PruningError(complaint.read_text(encoding="utf-8")) from None
             raise PruningError(
                 f"`devices` should be processes that live. Received {fabric.world_size}, one of which ended: "
-                f"{str(fault).strip().splitlines()[-1]}. Memory is the usual cause: use a smaller batch, or fewer "
+                f"{str(fault).strip().splitlines()[-1]}. Memory may have run out: use a smaller batch, or fewer "
                 "devices. What the last checkpoint holds is kept."
             ) from fault
 

@@ -106,5 +106,6 @@ def _finished(job: Job, device: torch.device) -> list[EpochRow]:
 def _smoothed(task: Task, label_smoothing: float) -> Task:
     """Smooth the labels of a task's loss."""
     check_smoothing(task, label_smoothing)
-    smoothed = label_smoothing and isinstance(task, ClassificationTask)
-    return replace(task, label_smoothing=label_smoothing) if smoothed else task
+    if not isinstance(task, ClassificationTask) or not label_smoothing:
+        return task
+    return replace(task, label_smoothing=label_smoothing)
