@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.deployment.finetune import FinetuneResult
+from prunegym.agents.face_options import TaskLike, as_task, checked_options, data_name, texts_of
 from prunegym.agents.inspect import Inspection, inspect_network
-from prunegym.agents.options import ProblemOptions, parse_budgets
-from prunegym.agents.prune import PruneResult, carry_out, find_plan
+from prunegym.agents.options import LatencyOptions, ProblemOptions, parse_budgets
+from prunegym.agents.prune import PruneResult, carry_out, check_fine_tuning, find_plan
 from prunegym.agents.prune import save as save_pruned
 from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
 from prunegym.agents.width_options import WidthOptions
@@ -22,7 +24,7 @@ from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.data import DataSplits, load_data
+from prunegym.pruning.data import DataSplits
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.saving import load_network
@@ -63,13 +65,13 @@ def inspect(
         PruningError: The model does not run on the inputs, nothing in it can be pruned, or a group is left no width.
     """
     options = WidthOptions(align=align, min_channels=min_channels, bound=bound_texts(bounds))
-    network = PrunableNetwork(model, example_inputs, name=name or type(model).__name__, keep=keep)
+    network = PrunableNetwork(model, example_inputs, name=name or type(model).__name__, keep=texts_of(keep))
     return inspect_network(network, rules=options.width_rules)
 
 
 def prune(
     model: nn.Module,
-    task: Task | DataSplits | str,
+    task: Task | DataSplits | str | Path,
     budget: str = "macs:0.5",
     *,
     searcher: str | None = None,
@@ -117,7 +119,9 @@ def prune(
         seed: Of everything random.
         progress: Show bars on standard error.
         **options: Any other option of ``prunegym prune``, such as ``criterion``, ``regime`` or ``distill``,
-            under the name it has in :class:`prunegym.agents.config.PruneConfig`.
+            under the name it has in :class:`prunegym.agents.config.PruneConfig`. One that is unknown, or would
+            change nothing, is refused: ``split_seed`` where the data are read already, ``temperature`` without
+            ``distill``.
 
     Returns:
         The smaller model, its plan, scores on the test split and costs.
@@ -126,6 +130,11 @@ def prune(
         InfeasibleBudgetError: The budget cannot be reached.
         PruningError: Something does not fit or is out of range; the message says what to do.
     """
+    wanted = Budget.parse(budget)
+    measured = latency or wanted.kind == "latency"
+    idle = _idle(options, measured, "latency=True or a latency budget")
+    idle["checkpoint_minutes"] = "a checkpoint, which prunegym.finetune writes"
+    further = checked_options(prune, PruneConfig, options, task, idle, table=wanted.kind == "latency")
     config = PruneConfig(
         network=name or type(model).__name__,
         budget=budget,
@@ -134,16 +143,18 @@ def prune(
         evaluations=evaluations,
         epochs=epochs,
         learning_rate=learning_rate,
-        keep=tuple(keep),
+        keep=texts_of(keep),
         align=align,
         min_channels=min_channels,
         bound=bound_texts(bounds),
         device=device,
         seed=seed,
-        **options,
+        **data_name(task),
+        **further,
     )
-    wanted = Budget("macs", 1.0) if config.plan is not None else Budget.parse(budget)
-    problem = _problem(model, task, [wanted], config, name=config.network, keep=keep, progress=progress)
+    wanted = Budget("macs", 1.0) if config.plan is not None else wanted
+    problem = _problem(model, task, [wanted], config, name=config.network, keep=config.keep, progress=progress)
+    check_fine_tuning(problem, config)
     found = find_plan(problem, wanted, config, progress=progress)
     known = completed_source(source, problem.scorer.task)
     return carry_out(problem, found, config, source=known, latency=latency, progress=progress)
@@ -151,7 +162,7 @@ def prune(
 
 def make_env(
     model: nn.Module,
-    task: Task | DataSplits | str,
+    task: Task | DataSplits | str | Path,
     budget: str | Sequence[str] = "macs:0.5",
     *,
     rounds: int = 3,
@@ -183,26 +194,29 @@ def make_env(
         device: Where to compute.
         seed: Of the recovery steps. The environment itself is seeded by ``reset``.
         **options: Any other option of how plans are scored, such as ``criterion``, ``regime`` or
-            ``reward_examples``, under the name it has in :class:`prunegym.agents.options.ProblemOptions`.
+            ``reward_examples``, under the name it has in :class:`prunegym.agents.options.ProblemOptions`. One that
+            is unknown, or would change nothing, is refused.
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.
         PruningError: Something does not fit or is out of range; the message says what to do.
     """
-    config = ProblemOptions(
-        align=align, min_channels=min_channels, bound=bound_texts(bounds), device=device, seed=seed, **options
-    )
-    texts = (budget,) if isinstance(budget, str) else tuple(budget)
+    budgets = parse_budgets(texts_of(budget))
     rewarded = profile_named(reward).latency != 0 if reward is not None else mode == "free"
-    problem = _problem(
-        model,
-        task,
-        parse_budgets(texts),
-        config,
-        name=name or type(model).__name__,
-        keep=keep,
-        latency=rewarded,
+    measured = rewarded or any(one.kind == "latency" for one in budgets)
+    idle = _idle(options, measured, "a latency budget, or a reward with a latency term")
+    further = checked_options(make_env, ProblemOptions, options, task, idle, table=measured)
+    config = ProblemOptions(
+        align=align,
+        min_channels=min_channels,
+        bound=bound_texts(bounds),
+        device=device,
+        seed=seed,
+        **data_name(task),
+        **further,
     )
+    called = name or type(model).__name__
+    problem = _problem(model, task, budgets, config, name=called, keep=texts_of(keep), latency=rewarded)
     return ChannelPruningEnv(problem, rounds=rounds, mode=mode, profile=reward)
 
 
@@ -268,13 +282,6 @@ def report(
     ).path
 
 
-def as_task(task: Task | DataSplits | str) -> Task:
-    """A task as it is, or image classification on data."""
-    if isinstance(task, str):
-        task = load_data(task)
-    return ClassificationTask(task) if isinstance(task, DataSplits) else task
-
-
 def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapping[str, Any] | None:
     """How to build the unpruned network, completed from the data."""
     if not isinstance(source, str):
@@ -287,9 +294,18 @@ def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapp
     return network_source(source, task.data)
 
 
+def _idle(options: Mapping[str, Any], measured: bool, by: str) -> dict[str, str]:
+    """Options about latency where none is measured, and about training before a score where there is none."""
+    idle = {} if measured else {one.name: by for one in fields(LatencyOptions)}
+    steps = options.get("recovery_steps")
+    if not (options.get("regime") == "finetuned" if steps is None else steps):
+        idle["recovery_rate"] = "recovery_steps above 0 or regime='finetuned'"
+    return idle
+
+
 def _problem(
     model: nn.Module,
-    task: Task | DataSplits | str,
+    task: TaskLike,
     budgets: Sequence[Budget],
     options: ProblemOptions,
     *,
@@ -299,12 +315,12 @@ def _problem(
     progress: bool = False,
 ) -> PruningProblem:
     """A pruning problem around a copy of the model, which may be moved to another device."""
-    task, device = as_task(task), options.torch_device
-    network = build_prunable(copy.deepcopy(model).to("cpu"), task, name=name, keep=keep)
+    known, device = as_task(task, options), options.torch_device
+    network = build_prunable(copy.deepcopy(model).to("cpu"), known, name=name, keep=keep)
     wanted = latency or any(budget.kind == "latency" for budget in budgets)
     return assemble_problem(
         network,
-        task,
+        known,
         budgets,
         settings=options.scorer_settings,
         latency=options.latency_settings(torch.device(device)) if wanted else None,

@@ -6,14 +6,14 @@ fields of the last base class first, and a field that is declared again stays wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from prunegym.agents.option_rules import Names, Options, at_least, positive, require
+from prunegym.agents.option_rules import Names, Options, at_least, only_with, positive, require
 from prunegym.agents.options import (
     DEFAULT_BUDGET,
     DEFAULT_EVALUATIONS,
@@ -272,6 +272,11 @@ class SearchOptions(Options):
         require(alone, "plan", rule, self.plan, remedy)
         at_least(self, 0, "evaluations")
         at_least(self, 1, "rounds")
+        if self.rounds is not None:
+            from prunegym.agents.searchers import ONE_ROUND
+
+            used = self.searcher_name not in {*ONE_ROUND, "plan"}
+            only_with(self, used, "--searcher policy or attention", "rounds")
 
     @property
     def searcher_name(self) -> str:
@@ -298,10 +303,11 @@ class PruneConfig(TimeLimitOption, ProblemOptions, DistillationOptions, Training
     def __post_init__(self) -> None:
         super().__post_init__()
         rule, remedy = "left out with --plan", "A given plan is carried out as it is."
-        for name in ("align", "min_channels", "bound"):
-            value = getattr(self, name)
-            alone = self.plan is None or value in (1, ())
-            require(alone, name.replace("_", "-"), rule, value, remedy)
+        unused = ("align", "min_channels", "bound", "budget", "evaluations", "leave_out")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            alone = self.plan is None or one.name not in unused or value == one.default
+            require(alone, one.name.replace("_", "-"), rule, value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

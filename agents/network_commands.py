@@ -7,7 +7,7 @@ from prunegym.agents.inspect import inspect_network
 from prunegym.agents.journal import JOURNAL, journaled
 from prunegym.agents.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
-from prunegym.agents.prune import carry_out, describe, find_plan, save
+from prunegym.agents.prune import carry_out, check_fine_tuning, describe, find_plan, save
 from prunegym.agents.records import save_attention, save_networks
 from prunegym.agents.reload import EXAMPLE, save_example
 from prunegym.agents.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
@@ -31,7 +31,7 @@ from prunegym.pruning.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.training import check_devices
+from prunegym.pruning.training import check_devices, check_training
 
 #: Images whose outputs are kept with a pruned network, so that whoever loads it can compare.
 _EXAMPLES = 16
@@ -69,6 +69,7 @@ def run_pretrain(config: PretrainConfig, reporter: Reporter) -> Result:
         device = config.torch_device
         task = build_task(config)
         model = build_model(config.network, config.weights, task.data, config.seed)
+        check_training(model, task, config.training_settings(config.seed), device=device)
         run = launch.open()
         task.data.save_indices(run.path(SPLITS), argument="--out")
         trained = pretrain(
@@ -108,6 +109,7 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         problem = build_problem(
             config.network, config.weights, config, (budget,), keep=keep, task=task, progress=progress
         )
+        check_fine_tuning(problem, config)
         if config.plan is not None:
             find_plan(problem, budget, config)
         if config.program:

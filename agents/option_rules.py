@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import tyro
@@ -30,6 +30,27 @@ def require(holds: bool, flag: str, rule: str, value: object, remedy: str = "") 
     if not holds:
         remedy = remedy or "Correct it, or leave it out for the default."
         raise PruningError(f"`--{flag}` should be {rule}. Received {value}. {remedy}")
+
+
+def only_with(config: Options, holds: bool, what: str, *names: str) -> None:
+    """Refuse options that would change nothing: whoever gives one believes that it does.
+
+    Args:
+        config: The configuration.
+        holds: Whether the options are used.
+        what: What they are used with, as it is typed.
+        names: Fields of the configuration; one that has its default counts as not given.
+
+    Raises:
+        PruningError: One is given and not used.
+    """
+    if holds:
+        return
+    for one in fields(config):
+        value = getattr(config, one.name)
+        alone = one.name not in names or value == one.default
+        remedy = "Leave it out: it would change nothing."
+        require(alone, one.name.replace("_", "-"), f"given with {what}", value, remedy)
 
 
 def at_least(config: object, least: int, *names: str) -> None:

@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
+from prunegym.agents.fitting import fit
 from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.options import LatencyOptions
-from prunegym.agents.pretrain import complete_rows, note_epoch
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table
@@ -37,9 +36,8 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recipe import NO_SOURCE, Blueprint
 from prunegym.pruning.saving import save_network
 from prunegym.pruning.speed_up import speed_up
-from prunegym.pruning.training import EpochRow, evaluate_network, train_network
+from prunegym.pruning.training import EpochRow, check_training, compare_networks
 
-CHECKPOINT = "checkpoint.pt"
 #: Names of the scores of a result, in the order in which they come about.
 STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
 
@@ -61,8 +59,8 @@ class PruneResult:
     budget: str
     regime: str
     scores: dict[str, float]
-    """On the test split: ``unpruned``, ``after_pruning`` (cut, nothing else), ``after_recovery`` and, if
-    there was any, ``after_finetuning`` (last epoch)."""
+    """On the test split: ``unpruned``, ``after_pruning`` (cut, nothing else; NaN where its outputs are),
+    ``after_recovery`` and, if there was any, ``after_finetuning`` (last epoch)."""
     before: Cost
     after: Cost
     memory: tuple[PeakMemory, PeakMemory]
@@ -183,10 +181,7 @@ def carry_out(
     stages = {"unpruned": network.model, "after_pruning": network.pruned(plan), "after_recovery": recovered}
     if config.epochs:
         stages["after_finetuning"] = model
-    scores = {
-        name: evaluate_network(one, scorer.task, "test", device=scorer.device).score
-        for name, one in stages.items()
-    }
+    scores = compare_networks(stages, scorer.task, device=scorer.device, may_fail={"after_pruning"})
     return PruneResult(
         model=model.eval(),
         network=network,
@@ -220,21 +215,29 @@ def fine_tune(
 ) -> list[EpochRow]:
     """Train a pruned network in place, with the unpruned one as its teacher if asked for."""
     scorer = problem.scorer
-    with limit.heeded():
-        rows = train_network(
-            model,
-            scorer.task,
-            config.training_settings(config.seed),
-            teacher=scorer.network.model if config.distill else None,
-            device=scorer.device,
-            checkpoint=None if run is None else run.path(CHECKPOINT),
-            checkpoint_minutes=config.checkpoint_minutes,
-            progress=progress,
-            on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
-        )
-    if run is not None:
-        complete_rows(run, rows)
-    return rows
+    return fit(
+        model,
+        scorer.task,
+        config.training_settings(config.seed),
+        run=run,
+        checkpoint_minutes=config.checkpoint_minutes,
+        teacher=scorer.network.model if config.distill else None,
+        device=scorer.device,
+        progress=progress,
+        limit=limit,
+    )
+
+
+def check_fine_tuning(problem: PruningProblem, config: PruneConfig) -> None:
+    """Refuse a fine-tuning that cannot be, before a plan is searched for.
+
+    Raises:
+        PruningError: It cannot, see :func:`~prunegym.pruning.training.check_training`.
+    """
+    if config.epochs:
+        scorer, settings = problem.scorer, config.training_settings(config.seed)
+        teacher = scorer.network.model if config.distill else None
+        check_training(scorer.network.model, scorer.task, settings, teacher=teacher, device=scorer.device)
 
 
 def check_cost(network: PrunableNetwork, model: nn.Module, expected: Cost) -> None:
@@ -338,13 +341,14 @@ def describe(content: Mapping[str, Any]) -> str:
     rows = []
     memory = content.get("memory", {})  # results of version 0.1.0 have none
     for name in STAGES:
-        if content["test_scores"][name] is None:
+        score = content["test_scores"][name]
+        if score is None and name != "after_pruning":
             continue
         side = "before" if name == "unpruned" else "after"
         rows.append(
             {
                 "network": name.replace("_", " ").replace("finetuning", "fine-tuning"),
-                "test score": content["test_scores"][name],
+                "test score": "no number" if score is None else score,
                 "MACs": content["macs"][side],
                 "parameters": content["parameters"][side],
                 **({"peak MiB": memory[side]} if memory else {}),

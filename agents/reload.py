@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.files import replacing
 from prunegym.pruning.saving import load_network
 
@@ -38,7 +39,7 @@ def largest_difference(folder: Path) -> float:
     outputs = _outputs(load_network(folder), example["inputs"])
     if torch.equal(outputs, example["outputs"]):
         return 0.0
-    return float((outputs.double() - example["outputs"].double()).abs().max())
+    return gap_between(example["outputs"], outputs).absolute
 
 
 def same_in_new_process(folder: Path) -> bool:

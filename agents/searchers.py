@@ -111,6 +111,9 @@ WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_
 WITHOUT_SEED = WITHOUT_EVALUATIONS | {"sensitivity", "netadapt"}
 """Searchers that draw no random number: another seed makes no difference."""
 
+ONE_ROUND = frozenset(SEARCHERS) - {"policy", "attention"}
+"""Searchers of this package that have no use for a number of rounds."""
+
 LEAST: dict[str, Callable[[PruningProblem], LeastEvaluations]] = {
     "sensitivity": least_of_sensitivity,
     "netadapt": least_of_netadapt,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from prunegym.agents.option_rules import Options, at_least, positive, require
+from prunegym.agents.option_rules import Options, at_least, only_with, positive, require
 
 if TYPE_CHECKING:
     from prunegym.pruning.training import TrainingSettings
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 #: Learning rate and weight decay of AdamW unless asked for: PyTorch's own.
 _ADAMW_RATE, _ADAMW_DECAY = 1e-3, 1e-2
 _SGD_DECAY = 5e-4
+#: What options of training are refused without.
+_EPOCHS = "--epochs above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class FittingOptions(Options):
         require(ema is None or 0 < ema < 1, "ema", "in (0, 1)", ema)
         minutes = self.checkpoint_minutes
         require(0 <= minutes < math.inf, "checkpoint-minutes", "at least 0", minutes)
+        unused = (one.name for one in fields(FittingOptions) if one.name != "epochs")
+        only_with(self, self.epochs > 0, _EPOCHS, *unused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,7 @@ class TrainingOptions(FittingOptions):
         super().__post_init__()
         if self.learning_rate is not None:
             positive(self, "learning_rate")
+        only_with(self, self.epochs > 0, _EPOCHS, "learning_rate")
 
     def training_settings(self, seed: int) -> TrainingSettings:
         """The same, as :func:`prunegym.pruning.training.train_network` takes it.
@@ -114,3 +119,5 @@ class DistillationOptions(Options):
         weight = self.distillation_weight
         require(0 <= weight <= 1, "distillation-weight", "in [0, 1]", weight)
         positive(self, "temperature")
+        only_with(self, self.distill, "--distill", "distillation_weight", "temperature")
+        only_with(self, getattr(self, "epochs", 1) > 0, _EPOCHS, "distill")

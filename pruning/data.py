@@ -153,7 +153,10 @@ def load_data(
         PruningError: The data is unknown, absent, damaged, inconsistent or too small.
     """
     if image_size is not None and image_size < 1:
-        raise PruningError(f"`image_size` should be at least 1 pixel. Received {image_size}.")
+        raise PruningError(
+            f"`image_size` should be at least 1 pixel. Received {image_size}. Leave it out to keep small images as "
+            "they are."
+        )
     source = with_test_set(_read_source(name, data_root or default_data_root(), download))
     num_classes = check_labels(name, source)
     count, labels = source.train_count or 0, torch.from_numpy(source.labels)

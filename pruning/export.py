@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.onnx_export import export_onnx, require_onnx, with_batch
 from prunegym.pruning.program import check_exportable, export_program
@@ -229,19 +230,15 @@ def _difference(model: nn.Module, twin: nn.Module, inputs: tuple[Any, ...]) -> f
     if model is twin:
         return 0.0
     with torch.no_grad():
-        expected = _outputs(model, inputs)
+        expected = model(*inputs)
         try:
-            found = _outputs(twin, inputs)
+            found = twin(*inputs)
         except Exception as fault:  # whatever a network may raise
             raise _unsuited(f"which raised {type(fault).__name__}: {fault}") from fault
-    worst = max((float((mine - theirs).abs().max()) for mine, theirs in zip(expected, found, strict=True)), default=0.0)
-    if not worst < float("inf"):
+    gap = gap_between(expected, found)
+    if not gap.absolute < float("inf"):
         raise _unsuited("in which its outputs are not finite")
-    return worst
-
-
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    return [leaf.double() for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor) and leaf.numel()]
+    return gap.absolute
 
 
 def _unsuited(what: str) -> PruningError:

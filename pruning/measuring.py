@@ -1,5 +1,7 @@
 """How well a network does on a split."""
 
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +65,46 @@ def evaluate_network(
             examples += len(scores)
     if not examples:
         raise PruningError(
-            f"`split` should hold examples. Received '{split}' of '{task.name}', which is empty."
+            f"`split` should hold examples. Received '{split}' of '{task.name}', which is empty. Let the task give "
+            "some for it."
         )
     return Measurement(score / examples, loss / examples, examples)
+
+
+def compare_networks(
+    models: Mapping[str, nn.Module],
+    task: Task,
+    *,
+    device: torch.device | str = "cpu",
+    may_fail: Collection[str] = (),
+) -> dict[str, float]:
+    """Score networks on the test split, such as one before and after something was done to it.
+
+    Of outputs that are NaN, ``argmax`` still makes an accuracy, which would stand in a table as if it meant something.
+
+    Args:
+        models: The networks by name; each is moved to ``device``.
+        task: Data, loss and score.
+        device: Where to compute.
+        may_fail: Networks whose score is NaN where their outputs are: what was only cut, and is repaired next.
+
+    Returns:
+        The mean score of each.
+
+    Raises:
+        PruningError: The loss or the score of another network is NaN.
+    """
+    scores: dict[str, float] = {}
+    for name, model in models.items():
+        found = evaluate_network(model, task, "test", device=device)
+        scores[name] = math.nan if math.isnan(found.loss) else found.score
+        if math.isnan(scores[name]) and name not in may_fail:
+            raise PruningError(
+                f"`network` should have a loss and a score that are numbers. Received NaN on the test split of "
+                f"'{task.name}' for the network {name.replace('_', ' ')}. Look for values in its weights or in the "
+                "data that are not finite; if it was trained, lower the learning rate."
+            )
+    return scores
 
 
 def channels_last(inputs: Inputs) -> Inputs:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from prunegym.pruning.agreement import Gap, gap_between
 from prunegym.pruning.blocks import find_blocks
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
@@ -165,30 +166,25 @@ class PrunableNetwork:
     def check(self, plan: PruningPlan) -> float:
         """Largest difference between the outputs of the pruned network and its masked twin.
 
-        It is a share of the largest output.
+        It is a share of the largest output; infinite where one of the two is no number and the other is, and NaN where
+        both are none.
 
         Raises:
             Exception: whatever the pruned network raises when it does not run.
         """
         self._check_blocks(plan.removed)
-        return self._difference(self.model, plan.mask(self.graph), plan.removed)
+        gap = self._gap(self.model, plan.mask(self.graph), plan.removed)
+        return gap.relative if gap.numbers else float("nan")
 
-    def _difference(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> float:
+    def _gap(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> Gap:
         small = self._outputs(prune_network(model, self.graph, mask, removed))
         large = self._outputs(masked_network(model, self.graph, mask, removed))
-        worst = 0.0
-        for a, b in zip(small, large, strict=True):
-            if a.shape != b.shape:
-                return float("inf")
-            scale = max(float(b.abs().max()), 1e-12) if b.numel() else 1.0
-            worst = max(worst, float((a - b).abs().max()) / scale if a.numel() else 0.0)
-        return worst
+        return gap_between(large, small, smallest=1e-12)
 
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
+    def _outputs(self, model: nn.Module) -> Any:
         device = next((one.device for one in model.parameters()), torch.device("cpu"))
         with evaluating(model), torch.no_grad():
-            outputs = model(*tree_map_only(Tensor, lambda leaf: leaf.to(device), self.example_inputs))
-        return [leaf.double() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+            return model(*tree_map_only(Tensor, lambda leaf: leaf.to(device), self.example_inputs))
 
     def _freeze_what_breaks(self) -> None:
         """Find groups that a hard-coded size keeps from being pruned, and freeze them."""
@@ -234,7 +230,8 @@ class PrunableNetwork:
 
     def _failure(self, model: nn.Module, mask: NDArray[np.bool_], removed: Collection[str] = ()) -> str | None:
         try:
-            difference = self._difference(model, mask, removed)
+            # NaN on both sides may come from weights that were changed for this check
+            difference = self._gap(model, mask, removed).relative
         except Exception as fault:
             return f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}" if str(fault) else type(fault).__name__
         if not difference <= CHECK_TOLERANCE:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only
 
+from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
 from prunegym.pruning.onnx_export import batch_shapes, with_batch
@@ -266,27 +267,19 @@ def _loads_without_pickle(data: bytes) -> bool:
 
 def _difference(model: nn.Module, program: nn.Module, inputs: tuple[Any, ...]) -> float:
     """Largest absolute difference between the outputs of a network and of its program."""
-    worst = 0.0
     with torch.no_grad():
-        expected = tree_leaves(model(*inputs))
+        expected = model(*inputs)
         try:
-            found = tree_leaves(program(*inputs))
+            found = program(*inputs)
         except Exception as fault:
             raise _refused(model, fault) from fault
-    for mine, theirs in zip(expected, found, strict=True):
-        if not isinstance(mine, Tensor) or not mine.numel():
-            continue
-        same = mine.shape == theirs.shape
-        difference = float((mine.double() - theirs.double()).abs().max()) if same else float("inf")
-        scale = float(mine.double().abs().max())
-        if not difference <= _TOLERANCE * max(scale, 1e-6):
-            raise PruningError(
-                "`model` should give the same outputs as the program made of it. Received outputs that differ by "
-                f"{difference:.2g} where the largest is {scale:.2g}. Export a network with finite outputs that do "
-                "not depend on chance."
-            )
-        worst = max(worst, difference)
-    return worst
+    gap = gap_between(expected, found)
+    if not gap.within(_TOLERANCE):
+        raise PruningError(
+            f"`model` should give the same outputs as the program made of it. Received {gap}. Export a network with "
+            "finite outputs that do not depend on chance."
+        )
+    return gap.absolute
 
 
 def _refused(model: nn.Module, fault: Exception) -> PruningError:

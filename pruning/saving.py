@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.blocks import in_any
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain, replacing
@@ -117,7 +118,7 @@ def write_network(
         metadata: anything worth knowing about the network (accuracies, cost), in what JSON holds.
 
     Returns:
-        Largest absolute difference between the outputs, NaN where they were not compared.
+        Largest absolute difference between the outputs, NaN where they were not compared or are no numbers.
 
     Raises:
         PruningError: the tensors are not finite, the source builds another network, or the folder cannot be written.
@@ -308,18 +309,12 @@ def _check_outputs(model: nn.Module, restored: nn.Module, inputs: tuple[Any, ...
     """Compare a network with what would be loaded from its files; return the largest difference."""
     inputs = _inputs_for(model, inputs)
     with torch.no_grad():
-        pairs = [tree_leaves(one.eval()(*inputs)) for one in (copy.deepcopy(model).cpu(), restored.cpu())]
-    worst = 0.0
-    for mine, theirs in zip(*pairs, strict=True):
-        if not isinstance(mine, Tensor) or not mine.numel():
-            continue
-        scale = float(mine.abs().max())
-        if not torch.allclose(mine, theirs, rtol=0.0, atol=_CHECK_TOLERANCE * scale, equal_nan=True):
-            raise PruningError(
-                "`source` should build the network that was pruned. Received one whose outputs differ after "
-                f"its tensors were replaced, by up to {float((mine - theirs).abs().max()):.2g} of "
-                f"{scale:.2g}. Correct its arguments, or save with source={{'constructor': None}} and bring "
-                "the network when loading."
-            )
-        worst = max(worst, float((mine.double() - theirs.double()).abs().max()))
-    return worst
+        pairs = [one.eval()(*inputs) for one in (copy.deepcopy(model).cpu(), restored.cpu())]
+    gap = gap_between(*pairs)
+    if not gap.relative <= _CHECK_TOLERANCE:
+        raise PruningError(
+            f"`source` should build the network that was pruned. Received one with {gap} after its tensors were "
+            "replaced. Correct its arguments, or save with source={'constructor': None} and bring the network when "
+            "loading."
+        )
+    return gap.absolute if gap.numbers else float("nan")

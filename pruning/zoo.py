@@ -28,7 +28,6 @@ __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
 _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000
-#: How the names of modules begin that are made of a user's files.
 #: Arguments of single torchvision networks: the auxiliary heads only help the first training, and the slow
 #: initialisation that goes with them is being retired (torchvision warns if it is not turned off).
 _TORCHVISION_ARGUMENTS = {
@@ -107,7 +106,9 @@ def build_network(
         PruningError: The name is unknown, the user's function fails, or the weights do not fit.
     """
     if num_classes is not None and num_classes < 1:
-        raise PruningError(f"`num_classes` should be at least 1. Received {num_classes}.")
+        raise PruningError(
+            f"`num_classes` should be at least 1. Received {num_classes}. Leave it out for the network's own."
+        )
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -243,7 +244,7 @@ def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise PruningError(
             f"`--network` should be a function that returns a torch.nn.Module. Received {name}, which "
-            f"returned a {type(network).__name__}."
+            f"returned a {type(network).__name__}. Let it return the network."
         )
     return network
 
@@ -283,12 +284,6 @@ def import_file(path: Path) -> ModuleType:
             f"{type(error).__name__}: {error}. Correct it, or install what it needs."
         ) from error
     return module
-
-
-def imported_files() -> list[Path]:
-    """The user's files that were imported: another process has to import them before it unpickles their classes."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(USER_MODULES)]
-    return list(dict.fromkeys(Path(one.__file__) for one in modules if one.__file__))
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import prunegym
-from prunegym.agents.api import as_task
+from prunegym.agents.config import PruneConfig
+from prunegym.agents.deployment.config import FinetuneOptions
+from prunegym.agents.face_options import as_task
+from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.task import ClassificationTask
 
 Toys = Callable[[str], PrunableNetwork]
 Tasks = Callable[[PrunableNetwork], Any]
@@ -146,8 +151,109 @@ def test_other_options_are_those_of_the_command(toys: Toys, task_for: Tasks) -> 
 
     with pytest.raises(PruningError, match="Did you mean 'l1'"):
         prunegym.prune(network.model, task_for(network), criterion="l11", **FEW)
-    with pytest.raises(TypeError, match="criterium"):
-        prunegym.prune(network.model, task_for(network), criterium="l1", **FEW)
+
+
+#: What an option of each function is refused for, where ``task`` is a task of one's own.
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("any", {"batch_sise": 3}, "`options` should be one of .*'batch_size'.*Received 'batch_sise'. Did you mean"),
+    ("env", {"criterium": "l1"}, "`options` should be one of .*Received 'criterium'. Did you mean 'criterion'"),
+    ("any", {"split_seed": 0}, "`split_seed` should be given with data by name.*Received 0, which would change"),
+    ("env", {"reward_split": 9}, "`reward_split` should be given with data by name"),
+    ("all", {"data_root": "x"}, "`data_root` should be given with data by name"),
+    ("all", {"data": "digits"}, "`data` should be left out: only the command line has it.*as `task`"),
+    ("all", {"out": "x"}, "`out` should be left out: .*Received 'x'. Write what is returned with prunegym.save"),
+    ("all", {"json": True}, "`json` should be left out: .*to_json"),
+    ("prune", {"onnx": True}, "`onnx` should be left out: .*prunegym.export"),
+    ("prune", {"network": "n"}, "`network` should be left out: .*Give the network itself"),
+    ("prune", {"weights": "w"}, "`weights` should be left out: .*Load them"),
+    ("env", {"bound": "a=1.."}, "`bound` should be left out: .*Give `bounds`"),
+    ("env", {"latency_batch": 1}, "`latency_batch` should be given with a latency budget, or a reward"),
+    ("prune", {"latency_batch": 1}, "`latency_batch` should be given with latency=True or a latency budget"),
+    ("prune", {"recovery_rate": 0.1}, "`recovery_rate` should be given with recovery_steps above 0 or regime"),
+    ("env", {"recovery_rate": 0.1, "recovery_steps": 0}, "`recovery_rate` should be given with recovery_steps"),
+    ("any", {"checkpoint_minutes": 1.0}, "`checkpoint_minutes` should be given with "),
+    ("any", {"temperature": 2.0, "epochs": 1}, "`--temperature` should be given with --distill"),
+    ("prune", {"batch_size": 16}, "`--batch-size` should be given with --epochs above 0"),
+    ("prune", {"rounds": 2}, "`--rounds` should be given with --searcher policy or attention"),
+    ("prune", {"plan": "plan.json", "leave_out": "a"}, "`--leave-out` should be left out with --plan"),
+    ("finetune", {"allow_code": True}, "`allow_code` should be given with the folder of a saved network"),
+    ("finetune", {"teacher": torch.nn.Linear(1, 1)}, "`teacher` should be given with distill=True"),
+    ("finetune", {"model": torch.nn.Linear(1, 1)}, "`model` should be given with the folder of a saved network"),
+]
+FACES: dict[str, Callable[..., Any]] = {
+    "prune": prunegym.prune,
+    "finetune": prunegym.finetune,
+    "env": prunegym.make_env,
+}
+
+
+@pytest.mark.parametrize(("faces", "options", "message"), REFUSED)
+def test_option_takes_effect_or_is_refused(
+    faces: str, options: dict[str, Any], message: str, toys: Toys, task_for: Tasks
+) -> None:
+    """Before anything is computed, with what to do instead."""
+    network = toys("residual")
+    wanted = {"all": list(FACES), "any": ["prune", "finetune"]}.get(faces, [faces])
+
+    for name in wanted:
+        with pytest.raises(PruningError, match=message):
+            FACES[name](network.model, task_for(network), **options)
+
+
+#: Of data that are read, as the functions call them.
+READ: dict[str, Any] = {
+    "data_root": "elsewhere",
+    "image_size": 16,
+    "split_seed": 3,
+    "reward_split": 50,
+    "data_workers": 2,
+    "download": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("prune", PruneConfig), ("finetune", FinetuneOptions), ("env", ProblemOptions)]
+)
+def test_every_option_about_data_reaches_the_reader(name: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of data by name; what happens to them then is no matter here."""
+    asked: list[Any] = []
+
+    def build_task(options: Any) -> Any:
+        asked.append(options)
+        raise PruningError("that is all")
+
+    monkeypatch.setattr("prunegym.agents.face_options.build_task", build_task)
+    with pytest.raises(PruningError, match="that is all"):
+        FACES[name](torch.nn.Linear(1, 1), Path("images"), **READ)
+
+    assert READ.keys() == {one.name for one in fields(DataOptions)} - {"data"}
+    (options,) = asked
+    assert isinstance(options, kind)
+    expected = {**READ, "data": "images", "data_root": Path("elsewhere")}
+    assert {one: getattr(options, one) for one in expected} == expected
+
+
+def test_splits_are_those_asked_for() -> None:
+    """Data by name are cut as the options say, and fine-tuned on as they were pruned on."""
+    model = prunegym.build_network("digits_vgg", num_classes=10, in_channels=1)
+    asked: dict[str, Any] = {"split_seed": 3, "reward_split": 40}
+
+    env = prunegym.make_env(model, "digits", **asked, **FEW)
+
+    expected = ClassificationTask(prunegym.load_data("digits", seed=3, sizes={"reward": 40}))
+    assert env.problem.scorer.task.fingerprint == expected.fingerprint
+    assert expected.fingerprint != as_task("digits", DataOptions()).fingerprint
+
+
+def test_one_text_is_one_pattern(toys: Toys, task_for: Tasks) -> None:
+    """Not one for each of its letters."""
+    network = toys("sequential")
+
+    kept = prunegym.inspect(network.model, network.example_inputs, keep="4")
+    env = prunegym.make_env(network.model, task_for(network), keep="4", **FEW)
+
+    names = {group.name for group in env.problem.scorer.network.graph.groups}
+    assert names == {row.name for row in kept.groups} - {row.name for row in kept.frozen} == {"0", "9"}
 
 
 def test_head_of_other_classes_is_refused() -> None:
@@ -199,8 +305,15 @@ def test_unknown_reward_is_refused(toys: Toys, task_for: Tasks) -> None:
 
 def test_data_become_a_classification_task() -> None:
     """By name, or read already; a task stays itself."""
-    task = as_task("digits")
+    options = DataOptions()
+    task = as_task("digits", options)
 
     assert isinstance(task, prunegym.ClassificationTask)
-    assert as_task(task) is task
-    assert as_task(task.data).fingerprint == task.fingerprint
+    assert as_task(task, options) is task
+    assert as_task(task.data, options).fingerprint == task.fingerprint
+
+
+def test_what_is_no_task_is_refused() -> None:
+    """With what it lacks."""
+    with pytest.raises(PruningError, match="`task` should be an object with the methods of prunegym.Task.*a int wi"):
+        prunegym.prune(torch.nn.Linear(1, 1), 3)  # type: ignore[arg-type]

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunegym
+from prunegym.agents import fitting
 from prunegym.agents.cli import INTERRUPTED, main
 from prunegym.agents.deployment import config as deployment_config
-from prunegym.agents.deployment import finetune as deployment_finetune
 from prunegym.agents.deployment.commands import example_of
 from prunegym.agents.deployment.origin import data_of, origin_of
 from prunegym.agents.options import DataOptions
 from prunegym.agents.reload import largest_difference
+from prunegym.agents.runs import RunFolder
 from prunegym.pruning import export
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
@@ -136,7 +137,7 @@ def test_finetune_takes_a_network_by_name(run: Run, base: Path, tmp_path: Path) 
 def teachers(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module | None]:
     """The teachers of fine-tunings; nothing is trained."""
     asked: list[nn.Module | None] = []
-    monkeypatch.setattr(deployment_finetune, "train_network", lambda *_, teacher, **__: asked.append(teacher) or [])
+    monkeypatch.setattr(fitting, "train_network", lambda *_, teacher, **__: asked.append(teacher) or [])
     return asked
 
 
@@ -168,23 +169,24 @@ def test_unknown_teacher_is_refused(pruned: Path, tmp_path: Path, capsys: pytest
 def test_interrupted_finetuning_goes_on_to_the_same_bytes(
     run: Run, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the second epoch; the message says how."""
+    """After the second epoch, which is not trained again; the message says how."""
     flags = ["finetune", pruned, *QUICK[2:], "--epochs", "3", "--ema", "0.9", "--optimizer", "adamw"]
     whole = run(*flags, "--out", tmp_path / "whole")
-    real = deployment_finetune.note_epoch
+    real, noted = fitting.note_epoch, []
 
     def interrupt(folder: Any, row: Any, **limit: Any) -> None:
         real(folder, row, **limit)
-        if row.epoch == 2:
+        noted.append(row.epoch)
+        if noted == [1, 2]:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(deployment_finetune, "note_epoch", interrupt)
-        assert main([*map(str, flags), "--out", str(tmp_path / "cut")]) == INTERRUPTED
+    monkeypatch.setattr(fitting, "note_epoch", interrupt)
+    assert main([*map(str, flags), "--out", str(tmp_path / "cut")]) == INTERRUPTED
     assert f"--out {tmp_path / 'cut'}" in capsys.readouterr().err
 
     content = run(*flags, "--out", tmp_path / "cut")
 
+    assert noted == [1, 2, 3]
     assert tensors(tmp_path / "cut") == tensors(tmp_path / "whole")
     assert {**content, "folder": ""} == {**whole, "folder": ""}
 
@@ -204,10 +206,13 @@ def test_killed_finetuning_goes_on_to_the_same_bytes(pruned: Path, tmp_path: Pat
                 time.sleep(0.01)
             time.sleep(wait)
             process.kill()
+    kept = RunFolder(tmp_path / "cut").read_rows("timing.csv")
 
     assert subprocess.run([*command, "--out", str(tmp_path / "cut")], **quiet).returncode == 0
 
     assert tensors(tmp_path / "cut") == tensors(tmp_path / "whole")
+    # epochs that were trained again would have taken other times
+    assert RunFolder(tmp_path / "cut").read_rows("timing.csv")[: len(kept)] == kept
 
 
 def test_export_writes_and_checks_every_format(run: Run, pruned: Path, tmp_path: Path) -> None:
@@ -284,9 +289,16 @@ def test_damaged_example_is_refused(tmp_path: Path) -> None:
 
 
 class Boxes:
-    """A task of one's own: two numbers for each image, judged by their distance."""
+    """A task of one's own: two numbers for each image, judged by their distance.
+
+    Args:
+        allowed: Losses that may be asked for before an interruption.
+    """
 
     name, fingerprint = "boxes", "boxes-1"
+
+    def __init__(self, allowed: int = 10**9) -> None:
+        self.allowed, self.losses = allowed, 0
 
     def batches(
         self, split: str, *, batch_size: int, limit: int | None = None, **_: Any
@@ -299,7 +311,10 @@ class Boxes:
         yield from zip(images.split(batch_size), (places / 8).split(batch_size), strict=True)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Squared distance."""
+        """Squared distance, or an interruption."""
+        if self.losses == self.allowed:
+            raise KeyboardInterrupt
+        self.losses += 1
         return F.mse_loss(outputs.float(), targets)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -355,12 +370,18 @@ def test_python_face_takes_a_model(tmp_path: Path) -> None:
 
 
 def test_interrupted_finetuning_goes_on_in_python(tmp_path: Path) -> None:
-    """With a file to go on from; other settings are refused."""
-    whole = prunegym.finetune(finder(), Boxes(), epochs=2, checkpoint=tmp_path / "c.pt", **FIT)
+    """With a file to go on from: nothing that it keeps is done again. Other settings are refused."""
+    options: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "checkpoint_minutes": 0.0, **FIT}
+    whole_task, task = Boxes(), Boxes()
+    whole = prunegym.finetune(finder(), whole_task, epochs=2, **FIT)
+    with pytest.raises(KeyboardInterrupt):
+        prunegym.finetune(finder(), Boxes(allowed=5), epochs=2, **options)
 
-    again = prunegym.finetune(finder(), Boxes(), epochs=2, checkpoint=str(tmp_path / "c.pt"), **FIT)
+    again = prunegym.finetune(finder(), task, epochs=2, **options)
 
+    assert whole_task.losses - task.losses == 5
     assert [row.loss for row in again.epochs] == [row.loss for row in whole.epochs]
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())
     with pytest.raises(PruningError, match="`checkpoint` should be of the same training.*epochs"):
         prunegym.finetune(finder(), Boxes(), epochs=3, checkpoint=tmp_path / "c.pt", **FIT)
 
@@ -375,5 +396,5 @@ def test_what_is_no_network_is_refused(toys: Callable[[str], PrunableNetwork], t
         prunegym.export(finder(), tmp_path)
     with pytest.raises(PruningError, match="`source` should be a mapping for a task of one's own"):
         prunegym.finetune(finder(), Boxes(), source="digits_vgg")
-    with pytest.raises(TypeError, match="optimiser"):
+    with pytest.raises(PruningError, match="Did you mean 'optimizer'"):
         prunegym.finetune(finder(), Boxes(), optimiser="adamw")

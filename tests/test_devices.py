@@ -1,6 +1,7 @@
 """Where a training runs: precision, and processes that work together."""
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -90,10 +91,17 @@ def test_more_devices_than_there_are_are_refused(device: str, count: int, messag
 
 def test_what_cannot_be_sent_to_other_processes_is_refused() -> None:
     """The message names it and what to do."""
-    with pytest.raises(PruningError, match="cannot pickle.*in a module, not in a function or a notebook"):
-        launch(several_devices(CPU, 2, amp=False), _note, lambda: None)
+    with pytest.raises(PruningError, match="Received 2 with something that Python cannot pickle.*open files, locks"):
+        launch(several_devices(CPU, 2, amp=False), _note, threading.Lock())
 
     assert "MASTER_PORT" not in os.environ
+
+
+def test_tensors_are_sent_in_shared_memory() -> None:
+    """A data set is not copied for each process."""
+    _, (data,) = devices.Parcel({"images": torch.zeros(10**6)}).__reduce__()
+
+    assert len(data) < 10**4
 
 
 def _note(fabric: Fabric, job: Any) -> None:
@@ -101,16 +109,17 @@ def _note(fabric: Fabric, job: Any) -> None:
 
 
 USER_CODE = """
+from beside_mine import WIDTH, rectified
 from torch import nn
 
 class Small(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body, self.norm, self.head = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 10)
+        self.body, self.norm, self.head = nn.Conv2d(1, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, 10)
         self.unused = nn.Linear(3, 3)
 
     def forward(self, images):
-        return self.head(self.norm(self.body(images)).relu().mean((2, 3)))
+        return self.head(rectified(self.norm(self.body(images))).mean((2, 3)))
 
 def net():
     return Small()
@@ -125,11 +134,17 @@ def _append(path: Path, row: EpochRow) -> None:
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_with_accumulated_steps(tmp_path: Path) -> None:
-    """Up to rounding, for a network of the user's file; running statistics are those of the first device's batches."""
+    """Up to rounding, for a network of the user's file; running statistics are those of the first device's batches.
+
+    The file imports another beside it, and is gone by the time that the processes begin.
+    """
     (tmp_path / "mine.py").write_text(USER_CODE)
+    (tmp_path / "beside_mine.py").write_text("WIDTH = 6\n\ndef rectified(x):\n    return x.relu()\n")
     task = ClassificationTask(load_data("digits", sizes={"train": 96}))
     options: dict[str, Any] = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "clip_grad": 1.0, "ema": 0.5}
     alone, together = (build_network(f"{tmp_path / 'mine.py'}:net") for _ in range(2))
+    for name in ("mine.py", "beside_mine.py"):
+        (tmp_path / name).unlink()
     expected = train_network(alone, task, TrainingSettings(**options, accumulate=2))
 
     rows = train_network(

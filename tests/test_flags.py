@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunegym.agents import config as configs
-from prunegym.agents import network_commands, pretrain, prune, setup
+from prunegym.agents import fitting, network_commands, pretrain, prune, setup
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
@@ -242,8 +242,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         asked.append({**vars(settings), "checkpoint_minutes": minutes, "teacher": teacher is not None})
         return []
 
-    monkeypatch.setattr(pretrain, "train_network", note)
-    monkeypatch.setattr(prune, "train_network", note)
+    monkeypatch.setattr(fitting, "train_network", note)
     return asked
 
 
@@ -259,15 +258,19 @@ def test_training_flag_reaches_pretraining(
     assert trained[0] != trained[1]
 
 
+def changed(flag: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options without a flag of training and with it, where it has an effect."""
+    needed = {"distill": True} if flag in DISTILLATION and flag != "distill" else {}
+    return needed, {**needed, flag: {**FITTING, **DISTILLATION, "finetune_rate": 0.5}[flag]}
+
+
 @pytest.mark.parametrize("flag", [*FITTING, *DISTILLATION])
 def test_training_flag_reaches_fine_tuning(
     flag: str, trained: list[dict[str, Any]], problem: PruningProblem
 ) -> None:
     """The pruned network is trained in another way."""
-    for changes in ({}, {flag: {**FITTING, **DISTILLATION}[flag]}):
-        prune.fine_tune(
-            problem.scorer.network.model, problem, PruneConfig(network="digits_vgg", **FEW, **changes)
-        )
+    for changes in changed(flag):
+        prune.fine_tune(problem.scorer.network.model, problem, PruneConfig(network="digits_vgg", **FEW, **changes))
 
     assert trained[0] != trained[1]
 
@@ -275,11 +278,13 @@ def test_training_flag_reaches_fine_tuning(
 @pytest.mark.parametrize("flag", [*(one for one in FITTING if one != "learning_rate"), *DISTILLATION, "finetune_rate"])
 def test_training_flag_of_a_comparison_reaches_its_fine_tuning(flag: str) -> None:
     """Plans are fine-tuned in another way; from there on the flags are those of `prune`."""
-    value = {**FITTING, **DISTILLATION, "finetune_rate": 0.5}[flag]
-    before, after = (CompareConfig(network=("n",), **one).finetuning("n", 0) for one in ({}, {flag: value}))
+    without, given = changed(flag)
+    before, after = (
+        CompareConfig(network=("n",), **{"epochs": 1, **one}).finetuning("n", 0) for one in (without, given)
+    )
 
     assert before != after
-    assert getattr(after, "learning_rate" if flag == "finetune_rate" else flag) == value
+    assert getattr(after, "learning_rate" if flag == "finetune_rate" else flag) == given[flag]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +392,8 @@ def test_search_flag_reaches_the_searcher(
     flag: str, value: Any, searches: list[Any], problem: PruningProblem
 ) -> None:
     """The plan is asked for in another way."""
-    for changes in ({}, {flag: value}):
+    needed = {"searcher": "attention"} if flag == "rounds" else {}
+    for changes in (needed, {**needed, flag: value}):
         prune.find_plan(problem, Budget("macs", 0.5), PruneConfig(network="digits_vgg", **changes))
 
     assert searches[0] != searches[1]

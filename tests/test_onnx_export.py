@@ -96,7 +96,7 @@ def test_onnx_outputs_that_differ_are_refused(tmp_path: Path) -> None:
     nn.init.constant_(layer.weight, math.nan)
 
     with pytest.raises(
-        PruningError, match="should give the same outputs in ONNX Runtime as in torch.*differ by nan"
+        PruningError, match="should give the same outputs in ONNX Runtime as in torch.*no numbers .NaN."
     ):
         export_onnx(layer, torch.randn(2, 3), tmp_path / "model.onnx", dynamic_batch=False)
     assert not list(tmp_path.iterdir())

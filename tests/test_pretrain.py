@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prunegym.agents import fitting
 from prunegym.agents.config import PretrainConfig
-from prunegym.agents.pretrain import PretrainResult, complete_rows, note_epoch, pretrain, save_weights
+from prunegym.agents.fitting import complete_rows, note_epoch
+from prunegym.agents.pretrain import PretrainResult, pretrain, save_weights
 from prunegym.agents.runs import RunFolder
 from prunegym.pruning.data import load_data
 from prunegym.pruning.errors import PruningError
@@ -45,15 +47,18 @@ def test_weights_fit_the_network_and_give_the_accuracy_that_was_told(
 def test_interrupted_training_goes_on_to_the_same_weights(
     tmp_path: Path, task: ClassificationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the checkpoint of the first epoch and its row in the table."""
+    """Killed between the checkpoint of the first epoch and its row in the table: the second is left to do."""
     whole = trained(tmp_path / "whole", task)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "append_row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "cut", task)
 
+    done: list[int] = []
+    monkeypatch.setattr(fitting, "note_epoch", lambda run, row, **_: done.append(row.epoch))
     again = trained(tmp_path / "cut", task)
 
+    assert done == [2]
     before, after = load_file(whole.weights), load_file(again.weights)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.test_score == whole.test_score

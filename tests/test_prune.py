@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunegym.agents import prune
+from prunegym.agents import fitting, prune
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
 from prunegym.agents.prune import STAGES, PruneResult, carry_out, check_outputs, count_macs, describe, find_plan
@@ -18,10 +18,12 @@ from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
 from prunegym.agents.setup import assemble_problem, build_task
 from prunegym.envs.setting import PruningProblem
+from prunegym.pruning import measuring
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain
+from prunegym.pruning.measuring import compare_networks, evaluate_network
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
@@ -65,13 +67,13 @@ def result(problem: PruningProblem) -> PruneResult:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The splits that networks are measured on, in order."""
     splits: list[str] = []
-    real = prune.evaluate_network
+    real = measuring.evaluate_network
 
     def note(model: Any, task: Any, split: str, **settings: Any) -> Any:
         splits.append(split)
         return real(model, task, split, **settings)
 
-    monkeypatch.setattr(prune, "evaluate_network", note)
+    monkeypatch.setattr(measuring, "evaluate_network", note)
     return splits
 
 
@@ -85,7 +87,7 @@ def test_first_accuracy_is_of_surgery_alone(problem: PruningProblem, result: Pru
     """No compensation, no recalibration: what cutting does by itself."""
     bare = problem.scorer.network.pruned(result.plan)
 
-    assert prune.evaluate_network(bare, problem.scorer.task, "test").score == result.scores["after_pruning"]
+    assert evaluate_network(bare, problem.scorer.task, "test").score == result.scores["after_pruning"]
 
 
 def test_pruned_network_is_smaller_and_of_the_same_class(result: PruneResult) -> None:
@@ -116,7 +118,7 @@ def test_result_without_memory_is_still_described(result: PruneResult) -> None:
 def test_epochs_of_zero_leave_fine_tuning_out(problem: PruningProblem, counted: list[str]) -> None:
     """What is given back is the recovered network; only the test split is read."""
     found = find_plan(problem, HALF, config())
-    outcome = carry_out(problem, found, config(epochs=0), latency=False)
+    outcome = carry_out(problem, found, config(epochs=0, batch_size=128), latency=False)
 
     assert "after_finetuning" not in outcome.scores
     assert outcome.epochs == ()
@@ -182,8 +184,11 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_network(
         with pytest.raises(KeyboardInterrupt):
             carry_out(problem, found, longer, run=RunFolder(tmp_path), latency=False)
 
+    done: list[int] = []
+    monkeypatch.setattr(fitting, "note_epoch", lambda run, row, **_: done.append(row.epoch))
     again = carry_out(problem, found, longer, run=RunFolder(tmp_path), latency=False)
 
+    assert done == [2]
     state = again.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
     assert again.scores == whole.scores
@@ -259,6 +264,23 @@ def test_text_names_every_stage(result: PruneResult) -> None:
     assert f"{result.after.macs:,}" in text
     assert f"{result.memory[1].mib:.4g}" in text
     assert content["channels"]["features.0"]["before"] == 16
+
+
+def test_nan_is_no_score(task: ClassificationTask, result: PruneResult) -> None:
+    """An accuracy could be made of it: it is refused, or told where it may be."""
+    sound, broken = build_network("digits_vgg"), build_network("digits_vgg")
+    broken.classifier.bias.data[3] = float("nan")
+    assert evaluate_network(broken, task, "test").score > 0
+
+    scores = compare_networks({"unpruned": sound, "after_pruning": broken}, task, may_fail={"after_pruning"})
+
+    assert np.isfinite(scores["unpruned"])
+    assert np.isnan(scores["after_pruning"])
+    content = plain(replace(result, scores={**result.scores, **scores}).to_json())
+    assert content["test_scores"]["after_pruning"] is None
+    assert "no number" in describe(content)
+    with pytest.raises(PruningError, match="Received NaN on the test split of 'digits' for the network after recovery"):
+        compare_networks({"unpruned": sound, "after_recovery": broken}, task, may_fail={"after_pruning"})
 
 
 def test_network_that_depends_silently_on_its_widths_is_refused() -> None:

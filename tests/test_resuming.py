@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunegym.pruning.data import load_data
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import TrainingSettings, train_network
+from prunegym.pruning.training.checkpoint import Checkpoint
 
 #: Everything that has a state: moments, the average, the order of images and their augmentation, dropout, statistics.
 EVERYTHING: dict[str, Any] = {
@@ -67,14 +68,17 @@ def rows_of(rows: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("losses", [1, BATCHES - 1, BATCHES, BATCHES + 3, 2 * BATCHES + 2])
+@pytest.mark.parametrize("losses", [2, BATCHES - 1, BATCHES, BATCHES + 3, 2 * BATCHES + 2])
 def test_training_interrupted_at_any_batch_ends_in_the_same_weights(
     task: ClassificationTask, tmp_path: Path, changes: dict[str, Any], losses: int
 ) -> None:
-    """With a checkpoint after each step: within an epoch, at its end, and with a half accumulated step."""
+    """With a checkpoint after each step: within an epoch, at its end, and with a half accumulated step.
+
+    The weights that it goes on from are those of the checkpoint, and nothing that was kept is done again.
+    """
     settings = TrainingSettings(epochs=3, batch_size=16, seed=3, **changes)
     teacher = network(5) if changes else None
-    whole, cut, resumed = (network() for _ in range(3))
+    whole, cut, resumed = network(), network(), network(8)
     allow(10**9)
     expected = train_network(whole, task, settings, teacher=teacher)
     options: dict[str, Any] = {"teacher": teacher, "checkpoint": tmp_path / "c.pt", "checkpoint_minutes": 0.0}
@@ -86,22 +90,29 @@ def test_training_interrupted_at_any_batch_ends_in_the_same_weights(
 
     rows = train_network(resumed, task, settings, **options)
 
-    assert COUNT["losses"] < 3 * BATCHES or losses == 1  # something was kept
+    kept = losses - losses % settings.accumulate  # whole steps
+    assert COUNT["losses"] == 3 * BATCHES - kept
     assert rows_of(rows) == rows_of(expected)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_checkpoints_between_epochs_change_nothing(task: ClassificationTask, tmp_path: Path) -> None:
+def test_checkpoints_between_epochs_change_nothing(
+    task: ClassificationTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However often they are written."""
-    results = []
+    results, written = [], []
+    real = Checkpoint.write
+    monkeypatch.setattr(Checkpoint, "write", lambda *args: written.append(args) or real(*args))
     for minutes in (0.0, 1000.0):
         allow(10**9)
+        written.clear()
         model = network()
         settings = TrainingSettings(epochs=2, batch_size=16, ema=0.9)
         path = tmp_path / f"{minutes}.pt"
         train_network(model, task, settings, checkpoint=path, checkpoint_minutes=minutes)
         results.append(model.state_dict())
+        assert len(written) == (2 * BATCHES + 2 if minutes == 0 else 2)
 
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
@@ -145,6 +156,8 @@ def test_task_that_draws_from_the_global_generator_resumes_too(allowed: int, tmp
     with pytest.raises(KeyboardInterrupt):
         train_network(cut, Drawn(allowed), settings, **options)
 
-    train_network(resumed, Drawn(10**9), settings, **options)
+    left = Drawn(10**9)
+    train_network(resumed, left, settings, **options)
 
+    assert 10**9 - left.allowed == 15 - allowed  # nothing that was kept is done again
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())

@@ -512,7 +512,7 @@ def test_source_that_computes_something_else_is_not_saved(tmp_path: Path) -> Non
     source = {"network": f"{file}:make"}
 
     with pytest.raises(
-        PruningError, match="`source` should build the network that was pruned.*outputs differ"
+        PruningError, match="`source` should build the network that was pruned.*outputs that differ"
     ):
         save_network(
             tmp_path, network, half(network), network.pruned(half(network)), source=source, metadata={}

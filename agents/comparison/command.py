@@ -7,6 +7,7 @@ from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
 from prunegym.agents.comparison.grid import compare, finished, unfinished
 from prunegym.agents.comparison.report import report, terminal_text
 from prunegym.agents.policy_file import load_policy
+from prunegym.agents.prune import check_fine_tuning
 from prunegym.agents.records import save_networks
 from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.runs import RunFolder
@@ -24,6 +25,8 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> Result:
         load_policy(config.policy)  # refused before anything is computed
     check_devices(config.torch_device, config.devices)
     problems = _problems(config, reporter)
+    for problem in problems:
+        check_fine_tuning(problem, config.finetuning(problem.scorer.network.name, config.seed))
     if config.out is not None:
         # before config.json is written anew
         check_folder(RunFolder(config.out.expanduser()), [identity(problem, config) for problem in problems])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import tyro
 
 from prunegym.agents.config import AgentOptions, PruneConfig, TrainConfig
-from prunegym.agents.option_rules import Names, Options, at_least, positive, require
+from prunegym.agents.option_rules import Names, Options, at_least, only_with, positive, require
 from prunegym.agents.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
 from prunegym.agents.time_limit import TimeLimitOption
 from prunegym.agents.training_options import DistillationOptions, FittingOptions
@@ -89,6 +89,7 @@ class CompareConfig(
         at_least(self, 1, "evaluations", "rounds", "repeats", "finetune_repeats", "curve_examples")
         if self.finetune_rate is not None:
             positive(self, "finetune_rate")
+        only_with(self, self.epochs > 0, "--epochs above 0", "finetune_rate", "finetune_repeats")
         rule, remedy = "left out with --ray", "Beside other work it would not be that of the network."
         require(self.ray is None or not self.latency, "latency", rule, "both", remedy)
         rule, remedy = "1 with --ray", "The tasks of a comparison have one processor each."

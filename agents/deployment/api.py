@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from prunegym.agents.api import as_task, completed_source
+from prunegym.agents.api import completed_source
 from prunegym.agents.deployment.commands import example_of
 from prunegym.agents.deployment.config import FinetuneOptions
 from prunegym.agents.deployment.finetune import FinetuneResult, finetune_network
+from prunegym.agents.face_options import as_task, checked_options, data_name
 from prunegym.agents.prune import PruneResult
 from prunegym.pruning.data import DataSplits
 from prunegym.pruning.errors import PruningError
@@ -27,7 +28,7 @@ Network: TypeAlias = PruneResult | FinetuneResult | nn.Module | str | Path
 
 def finetune(
     network: Network,
-    task: Task | DataSplits | str,
+    task: Task | DataSplits | str | Path,
     *,
     epochs: int = 10,
     learning_rate: float | None = None,
@@ -63,7 +64,9 @@ def finetune(
         seed: Of the order of the examples, their augmentation and dropout.
         progress: Show a bar on standard error.
         **options: Any other option of ``prunegym finetune``, such as ``optimizer``, ``ema``, ``accumulate`` or
-            ``devices``, under the name it has in :class:`prunegym.agents.training_options.TrainingOptions`.
+            ``devices``, under the name it has in :class:`prunegym.agents.deployment.config.FinetuneOptions`. One that
+            is unknown, or would change nothing, is refused: ``split_seed`` where the data are read already,
+            ``checkpoint_minutes`` without ``checkpoint``.
 
     Returns:
         The fine-tuned model, which :func:`prunegym.save` and :func:`prunegym.export` take, and its scores on the test
@@ -72,11 +75,23 @@ def finetune(
     Raises:
         PruningError: Something does not fit or is out of range; the message says what to do.
     """
+    idle = {} if checkpoint is not None else {"checkpoint_minutes": "`checkpoint`"}
     config = FinetuneOptions(
-        epochs=epochs, learning_rate=learning_rate, distill=distill, device=device, seed=seed, **options
+        epochs=epochs,
+        learning_rate=learning_rate,
+        distill=distill,
+        device=device,
+        seed=seed,
+        **data_name(task),
+        **checked_options(finetune, FinetuneOptions, options, task, idle),
     )
-    task = as_task(task)
-    found = _opened(network, model=model, name=name, source=completed_source(source, task), allow_code=allow_code)
+    known = as_task(task, config)
+    found = _opened(network, model=model, name=name, source=completed_source(source, known), allow_code=allow_code)
+    if teacher is not None and not distill:
+        raise PruningError(
+            f"`teacher` should be given with distill=True. Received a {type(teacher).__name__} without. Leave it out, "
+            "or imitate it."
+        )
     if distill and teacher is None:
         teacher = found.unpruned
         if teacher is None:
@@ -86,12 +101,12 @@ def finetune(
             )
     return finetune_network(
         found.model,
-        task,
+        known,
         config.training_settings(seed),
         blueprint=found.blueprint,
         name=found.name,
         metadata=found.metadata,
-        teacher=teacher if distill else None,
+        teacher=teacher,
         device=config.torch_device,
         checkpoint=None if checkpoint is None else Path(checkpoint).expanduser(),
         checkpoint_minutes=config.checkpoint_minutes,
@@ -167,7 +182,12 @@ def _opened(
     source: Mapping[str, Any] | None,
     allow_code: bool,
 ) -> _Opened:
-    """Find out what a network is and how it is rebuilt."""
+    """Find out what a network is and how it is rebuilt.
+
+    Raises:
+        PruningError: It is none, its folder cannot be read, or an argument is meant for another kind of network.
+    """
+    _check_used(network, model=model, source=source, allow_code=allow_code)
     if isinstance(network, PruneResult):
         return _Opened(
             model=network.model,
@@ -197,3 +217,19 @@ def _opened(
         "`network` should be a result of prunegym.prune or prunegym.finetune, a torch.nn.Module, or the folder of a "
         f"saved network. Received a {type(network).__name__}. Give one of these."
     )
+
+
+def _check_used(network: Network, *, model: object, source: object, allow_code: bool) -> None:
+    """Refuse arguments that this kind of network has no use for."""
+    is_folder, is_model = isinstance(network, str | Path), isinstance(network, nn.Module)
+    rules = {
+        "model": (model is None or is_folder, "the folder of a saved network", type(model).__name__),
+        "allow_code": (not allow_code or is_folder, "the folder of a saved network", allow_code),
+        "source": (source is None or is_model, "a torch.nn.Module", source),
+    }
+    for name, (holds, rule, value) in rules.items():
+        if not holds:
+            raise PruningError(
+                f"`{name}` should be given with {rule} as `network`. Received {value} with a {type(network).__name__}. "
+                "Leave it out: this network says how it is built."
+            )

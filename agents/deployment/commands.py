@@ -25,6 +25,7 @@ from prunegym.pruning.export import check_formats, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.recipe import Blueprint, build_from, source_sizes
 from prunegym.pruning.saving import read_network
+from prunegym.pruning.training import check_training
 from prunegym.pruning.zoo import input_shape_of
 
 #: Images whose outputs are kept with a network, so that whoever loads it can compare.
@@ -54,17 +55,19 @@ def run_finetune(config: FinetuneConfig, reporter: Reporter) -> Result:
             given = _named(config, network_source(str(config.network), task.data), config.seed)
         check_fits(given.model, task)
         teacher = _teacher(config, given, origin) if config.distill else None
+        settings, device = config.training_settings(config.seed), config.torch_device
+        check_training(given.model, task, settings, teacher=teacher, device=device)
         run = launch.open()
         task.data.save_indices(run.path(SPLITS))
         result = finetune_network(
             given.model,
             task,
-            config.training_settings(config.seed),
+            settings,
             blueprint=given.blueprint,
             name=given.name,
             metadata=given.metadata,
             teacher=teacher,
-            device=config.torch_device,
+            device=device,
             checkpoint_minutes=config.checkpoint_minutes,
             run=run,
             progress=reporter.progress,

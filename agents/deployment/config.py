@@ -46,8 +46,8 @@ class SavedNetworkOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions, DistillationOptions, TrainingOptions):
-    """How a network is fine-tuned."""
+class FinetuneOptions(RunOptions, DistillationOptions, TrainingOptions, DataOptions):
+    """How a network is fine-tuned, and on what."""
 
     epochs: int = 10
     """Passes over the training images."""
@@ -58,7 +58,7 @@ class FinetuneOptions(RunOptions, DistillationOptions, TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TimeLimitOption, FinetuneOptions, DataOptions, SavedNetworkOptions):
+class FinetuneConfig(TimeLimitOption, FinetuneOptions, SavedNetworkOptions):
     """Fine-tune a saved pruned network, or one by name, and save it in the same format.
 
     The run folder gets the network and its accuracy on the test images before and after. Interrupted at any moment, it

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunegym.agents.pretrain import complete_rows, note_epoch
+from prunegym.agents.fitting import fit
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.setup import example_inputs
 from prunegym.agents.tables import format_table
@@ -22,9 +21,8 @@ from prunegym.pruning.modes import evaluating
 from prunegym.pruning.recipe import Blueprint
 from prunegym.pruning.saving import write_network
 from prunegym.pruning.task import Task, forward
-from prunegym.pruning.training import EpochRow, TrainingSettings, evaluate_network, train_network
+from prunegym.pruning.training import EpochRow, TrainingSettings, compare_networks
 
-CHECKPOINT = "checkpoint.pt"
 #: Names of the scores of a result.
 STAGES = ("before_finetuning", "after_finetuning")
 
@@ -115,25 +113,20 @@ def finetune_network(
     """
     tuned = copy.deepcopy(model)
     check_fits(tuned, task)
-    with limit.heeded():
-        rows = train_network(
-            tuned,
-            task,
-            settings,
-            teacher=copy.deepcopy(teacher),
-            device=device,
-            checkpoint=checkpoint if run is None else run.path(CHECKPOINT),
-            checkpoint_minutes=checkpoint_minutes,
-            progress=progress,
-            on_epoch=None if run is None else partial(note_epoch, run, limit=limit),
-        )
-    if run is not None:
-        complete_rows(run, rows)
-    before = copy.deepcopy(model)
-    scores = {
-        stage: evaluate_network(one, task, "test", device=device).score
-        for stage, one in zip(STAGES, (before, tuned), strict=True)
-    }
+    rows = fit(
+        tuned,
+        task,
+        settings,
+        run=run,
+        checkpoint=checkpoint,
+        checkpoint_minutes=checkpoint_minutes,
+        teacher=copy.deepcopy(teacher),
+        device=device,
+        progress=progress,
+        limit=limit,
+    )
+    both = (copy.deepcopy(model), tuned)
+    scores = compare_networks(dict(zip(STAGES, both, strict=True)), task, device=device)
     return FinetuneResult(
         model=tuned,
         name=name,

@@ -1,24 +1,27 @@
 """Where a training runs: one device, or several side by side, through Lightning Fabric.
 
 Every training goes through Fabric: precision, scaled losses, backward passes and clipping are written once. Importing
-it costs nothing that PyTorch's optimisers do not cost too (both load ``torch._dynamo``).
+it loads ``torch._dynamo``, as making one of PyTorch's optimisers does: this module is imported where a training starts.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
 import pickle
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import cloudpickle
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
@@ -28,7 +31,7 @@ from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.zoo import import_file, imported_files
+from prunegym.pruning.user_code import user_code_by_value
 
 Job = TypeVar("Job")
 
@@ -53,7 +56,7 @@ def precision_for(device: torch.device, amp: bool) -> Precision:
     """How a device computes: float32, or mixed with bfloat16, or with float16 where a graphics card has no other."""
     if not amp:
         return Precision()
-    # emulated bfloat16 is slower than float32
+    # where bfloat16 is emulated, there is nothing to be gained by it
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return Autocast("16-mixed" if old else "bf16-mixed", device.type)
 
@@ -89,21 +92,31 @@ def launch(fabric: Fabric, work: Callable[[Fabric, Job], object], job: Job) -> N
         except (pickle.PicklingError, AttributeError, TypeError) as fault:
             raise PruningError(
                 f"`devices` should be 1 for what cannot be sent to other processes. Received {fabric.world_size} with "
-                f"something that Python cannot pickle ({fault}). Define network, task and callbacks in a module, not "
-                "in a function or a notebook."
+                f"something that Python cannot pickle ({fault}). Leave out of network, task and callbacks what belongs "
+                "to one process: open files, locks, connections."
             ) from fault
         except (ProcessRaisedException, ProcessExitedException) as fault:
             if complaint.is_file():
                 raise PruningError(complaint.read_text(encoding="utf-8")) from None
             raise PruningError(
                 f"`devices` should be processes that live. Received {fabric.world_size}, one of which ended: "
-                f"{str(fault).strip().splitlines()[-1]}. Memory is the usual cause: use a smaller batch, or fewer "
+                f"{str(fault).strip().splitlines()[-1]}. Memory may have run out: use a smaller batch, or fewer "
                 "devices. What the last checkpoint holds is kept."
             ) from fault
 
 
+class _SharingPickler(cloudpickle.Pickler):  # type: ignore[misc]  # it publishes no types
+    """Sends tensors in shared memory, as processes of one machine can."""
+
+    #: What Python's own pickler for processes knows, to which torch adds tensors.
+    dispatch_table: ClassVar[Any] = ChainMap(
+        ForkingPickler._extra_reducers,  # type: ignore[attr-defined]
+        cloudpickle.Pickler.dispatch_table,
+    )
+
+
 class Parcel:
-    """Something for another process, together with the user's files that its classes come from.
+    """Something for another process, together with the user's code that it is made of.
 
     Args:
         content: What is sent.
@@ -113,17 +126,15 @@ class Parcel:
         self.content = content
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _unpack, (imported_files(), bytes(ForkingPickler.dumps(self.content)))
+        file = io.BytesIO()
+        with user_code_by_value():
+            _SharingPickler(file).dump(self.content)
+        return _unpack, (file.getvalue(),)
 
 
-def _unpack(files: list[Path], data: bytes) -> Parcel:
-    """Import the user's files under the names that the pickle knows, then open it.
-
-    This is the first that a process does; what follows should not greet the user once per device.
-    """
+def _unpack(data: bytes) -> Parcel:
+    """Open it. This is the first that a process does; what follows should not greet the user once per device."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    for file in files:
-        import_file(file)
     return Parcel(pickle.loads(data))  # from our own parent process
 
 

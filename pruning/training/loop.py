@@ -18,6 +18,7 @@ from prunegym.pruning.measuring import channels_last
 from prunegym.pruning.task import Inputs, Task, forward
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import Pass, count_steps
+from prunegym.pruning.training.check import no_batches
 from prunegym.pruning.training.checkpoint import (
     Checkpoint,
     generator_states,
@@ -242,7 +243,7 @@ class Training:
         counts = torch.tensor([one.batches, one.examples, one.loss, one.score], dtype=torch.float64)
         batches, examples, loss, score = self._gathered(counts).sum(0).tolist()
         if not batches:
-            raise PruningError(f"`task` should give training batches. Received '{self.task.name}', which gave none.")
+            raise no_batches(self.task)
         return EpochRow(len(self.rows) + 1, one.rate, loss / batches, score / examples, one.seconds)
 
     def _show(self, bar: tqdm[Any]) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from prunegym.pruning.errors import PruningError
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import ClassificationTask, Task
+from prunegym.pruning.training.check import check_devices, check_smoothing
 from prunegym.pruning.training.loop import EpochRow, Job, Training
 from prunegym.pruning.training.settings import TrainingSettings
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_MINUTES = 10.0
 """Longest time between two checkpoints."""
-#: Kinds of devices that several may work side by side of.
-_PARALLEL = ("cpu", "cuda")
 #: Distance between the seeds of dropout on several devices.
 _SEED_STRIDE = 1_000_003
 
@@ -82,24 +80,6 @@ def train_network(
         return _finished(job, device)
 
 
-def check_devices(device: torch.device, count: int) -> None:
-    """Make sure that there are so many devices, before work is spent on what they should train.
-
-    Raises:
-        PruningError: There are not, or the device is a certain one.
-    """
-    if count == 1:
-        return
-    named = ":" in str(device)
-    present = torch.cuda.device_count() if device.type == "cuda" else count
-    if device.type not in _PARALLEL or named or count > present:
-        most = 1 if named or device.type not in _PARALLEL else f"at most {present}"
-        remedy = "Name the kind of device without a number" if named else "Lower it"
-        raise PruningError(
-            f"`devices` should be {most} with device {device}. Received {count}. {remedy}, or choose another device."
-        )
-
-
 def _train(fabric: Fabric, job: Job) -> Training:
     """Do the job on one of the devices."""
     if fabric.world_size > 1:
@@ -125,11 +105,7 @@ def _finished(job: Job, device: torch.device) -> list[EpochRow]:
 
 def _smoothed(task: Task, label_smoothing: float) -> Task:
     """Smooth the labels of a task's loss."""
-    if not label_smoothing:
+    check_smoothing(task, label_smoothing)
+    if not isinstance(task, ClassificationTask) or not label_smoothing:
         return task
-    if not isinstance(task, ClassificationTask):
-        raise PruningError(
-            f"`label_smoothing` should be 0 for a task of one's own. Received {label_smoothing} for "
-            f"'{task.name}'. Smooth the targets in the task's loss instead."
-        )
     return replace(task, label_smoothing=label_smoothing)
