@@ -34,7 +34,7 @@ Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 SAMPLES = 32
-"""Networks that a table is learned from; a quarter of that where each is compiled for half a minute."""
+"""Networks that a table is learned from; a quarter of that where each is compiled, which takes far longer."""
 _FEWEST = 4
 #: Relative error of a whole network beyond which it counts as an exception.
 _NOISE = 0.02
@@ -125,7 +125,7 @@ class LatencyTable:
 
         That is what budgets are about. It stays the same while a group grows to a width that the runtime likes, so a
         plan that takes all that it may for nothing has such widths, and its :meth:`prediction` is the same. Where it
-        falls when a count rises, it is by the errors of what was learned (1 % on the networks tried).
+        falls when a count rises, it is by the errors of what was learned.
         """
         return self.prediction(self._widened(counts))
 
@@ -205,7 +205,7 @@ class LatencyTable:
         errors = []
         for _ in tqdm(range(plans), desc="held-out plans", disable=not progress):
             counts = random_counts(network, rng, macs=HELD_OUT_MACS)
-            plan = PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units))
+            plan = PruningPlan.from_counts(network.graph, counts)
             predicted = self.prediction(counts) / self.prediction(network.graph.sizes)
             errors.append(predicted / ratio(plan) - 1)
         self.error = TableError(tuple(errors), seed)

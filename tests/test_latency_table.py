@@ -46,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 
 def pruned(network: PrunableNetwork, counts: Counts) -> nn.Module:
     """A network with these counts."""
-    return network.pruned(PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units)))
+    return network.pruned(PruningPlan.from_counts(network.graph, counts))
 
 
 class Device:
