@@ -12,7 +12,7 @@ from prunegym.agents.tables import format_table
 from prunegym.pruning.budget import LatencyModel
 from prunegym.pruning.files import plain
 from prunegym.pruning.graph import ChannelGroup
-from prunegym.pruning.latency_table import TableError
+from prunegym.pruning.latency_table import LatencyTable, TableError
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.widths import WidthRules
@@ -88,7 +88,9 @@ class Inspection:
     reachable: dict[str, float]
     """Smallest budget of each kind: a share of the unpruned network, rounded up so that it can be met."""
     latency_seconds: float | None = None
-    """Measured latency of the unpruned network."""
+    """Latency of the unpruned network."""
+    latency_measured: bool = False
+    """Whether that was measured, or is what a latency model predicts."""
     latency_error: TableError | None = None
     """How far the latency table was off on plans that it was not learned from."""
     width_rules: str = ""
@@ -120,7 +122,8 @@ class Inspection:
             for row in self.groups
         ]
         least = ", ".join(f"{kind}:{value:g}" for kind, value in self.reachable.items())
-        latency = "" if self.latency_seconds is None else f", {1e3 * self.latency_seconds:.3g} ms"
+        origin = "measured" if self.latency_measured else "predicted"
+        latency = "" if self.latency_seconds is None else f", {1e3 * self.latency_seconds:.3g} ms {origin}"
         memory = f"{self.memory.mib:.3g} MiB of activations at most (in {self.memory.module or 'the network'})"
         parts = [
             f"{self.network}: {self.macs:,} MACs, {self.parameters:,} parameters, {memory}{latency}",
@@ -155,7 +158,7 @@ def inspect_network(
 
     Args:
         network: The network, traced.
-        latency: Its latency model, for the least latency within reach.
+        latency: Its latency model, for the least latency within reach; a latency table has measured the unpruned one.
         latency_error: How far that is off.
         rules: How wide pruned layers may be; by default any width.
 
@@ -201,10 +204,18 @@ def inspect_network(
         unknown_operations=dict(graph.unknown_operations),
         layers=tuple(dict.fromkeys(one.module for one in graph.operations)),
         reachable=reachable,
-        latency_seconds=None if latency is None else latency.full,
+        latency_seconds=_seconds(latency),
+        latency_measured=isinstance(latency, LatencyTable),
         latency_error=latency_error,
         width_rules=str(rules),
     )
+
+
+def _seconds(latency: LatencyModel | None) -> float | None:
+    """Latency of the unpruned network, as measured where it was."""
+    if isinstance(latency, LatencyTable):
+        return latency.measured
+    return None if latency is None else latency.full
 
 
 def _block_row(network: PrunableNetwork, block: str) -> BlockRow:

@@ -26,8 +26,9 @@ Counts: TypeAlias = NDArray[np.int64]
 Measure: TypeAlias = Callable[[PruningPlan], tuple[Latency, Latency]]
 """Latency of the unpruned network and of a plan's, side by side."""
 
-SLACK = 0.03
-"""A plan is widened if it is faster than the budget by more than this share."""
+SLACK = 0.02
+"""A plan is widened if it is faster than the budget by more than this share: what is exported is measured again, with
+noise of its own, and should not be far from the budget then either."""
 _AIM = 0.99
 #: Limits that are nearer to one another than this lead to the same plan.
 _NEAR = 1e-4
@@ -104,7 +105,8 @@ def bring_to_budget(
         measure: runs a plan's network beside the unpruned one.
 
     Returns:
-        The slowest plan that holds the budget, or the fastest one if none does; and what was measured.
+        The plan whose measurement fits the budget; if none does, of those that hold it the one nearest to what was
+        aimed at, else the fastest; and what was measured.
     """
     search = _LimitSearch(problem, budget, plan)
     limit = problem.limits[budget]
@@ -123,7 +125,8 @@ def bring_to_budget(
         if trial.fits or following is None:
             break
         share, counts = following, search.project(following)
-    best = max(tried, key=lambda one: (one.holds, one.excess if one.holds else -one.excess))
+    # the last one if it fits. Not the slowest of those that hold, which is the one whose measurement erred the most
+    best = tried[-1] if tried[-1].fits else min(tried, key=lambda one: (not one.holds, abs(one.excess - _AIM)))
     return search.plan(best.counts), search.report(best, plans)
 
 
@@ -149,7 +152,7 @@ class _Trial:
     @property
     def fits(self) -> bool:
         """Neither above the budget nor far below it."""
-        return self.holds and 1 - SLACK <= self.excess <= 1 + SLACK
+        return 1 - SLACK <= self.excess <= 1
 
 
 class _LimitSearch:

@@ -7,43 +7,53 @@
 budget as `prunegym prune` does it, exported as ONNX, and the files of the pruned and the unpruned network are measured
 side by side.
 
-Everything runs in ONNX Runtime, one image on one thread; weights are random, because they do not change the time.
+Everything runs in ONNX Runtime, one image on one thread. Weights are random; batch normalisation is calibrated on
+noise, because exporters leave out the biases of an untrained one, and runtimes then fuse other operations.
 Needs a machine with nothing else to do: `taskset -c 1` keeps it on one core.
 
+Finished rows are skipped, rows of networks whose batch normalisation was not calibrated are replaced. A table and
+held-out plans that were measured when the script was stopped lie in --work until all rows of their network are written,
+and are taken up again at the same commit.
+
     taskset -c 1 python benchmarks/latency.py
+    taskset -c 1 python benchmarks/latency.py --networks mobilenet_v2
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from rows import RESULTS, Table
+from rows import RESULTS, Table, provenance
 
 from prunegym.agents.latency_budget import bring_to_budget
 from prunegym.agents.setup import bare_network
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.export import export_onnx
-from prunegym.pruning.latency import Latency, LatencySettings, ready_to_measure, take_turns
+from prunegym.pruning.files import plain, read_json, write_json
+from prunegym.pruning.latency import Latency, LatencySettings, device_fingerprint, ready_to_measure, take_turns
 from prunegym.pruning.latency_table import LatencyTable
-from prunegym.pruning.onnx_export import open_session, session_feeds, with_batch
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.onnx_export import export_onnx, open_session, with_batch
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.runtimes import RUNTIMES
+from prunegym.pruning.recovery import recalibrate
+from prunegym.pruning.runtimes import RUNTIMES, session_run
 from prunegym.pruning.scoring import Scorer, ScorerSettings
-from prunegym.pruning.speed_up import SpeedUp, speed_up
+from prunegym.pruning.speed_up import speed_up
 from prunegym.pruning.task import ClassificationTask
 
 NETWORKS = ("cifar_resnet56", "mobilenet_v2")
 BACKEND = "onnxruntime"
 ALLOCATIONS = ("uniform", "knapsack", "random 0", "random 1", "random 2")
+WEIGHTS = "random, calibrated"
+UNPRUNED, PRUNED = "unpruned.onnx", "pruned.onnx"
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Arguments:
     """Turns of each measurement."""
     name: str = "latency"
     """Name of the result table."""
+    work: Path = Path("runs/benchmarks/latency")
+    """Folder for what was measured of a network until all its rows are written."""
 
 
 def main(arguments: Arguments) -> None:
@@ -70,53 +82,119 @@ def main(arguments: Arguments) -> None:
     table = Table(RESULTS / f"{arguments.name}.csv", ("what", "network", "allocation"))
     for name in arguments.networks:
         wanted = [("table", ""), *(("budget", allocation) for allocation in ALLOCATIONS)]
-        missing = [one for one in wanted if not table.has(what=one[0], network=name, allocation=one[1])]
+        missing = [
+            (what, allocation)
+            for what, allocation in wanted
+            if not table.has(what=what, network=name, allocation=allocation, weights=WEIGHTS)
+        ]
         if not missing:
             continue
-        network = bare_network(name, None, None, seed=0)
-        settings = LatencySettings(backend=BACKEND, threads=1, repeats=arguments.repeats)
-        started = time.perf_counter()
-        # measured afresh, and not kept: a script that was stopped would mix two states of the machine
-        known = LatencyTable.measure(network, settings, samples=arguments.samples)
-        seconds = time.perf_counter() - started
+        work = Work(name, arguments)
         for what, allocation in missing:
             if what == "table":
-                table_row(table, name, known, seconds, arguments.plans)
+                table_row(table, work, arguments.plans)
             else:
-                budget_row(table, name, known, Budget.parse(arguments.budget), allocation)
+                budget_row(table, work, Budget.parse(arguments.budget), allocation)
+        shutil.rmtree(work.folder)
     for row in table.rows:
         print({key: value for key, value in row.items() if value and key not in ("torch", "sb3", "cpu", "commit")})
 
 
-def table_row(table: Table, name: str, known: LatencyTable, seconds: float, plans: int) -> None:
+def calibrated(name: str) -> PrunableNetwork:
+    """A network with random weights whose batch normalisation has seen noise."""
+    network = bare_network(name, None, None, seed=0)
+    shape = network.example_inputs[0].shape[1:]
+    recalibrate(network.model, [torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))])
+    return network
+
+
+class Work:
+    """What was measured of one network, on the disk after every piece."""
+
+    def __init__(self, name: str, arguments: Arguments) -> None:
+        self.name = name
+        self.network = calibrated(name)
+        self.folder = arguments.work / name
+        self._file = self.folder / "measured.json"
+        settings = LatencySettings(backend=BACKEND, threads=1, repeats=arguments.repeats)
+        known = (provenance()["commit"], device_fingerprint(settings), arguments.samples, arguments.repeats)
+        conditions = plain([*known, arguments.plans])
+        self._kept: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
+        if self._kept.get("conditions") != conditions:  # another commit, runtime or machine
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._kept = {"conditions": conditions, "ratios": []}
+        started = time.perf_counter()
+        tables = self.folder / "tables"
+        self.table = LatencyTable.measure(self.network, settings, samples=arguments.samples, cache=tables)
+        self._kept.setdefault("seconds", time.perf_counter() - started)
+        self._save()
+
+    @property
+    def seconds(self) -> float:
+        """What the table took."""
+        return float(self._kept["seconds"])
+
+    def ratios(self) -> Iterator[float | None]:
+        """Latency of held-out plans that is known, as shares of the unpruned network's, then None."""
+        yield from list(self._kept["ratios"])
+        while True:
+            yield None
+
+    def keep(self, ratio: float) -> None:
+        """Add the latency of one more held-out plan."""
+        self._kept["ratios"].append(ratio)
+        self._save()
+
+    def exported(self, name: str, model: torch.nn.Module) -> bytes:
+        """The file that `prunegym export` writes; that of the unpruned network is written once."""
+        path = self.folder / name
+        if name != UNPRUNED or not path.exists():
+            export_onnx(model, with_batch(self.network.example_inputs, 1), path)
+        return path.read_bytes()
+
+    def _save(self) -> None:
+        write_json(self._file, self._kept)
+
+
+def table_row(table: Table, work: Work, plans: int) -> None:
     """The error of a table on held-out plans."""
-    error = known.check(plans)
+    known, measured = work.table, work.ratios()
+
+    def ratio(plan: PruningPlan) -> float:
+        found = next(measured)
+        if found is None:
+            found = 1 / speed_up(*known.beside(plan)).ratio
+            work.keep(found)
+        return found
+
+    error = known.check(plans, ratio=ratio)
     add(
         table,
         what="table",
-        network=name,
+        network=work.name,
         plans=plans,
         samples=len(known.samples),
-        table_seconds=round(seconds, 1),
+        table_seconds=round(work.seconds, 1),
         median_error=round(error.median, 4),
         p95_error=round(error.p95, 4),
         worst_error=round(max(map(abs, error.errors)), 4),
         bias=round(float(np.median(error.errors)), 4),
-        unpruned_ms=round(1e3 * known.measured, 3),
+        unpruned_ms=milliseconds(known.measured),
         seed=error.seed,
     )
 
 
-def budget_row(table: Table, name: str, known: LatencyTable, budget: Budget, allocation: str) -> None:
+def budget_row(table: Table, work: Work, budget: Budget, allocation: str) -> None:
     """One plan brought to the budget, and what its exported file takes."""
+    known, network = work.table, work.network
     problem = problem_of(known, budget)
     plan, report = bring_to_budget(problem, budget, allocate(problem, budget, allocation), known.beside)
-    found = exported_speed_up(problem, plan, known.settings)
-    network = problem.scorer.network
+    before, after = measure_files(work, network.pruned(plan))
+    found = speed_up(before, after)
     add(
         table,
         what="budget",
-        network=name,
+        network=work.name,
         allocation=allocation,
         budget=str(budget),
         plans=report.plans,
@@ -127,9 +205,17 @@ def budget_row(table: Table, name: str, known: LatencyTable, budget: Budget, all
         exported_high=round(1 / found.low, 4),
         off_budget=round(1 / found.ratio / report.asked - 1, 4),
         macs_share=round(network.cost(plan).macs / network.full_cost.macs, 4),
-        unpruned_ms=round(1e3 * report.unpruned_seconds, 3),
+        unpruned_ms=milliseconds(report.unpruned_seconds),
+        pruned_ms=milliseconds(report.seconds),
+        exported_unpruned_ms=milliseconds(before.median),
+        exported_ms=milliseconds(after.median),
         drift=round(found.drift, 4),
     )
+
+
+def milliseconds(seconds: float) -> float:
+    """To the microsecond."""
+    return round(1e3 * seconds, 3)
 
 
 def problem_of(known: LatencyTable, budget: Budget) -> PruningProblem:
@@ -151,20 +237,16 @@ def allocate(problem: PruningProblem, budget: Budget, allocation: str) -> Prunin
     return problem.plan(problem.project(rng.uniform(0.1, 1.0, len(problem.sizes)), limit))
 
 
-def exported_speed_up(problem: PruningProblem, plan: PruningPlan, settings: LatencySettings) -> SpeedUp:
-    """Write both networks as `prunegym prune --onnx` does, and measure the files side by side."""
-    network = problem.scorer.network
-    example = with_batch(network.example_inputs, 1)
-    with TemporaryDirectory() as folder, ready_to_measure(settings) as ready:
+def measure_files(work: Work, pruned: torch.nn.Module) -> tuple[Latency, Latency]:
+    """Measure the exported files of the unpruned and the pruned network side by side, as the search measures."""
+    example = with_batch(work.network.example_inputs, 1)
+    with ready_to_measure(work.table.settings) as ready:
         runs = {}
-        for name, model in (("before", network.model), ("after", network.pruned(plan))):
-            path = Path(folder) / f"{name}.onnx"
-            export_onnx(model, example, path)
-            session = open_session(path.read_bytes(), 1)
-            feeds = session_feeds(session, example)
-            runs[name] = lambda session=session, feeds=feeds: session.run(None, feeds)
+        for name, model in ((UNPRUNED, work.network.model), (PRUNED, pruned)):
+            runs[name] = session_run(open_session(work.exported(name, model), 1), example, ready.device)
         samples = take_turns(runs, ready)
-    return speed_up(*(Latency.from_samples(times, ready) for times in samples.values()))
+    before, after = (Latency.from_samples(times, ready) for times in samples.values())
+    return before, after
 
 
 class RandomImages(ClassificationTask):
@@ -204,14 +286,16 @@ class RandomImages(ClassificationTask):
 COLUMNS = (
     *("what", "network", "allocation", "budget", "plans", "samples", "table_seconds", "median_error", "p95_error"),
     *("worst_error", "bias", "table_share", "measured_share", "exported_share", "exported_low", "exported_high"),
-    *("off_budget", "macs_share", "unpruned_ms", "drift", "seed", "runtime"),
+    *("off_budget", "macs_share", "unpruned_ms", "pruned_ms", "exported_unpruned_ms", "exported_ms", "drift", "seed"),
+    *("weights", "runtime"),
 )
 
 
 def add(table: Table, **row: object) -> None:
     """Write a row; columns of the other measurement stay empty."""
+    row["weights"] = WEIGHTS
     row["runtime"] = f"{BACKEND} {RUNTIMES[BACKEND].version}, 1 thread, batch 1, float32"
-    table.append({column: row.get(column, "") for column in COLUMNS})
+    table.replace({column: row.get(column, "") for column in COLUMNS})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunegym.agents.provenance import describe_environment
+from prunegym.pruning.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,8 +39,23 @@ class Table:
             return list(csv.DictReader(file))
 
     def has(self, **key: Any) -> bool:
-        """True if a row with these values is there."""
-        return any(all(row[name] == str(value) for name, value in key.items()) for row in self.rows)
+        """True if a row with these values is there; rows from before a column was there have nothing in it."""
+        return any(all(row.get(name, "") == str(value) for name, value in key.items()) for row in self.rows)
+
+    def replace(self, row: Mapping[str, Any]) -> None:
+        """Write a row in the place of the one that has its keys, if there is one; the table may get columns by it."""
+        full = {name: str(value) for name, value in {**row, **provenance()}.items()}
+        rows = self.rows
+        places = [place for place, one in enumerate(rows) if all(one[key] == full[key] for key in self.keys)]
+        if places:
+            rows[places[0]] = full
+        else:
+            rows.append(full)
+        columns = list(dict.fromkeys(name for one in (full, *rows) for name in one))
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write a row and wait until it is on the disk."""

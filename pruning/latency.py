@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.onnx_export import with_batch
-from prunegym.pruning.runtimes import DTYPES, RUNTIMES, Run, runtime_named
-
-BACKENDS = tuple(RUNTIMES)
+from prunegym.pruning.runtimes import DTYPES, RUNTIMES, Run, runtime_named, wait_for
 
 #: Turns that are made even if they exceed the time limit; quartiles of fewer say nothing.
 _FEWEST_TURNS = 5
@@ -114,12 +112,6 @@ class Latency:
         noticed = abs(change) > max(_DRIFT * self.median, self.upper_quartile - self.lower_quartile)
         return change / median(self.samples[:third]) if noticed else 0.0
 
-    def describe(self) -> str:
-        """Say what was measured, on what, and how much it varied."""
-        quartiles = f"quartiles {1e3 * self.lower_quartile:.3g} to {1e3 * self.upper_quartile:.3g}"
-        drift = f" The machine drifted: {drifted(self.drift)}." if self.drift else ""
-        return f"{1e3 * self.median:.3g} ms ({quartiles}, {self.repeats} turns; {self.conditions}).{drift}"
-
     @property
     def conditions(self) -> str:
         """Device, runtime, threads, batch size and data type."""
@@ -145,17 +137,6 @@ class Latency:
 def drifted(change: float) -> str:
     """A drift in words."""
     return f"the last third of the turns took {abs(change):.0%} {'longer' if change > 0 else 'less'} than the first"
-
-
-def measure_latency(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
-    settings: LatencySettings | None = None,
-    *,
-    clock: Clock = time.perf_counter,
-) -> Latency:
-    """Measure one network; :func:`compare_latency` takes the same arguments."""
-    return compare_latency({"network": model}, example_inputs, settings, clock=clock)["network"]
 
 
 def compare_latency(
@@ -235,6 +216,16 @@ def _turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock) -> 
     return samples
 
 
+def waiting_clock(device: str, clock: Clock = time.perf_counter) -> Clock:
+    """A clock that is read when a device has done what it was asked."""
+
+    def now() -> float:
+        wait_for(device)
+        return clock()
+
+    return now
+
+
 def _seconds(run: Run, clock: Clock) -> float:
     before = clock()
     run()
@@ -253,21 +244,36 @@ def prepare_run(name: str, model: nn.Module, inputs: tuple[Any, ...], settings: 
     Raises:
         PruningError: it does not run.
     """
-    try:
+    with refusing(name, settings):
         with torch.no_grad():
             run = runtime_named(settings.backend).prepare(model, inputs, settings)
         with torch.inference_mode():  # as it is timed: torch.compile compiles for the mode that it sees
             run()
+    return run
+
+
+@contextmanager
+def refusing(name: str, settings: LatencySettings) -> Iterator[None]:
+    """Say of which network and under which settings something failed.
+
+    Args:
+        name: of the network.
+        settings: that it was to run under.
+
+    Raises:
+        PruningError: in place of whatever the network, the device or the runtime raised.
+    """
+    try:
+        yield
     except PruningError:
         raise
-    except Exception as fault:  # whatever the network, the device or the runtime may raise
+    except Exception as fault:
         reason = (str(fault).splitlines() or [""])[0]
         raise PruningError(
             f"`models` should run on the example inputs with batch size {settings.batch_size}, "
             f"{settings.dtype}, on {settings.device} in {settings.backend}. Received {name}, which raised "
             f"{type(fault).__name__}: {reason} Give inputs of the shape that the network takes, or other settings."
         ) from fault
-    return run
 
 
 def device_fingerprint(settings: LatencySettings) -> dict[str, str | int]:

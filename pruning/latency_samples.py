@@ -118,7 +118,7 @@ class RealSampler:
 
     def _probe(self, counts: Counts, settings: LatencySettings) -> Probe:
         network = self.network
-        plan = PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units))
+        plan = PruningPlan.from_counts(network.graph, counts)
         inputs, outputs = (np.rint(one).astype(np.int64) for one in network.costs.widths(counts))
         widths = Widths(inputs, outputs)
         with torch.no_grad():

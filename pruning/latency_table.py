@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
-from torch import Tensor
 from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
@@ -25,7 +24,7 @@ from prunegym.pruning.files import read_json, write_json
 from prunegym.pruning.latency import Latency, LatencySettings, device_fingerprint
 from prunegym.pruning.latency_samples import RealSampler, Sample, Sampler, draw_counts, random_counts
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.operation_model import OperationModel
+from prunegym.pruning.operation_model import OperationModel, batch_of
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.speed_up import Reference, speed_up
 
@@ -35,7 +34,7 @@ Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 SAMPLES = 32
-"""Networks that a table is learned from; a quarter of that where each is compiled for half a minute."""
+"""Networks that a table is learned from; a quarter of that where each is compiled, which takes far longer."""
 _FEWEST = 4
 #: Relative error of a whole network beyond which it counts as an exception.
 _NOISE = 0.02
@@ -102,7 +101,7 @@ class LatencyTable:
         counts = np.array([one.counts for one in samples])
         self._model = OperationModel(
             network,
-            settings.batch_size / batch_of(network),
+            settings.batch_size,
             counts,
             np.array([one.operations for one in samples]),
         )
@@ -126,7 +125,7 @@ class LatencyTable:
 
         That is what budgets are about. It stays the same while a group grows to a width that the runtime likes, so a
         plan that takes all that it may for nothing has such widths, and its :meth:`prediction` is the same. Where it
-        falls when a count rises, it is by the errors of what was learned (1 % on the networks tried).
+        falls when a count rises, it is by the errors of what was learned.
         """
         return self.prediction(self._widened(counts))
 
@@ -206,7 +205,7 @@ class LatencyTable:
         errors = []
         for _ in tqdm(range(plans), desc="held-out plans", disable=not progress):
             counts = random_counts(network, rng, macs=HELD_OUT_MACS)
-            plan = PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units))
+            plan = PruningPlan.from_counts(network.graph, counts)
             predicted = self.prediction(counts) / self.prediction(network.graph.sizes)
             errors.append(predicted / ratio(plan) - 1)
         self.error = TableError(tuple(errors), seed)
@@ -286,21 +285,6 @@ class LatencyTable:
                 "other layers or channel groups. Measure a new table."
             )
         return cls(network, settings, fingerprint, samples, error)
-
-
-def batch_of(network: PrunableNetwork) -> int:
-    """Examples in the example input.
-
-    Raises:
-        PruningError: its first input has no batch dimension.
-    """
-    first = network.example_inputs[0]
-    if not isinstance(first, Tensor) or first.ndim == 0 or first.shape[0] == 0:
-        raise PruningError(
-            "`network` should have an example input whose first tensor has a batch dimension. Received "
-            f"{type(first).__name__}. Make the PrunableNetwork with one."
-        )
-    return first.shape[0]
 
 
 def fastest_widths(model: OperationModel, sizes: Counts) -> list[list[int]]:

@@ -1,27 +1,25 @@
 """Where the time of a network goes: the seconds of each of its modules, taken while the whole network runs.
 
 PyTorch only, in eval mode. A module's time is its own, without that of the modules inside it; what a block computes
-between its modules (sums, activations written as functions, reshapes) is the block's own. Reading the clock costs a
-few microseconds for each module, which count as the surrounding block's.
+between its modules (sums, activations written as functions, reshapes) is the block's own. Reading the clock takes time
+too, for each module, which counts as the surrounding block's.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from prunegym.pruning.latency import Clock, LatencySettings
+from prunegym.pruning.latency import Clock, LatencySettings, ready_to_measure, waiting_clock
 from prunegym.pruning.onnx_export import with_batch
+from prunegym.pruning.runtimes import on_device
 
 BETWEEN = "between modules"
 """Kind of what blocks compute themselves."""
@@ -95,31 +93,21 @@ def compare_module_times(
     Returns:
         The profile of each network, by name.
     """
-    settings = settings or LatencySettings()
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    inputs = tree_map_only(
-        Tensor,
-        lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype),
-        with_batch(example_inputs, settings.batch_size),
-    )
-
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return clock()
-
-    timers = {name: _Timer(copy.deepcopy(one).to(device, dtype).eval(), now) for name, one in models.items()}
+    settings = replace(settings or LatencySettings(), backend="torch")
+    inputs = with_batch(example_inputs, settings.batch_size)
+    now = waiting_clock(settings.device, clock)
+    timers = {name: _Timer(*on_device(one, inputs, settings), now) for name, one in models.items()}
     repeats, limit = min(settings.repeats, _REPEATS), min(settings.time_limit, _SECONDS)
-    with _threads(settings.threads), torch.inference_mode():
+    with ready_to_measure(settings), torch.inference_mode():
         for _ in range(settings.warmup):
             for timer in timers.values():
-                timer.model(*inputs)
+                timer.model(*timer.inputs)
         start = time.perf_counter()
         for done in range(repeats):
             if done >= _FEWEST and time.perf_counter() - start > limit:
                 break
             for timer in timers.values():
-                timer.run(inputs)
+                timer.run()
     return {name: timer.profile() for name, timer in timers.items()}
 
 
@@ -128,11 +116,12 @@ class _Timer:
 
     Args:
         model: The network; it keeps the hooks.
+        inputs: Its own.
         now: Gives seconds, once the device has done what it was asked.
     """
 
-    def __init__(self, model: nn.Module, now: Callable[[], float]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], now: Clock) -> None:
+        self.model, self.inputs = model, inputs
         self._now = now
         self._open: list[list[float]] = []  # of each module that is running: when it began, seconds of those inside
         self._run: dict[str, float] | None = None
@@ -144,11 +133,11 @@ class _Timer:
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave(path))
 
-    def run(self, inputs: tuple[Any, ...]) -> None:
+    def run(self) -> None:
         """One timed run."""
         self._run = defaultdict(float)
         self._open = [[0.0, 0.0]]
-        self.model(*inputs)
+        self.model(*self.inputs)
         self.totals.append(self._open[0][1])
         self.runs.append(self._run)
         self._run = None
@@ -199,14 +188,3 @@ def kind_of(module: nn.Module) -> str:
     if type(module).__module__ == nn.modules.activation.__name__:
         return "activation"
     return BETWEEN if any(True for _ in module.children()) else "other modules"
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Set torch's number of threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

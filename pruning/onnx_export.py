@@ -23,6 +23,8 @@ _OPSET = 18
 _TOLERANCE = 1e-3
 #: Sizes of the batches on which an exported file is checked: the smallest, and two that the exporter never saw.
 _CHECKED_BATCHES = (1, 3, 8)
+#: One of them.
+_UNSEEN_BATCH = 3
 
 
 def require_onnx() -> None:
@@ -183,6 +185,26 @@ def onnx_bytes(
     return data
 
 
+def deployed_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> bytes:
+    """The file that ``prunegym export`` writes: for batches of any size, or of one where the network's code fixes it.
+
+    The outputs are not compared with torch's, as they are there: this is for files that are timed.
+
+    Args:
+        model: a network that is on the CPU and in eval mode.
+        inputs: whose batch a file for one size takes.
+
+    Raises:
+        PruningError: torch cannot export the network.
+    """
+    try:
+        data = onnx_bytes(model, inputs, dynamic_batch=True)
+        _outputs(open_session(data, torch.get_num_threads()), with_batch(inputs, _UNSEEN_BATCH))
+    except PruningError:
+        return onnx_bytes(model, inputs)
+    return data
+
+
 def open_session(data: bytes, threads: int, *, device: str = "cpu", profile: Path | None = None) -> Any:
     """An ONNX Runtime session.
 
@@ -194,7 +216,7 @@ def open_session(data: bytes, threads: int, *, device: str = "cpu", profile: Pat
             end profiling.
 
     Raises:
-        PruningError: this build of ONNX Runtime does not know the device.
+        PruningError: this build of ONNX Runtime does not know the device, or does not take the file.
     """
     import onnxruntime
 
@@ -210,7 +232,10 @@ def open_session(data: bytes, threads: int, *, device: str = "cpu", profile: Pat
     # threads that wait in a busy loop after one session's run would slow the next session's
     options.add_session_config_entry("session.force_spinning_stop", "1")
     choices = {} if kind == "cpu" else {"device_id": int(index or 0)}
-    return onnxruntime.InferenceSession(data, options, providers=[(provider, choices)])
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=[(provider, choices)])
+    except Exception as fault:  # ONNX Runtime's exceptions have no common class
+        raise _does_not_run(fault) from fault
 
 
 def has_provider(kind: str) -> bool:
@@ -257,6 +282,28 @@ def feeds_for(names: Sequence[str], inputs: tuple[Any, ...]) -> dict[str, Any]:
     return {name: np.ascontiguousarray(leaf.numpy()) for name, leaf in zip(names, leaves, strict=True)}
 
 
+def _outputs(session: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """What a session makes of inputs.
+
+    Raises:
+        PruningError: it does not run them.
+    """
+    try:
+        outputs: list[Any] = session.run(None, session_feeds(session, inputs))
+    except PruningError:
+        raise
+    except Exception as fault:  # ONNX Runtime's exceptions have no common class
+        raise _does_not_run(fault) from fault
+    return outputs
+
+
+def _does_not_run(fault: Exception) -> PruningError:
+    return PruningError(
+        f"`model` should export to a file that ONNX Runtime runs. Received {type(fault).__name__}: "
+        f"{(str(fault).splitlines() or [''])[0]} Use float32, or the torch backend."
+    )
+
+
 def _difference(model: nn.Module, data: bytes, inputs: tuple[Any, ...], tolerance: float) -> float:
     """Largest absolute difference between torch and ONNX Runtime.
 
@@ -265,16 +312,7 @@ def _difference(model: nn.Module, data: bytes, inputs: tuple[Any, ...], toleranc
     """
     with torch.no_grad():
         expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
-    try:
-        session = open_session(data, torch.get_num_threads())
-        found = session.run(None, session_feeds(session, inputs))
-    except PruningError:
-        raise
-    except Exception as fault:  # ONNX Runtime's exceptions have no common class
-        raise PruningError(
-            f"`model` should export to a file that ONNX Runtime runs. Received {type(fault).__name__}: "
-            f"{(str(fault).splitlines() or [''])[0]} Use float32, or the torch backend."
-        ) from fault
+    found = _outputs(open_session(data, torch.get_num_threads()), inputs)
     gap = gap_between(expected, [torch.from_numpy(one) for one in found])
     if not gap.within(tolerance):
         raise PruningError(

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 from sklearn.ensemble import ExtraTreesRegressor
+from torch import Tensor
 
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import Operation
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.width_classes import Counts, Floats, WidthTables
@@ -33,7 +35,7 @@ class OperationSizes:
     """What of each operation no plan changes ``(operations,)``."""
 
     repeats: Floats
-    """Multiply-accumulates per pair of input and output channel."""
+    """Multiply-accumulates per pair of input and output channel, in one run."""
     pixels_in: Floats
     """Elements read per channel."""
     pixels_out: Floats
@@ -44,14 +46,20 @@ class OperationSizes:
     stride: Floats
 
     @classmethod
-    def of(cls, operations: tuple[Operation, ...], scale: float) -> OperationSizes:
-        """Those of a network, with ``scale`` times the batch of its example."""
+    def of(cls, operations: tuple[Operation, ...], *, examples: int, traced: int) -> OperationSizes:
+        """Those of a network.
+
+        Args:
+            operations: as they were traced.
+            examples: in a run.
+            traced: examples that the shapes of the operations hold; their repeats are for one.
+        """
 
         def pixels(shape: tuple[int, ...], channels: int) -> float:
-            return max(1.0, scale * prod(shape) / channels) if shape else 1.0
+            return max(1.0, examples / traced * prod(shape) / channels) if shape else 1.0
 
         return cls(
-            repeats=np.array([scale * one.repeats for one in operations]),
+            repeats=np.array([examples * one.repeats for one in operations]),
             pixels_in=np.array([pixels(one.input_shape, len(one.inputs)) for one in operations]),
             pixels_out=np.array([pixels(one.output_shape, len(one.outputs)) for one in operations]),
             grouped=np.array([one.groups > 1 for one in operations]),
@@ -65,15 +73,15 @@ class OperationModel:
 
     Args:
         network: the network.
-        scale: examples per run for each example of the network's example input.
+        examples: in a run.
         counts: channels that the groups of the watched networks kept ``(networks, groups)``.
         seconds: what their operations took ``(networks, operations)``.
     """
 
-    def __init__(self, network: PrunableNetwork, scale: float, counts: Counts, seconds: Floats) -> None:
+    def __init__(self, network: PrunableNetwork, examples: int, counts: Counts, seconds: Floats) -> None:
         operations = network.graph.operations
         self._costs = network.costs
-        self._sizes = OperationSizes.of(operations, scale)
+        self._sizes = OperationSizes.of(operations, examples=examples, traced=batch_of(network))
         pairs = [self._widths(one) for one in counts]
         inputs, outputs = np.array([one for one, _ in pairs]), np.array([one for _, one in pairs])
         shares = np.array([self._costs.batch_shares(one) for one in counts])
@@ -158,3 +166,18 @@ class OperationModel:
             *(width % step == 0 for width in (read, outputs) for step in (16, 8, 4)),
         ]
         return np.stack([np.asarray(one, dtype=np.float64) for one in columns], axis=1)
+
+
+def batch_of(network: PrunableNetwork) -> int:
+    """Examples in the example input.
+
+    Raises:
+        PruningError: its first input has no batch dimension.
+    """
+    first = network.example_inputs[0]
+    if not isinstance(first, Tensor) or first.ndim == 0 or first.shape[0] == 0:
+        raise PruningError(
+            "`network` should have an example input whose first tensor has a batch dimension. Received "
+            f"{type(first).__name__}. Make the PrunableNetwork with one."
+        )
+    return first.shape[0]

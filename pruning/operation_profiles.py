@@ -8,10 +8,9 @@ hooks on the modules of the operations.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,13 +22,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunegym.pruning.graph import Operation
-from prunegym.pruning.latency import LatencySettings, prepare_run
-from prunegym.pruning.onnx_export import on_cpu, onnx_bytes, open_session, session_feeds
+from prunegym.pruning.latency import Clock, LatencySettings, prepare_run, refusing, waiting_clock
+from prunegym.pruning.onnx_export import on_cpu, onnx_bytes, open_session
 from prunegym.pruning.onnx_names import named_after_operations, operation_of
-from prunegym.pruning.runtimes import Run, compile_openvino, on_device
+from prunegym.pruning.runtimes import Run, compile_openvino, on_device, session_run
 
 Floats = NDArray[np.float64]
 
+#: What errors call a network that is watched.
+_NAME = "network"
 #: Of the runs of an operation the one that counts: interruptions only ever add time.
 QUANTILE = 0.25
 
@@ -80,27 +81,31 @@ def make_probe(
     Raises:
         PruningError: the network does not run, or the runtime is not there.
     """
-    if settings.backend == "onnxruntime":
-        return _onnxruntime_probe(model, operations, widths, inputs, settings)
-    if settings.backend == "openvino":
-        return _openvino_probe(model, operations, widths, inputs, settings)
-    # compiled code cannot be looked into; how its time divides is taken from the same network in eager mode
-    run = prepare_run("network", model, inputs, settings)
-    return Probe(run, _torch_profile(model, operations, inputs, replace(settings, backend="torch")))
+    with refusing(_NAME, settings):
+        probe = _PROBES.get(settings.backend, _torch_probe)(model, operations, widths, inputs, settings)
+        with torch.inference_mode():  # as it is timed
+            probe.run()
+
+    def profile(runs: int) -> Profile:
+        with refusing(_NAME, settings):
+            return probe.profile(runs)
+
+    return Probe(probe.run, profile)
 
 
 # ---- torch
 
 
-def _torch_profile(
-    model: nn.Module, operations: Sequence[Operation], inputs: tuple[Any, ...], settings: LatencySettings
-) -> Callable[[int], Profile]:
+def _torch_probe(
+    model: nn.Module,
+    operations: Sequence[Operation],
+    widths: Widths,
+    inputs: tuple[Any, ...],
+    settings: LatencySettings,
+) -> Probe:
+    # compiled code cannot be looked into; how its time divides is taken from the same network in eager mode
     twin, moved = on_device(model, inputs, settings)
-
-    def now() -> float:
-        if not settings.device.startswith("cpu"):
-            torch.accelerator.synchronize(torch.device(settings.device))
-        return time.perf_counter()
+    now = waiting_clock(settings.device)
 
     def profile(runs: int) -> Profile:
         tables = []
@@ -113,12 +118,12 @@ def _torch_profile(
         seconds = np.quantile(np.array([row for row, _ in tables]), QUANTILE, axis=0)
         return Profile(seconds, tables[-1][1])
 
-    return profile
+    return Probe(prepare_run(_NAME, model, inputs, settings), profile)
 
 
 @contextmanager
 def _marks(
-    model: nn.Module, operations: Sequence[Operation], now: Callable[[], float]
+    model: nn.Module, operations: Sequence[Operation], now: Clock
 ) -> Iterator[list[tuple[int, float]]]:
     """Note the moment at which each operation begins, as its number and a time."""
     waiting: dict[str, list[int]] = {}
@@ -175,13 +180,13 @@ def _onnxruntime_probe(
     threads = settings.threads or torch.get_num_threads()
     placed, data = _exported(model, operations, widths, inputs, half=settings.dtype == "float16")
     session = open_session(data, threads, device=settings.device)
-    feeds = session_feeds(session, placed)
 
     def profile(runs: int) -> Profile:
         with TemporaryDirectory() as folder:
             watched = open_session(data, threads, device=settings.device, profile=Path(folder) / "nodes")
+            run = session_run(watched, placed, settings.device)
             for _ in range(runs):
-                watched.run(None, feeds)
+                run()
             events = json.loads(Path(watched.end_profiling()).read_text())
         nodes: dict[str, list[float]] = {}
         for event in events:
@@ -189,7 +194,7 @@ def _onnxruntime_probe(
                 nodes.setdefault(event["name"].removesuffix(_KERNEL), []).append(1e-6 * event["dur"])
         return _by_operation(list(nodes.items()), len(operations))
 
-    return Probe(lambda: session.run(None, feeds), profile)
+    return Probe(session_run(session, placed, settings.device), profile)
 
 
 _KERNEL = "_kernel_time"
@@ -223,6 +228,10 @@ def _openvino_probe(
         return _by_operation(list(means.items()), len(operations))
 
     return Probe(run, profile)
+
+
+_PROBES = {"onnxruntime": _onnxruntime_probe, "openvino": _openvino_probe}
+"""Makers of probes, for runtimes that tell the time of every node."""
 
 
 def _exported(

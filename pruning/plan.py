@@ -46,6 +46,11 @@ class PruningPlan:
         return cls.from_mask(graph, np.ones(graph.units, dtype=np.bool_))
 
     @classmethod
+    def from_counts(cls, graph: ChannelGraph, counts: NDArray[np.int64]) -> PruningPlan:
+        """Keep the first channels of each group ``(groups,)``: for what depends on their number only."""
+        return cls.from_scores(graph, counts, np.zeros(graph.units))
+
+    @classmethod
     def from_scores(cls, graph: ChannelGraph, counts: NDArray[np.int64], scores: NDArray[np.float64]) -> PruningPlan:
         """Keep the best-scored channels of each group.
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.onnx_export import (
     check_provider,
+    deployed_bytes,
     feeds_for,
     has_provider,
     on_cpu,
@@ -64,7 +65,7 @@ class Runtime:
     dtypes: Mapping[str, tuple[str, ...]]
     """Data types that it takes, by kind of device; it runs on no other device."""
     package: str = "torch"
-    """Distribution whose version is that of the runtime."""
+    """What is imported, and tells the version of the runtime."""
     require: Callable[[], None] = lambda: None
     """Raises a PruningError with the command that installs it, where it is not there."""
     has_device: Callable[[str], bool] = lambda kind: True
@@ -81,13 +82,12 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """The version that is installed; empty where a build of another name is."""
-        if self.package == "torch":
-            return str(torch.__version__)
+        """The version that is installed, whatever its distribution is called; empty if there is none."""
         try:
-            return metadata.version(self.package)
-        except metadata.PackageNotFoundError:
+            version = str(import_module(self.package).__version__)
+        except ImportError:
             return ""
+        return version.partition("-")[0]  # OpenVINO goes on with the number of its build
 
 
 def runtime_named(name: str) -> Runtime:
@@ -143,9 +143,15 @@ def _waiting(run: Run, device: str) -> Run:
 
     def run_and_wait() -> None:
         run()
-        torch.accelerator.synchronize(torch.device(device))
+        wait_for(device)
 
     return run_and_wait
+
+
+def wait_for(device: str) -> None:
+    """Return when a device has done what it was asked."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize(torch.device(device))
 
 
 def _require_compiler() -> None:
@@ -171,12 +177,26 @@ def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...], settings: RunSetting
     dtype = torch.float16 if settings.dtype == "float16" else torch.float32
     twin, placed = on_cpu(model, inputs, dtype)
     session = open_session(
-        onnx_bytes(twin, placed), settings.threads or torch.get_num_threads(), device=settings.device
+        deployed_bytes(twin, placed), settings.threads or torch.get_num_threads(), device=settings.device
     )
-    feeds = session_feeds(session, placed)
-    if settings.device.startswith("cpu"):
+    return session_run(session, placed, settings.device)
+
+
+def session_run(session: Any, inputs: tuple[Any, ...], device: str) -> Run:
+    """A run of a session of ONNX Runtime, with its inputs on the device beforehand.
+
+    Args:
+        session: from :func:`.open_session`.
+        inputs: on the CPU.
+        device: that the session runs on.
+
+    Raises:
+        PruningError: the network reads fewer tensors than there are.
+    """
+    feeds = session_feeds(session, inputs)
+    if device.startswith("cpu"):
         return lambda: session.run(None, feeds)
-    return _bound(session, feeds, settings.device)
+    return _bound(session, feeds, device)
 
 
 def _bound(session: Any, feeds: Mapping[str, Any], device: str) -> Run:

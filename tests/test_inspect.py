@@ -4,10 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import InfeasibleBudgetError
+from prunegym.pruning.latency_samples import Sample
+from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.widths import WidthRules, Widths
 from prunegym.pruning.zoo import build_network
@@ -97,7 +100,7 @@ def test_rules_of_widths_change_what_is_within_reach(toys: Toys) -> None:
 
 
 def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
-    """Measured before, and the least within reach."""
+    """By a formula, and the least within reach."""
     network = toys("sequential")
     model = TenthPerGroup()
 
@@ -105,7 +108,27 @@ def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
 
     assert inspection.latency_seconds == 10.0
     assert inspection.reachable["latency"] == pytest.approx(0.01 * (1 + len(network.graph.groups)), abs=1e-3)
-    assert "1e+04 ms" in inspection.to_text()
+    assert "1e+04 ms predicted" in inspection.to_text()
+    assert "predicted, unpruned; down to" in inspection.to_html()
+
+
+def test_latency_of_the_unpruned_network_is_the_measured_one(toys: Toys) -> None:
+    """A table of a device that was slow while the unpruned network ran predicts less than it measured."""
+    network = toys("sequential")
+    operations = np.full(len(network.graph.operations), 1e-3)
+
+    def sampler(counts: NDArray[np.int64]) -> Sample:
+        slow = 2.0 if (counts == network.graph.sizes).all() else 1.0
+        return Sample(counts, slow * float(operations.sum()), operations)
+
+    table = LatencyTable.measure(network, progress=False, samples=8, sampler=sampler)
+
+    inspection = inspect_network(network, latency=table)
+
+    assert table.full < 0.9 * table.measured
+    assert inspection.latency_seconds == table.measured
+    assert f"{1e3 * table.measured:.3g} ms measured" in inspection.to_text()
+    assert "measured, unpruned; down to" in inspection.to_html()
 
 
 def test_peak_memory_of_the_unpruned_network_is_told(toys: Toys) -> None:

@@ -219,7 +219,7 @@ def test_every_toy_needs_what_the_definition_says(toy: PrunableNetwork) -> None:
 def test_pruned_chain_needs_what_its_channels_take(toys: Toys) -> None:
     """Batch normalisation of the first layer: its channels twice, on all pixels."""
     network = toys("sequential")
-    plan = PruningPlan.from_scores(network.graph, np.array([5, 6, 7]), np.zeros(network.graph.units))
+    plan = PruningPlan.from_counts(network.graph, np.array([5, 6, 7]))
 
     assert peak_memory(network.model, network.example_inputs).bytes == 4 * PIXELS * (8 + 8)
     assert peak_memory(network.pruned(plan), network.example_inputs).bytes == 4 * PIXELS * (5 + 5)

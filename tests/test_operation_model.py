@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.pruning.latency_samples import draw_counts, random_counts
 from prunegym.pruning.network import PrunableNetwork
@@ -63,7 +64,7 @@ def blocky(network: PrunableNetwork, counts: Counts) -> Floats:
 def learned(network: PrunableNetwork, device: Device, samples: int = 32) -> OperationModel:
     """A model of a device."""
     counts = np.array(list(draw_counts(network, samples, np.random.default_rng(0))))
-    return OperationModel(network, 1.0, counts, np.array([device(network, one) for one in counts]))
+    return OperationModel(network, 1, counts, np.array([device(network, one) for one in counts]))
 
 
 @pytest.mark.parametrize("name", ["digits_resnet", "digits_mobilenet", "branches"])
@@ -101,18 +102,30 @@ def test_operation_that_no_time_was_taken_of_is_predicted_to_take_none() -> None
     assert (np.delete(found, 3) > 0).all()
 
 
-def test_sizes_are_those_of_the_layers() -> None:
-    """Against the layers themselves, for another batch than the example's."""
-    network = prunable("digits_mobilenet")
+@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_mobilenet"])
+def test_sizes_are_those_of_a_run_of_the_layers(name: str, examples: int) -> None:
+    """Against a run with as many examples, though the network was traced with two."""
+    network = prunable(name)
     modules = dict(network.model.named_modules())
+    paths = [one.module for one in network.graph.operations]
+    seen: dict[str, tuple[int, int]] = {}
+    for path in paths:
+        modules[path].register_forward_hook(
+            lambda _, inputs, output, path=path: seen.update({path: (inputs[0].numel(), output.numel())})
+        )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.model.eval()(torch.zeros(examples, *input_shape_of(name)))
+    work = counter.get_flop_counts()
 
-    sizes = OperationSizes.of(network.graph.operations, 3.0)
+    sizes = OperationSizes.of(network.graph.operations, examples=examples, traced=2)
 
-    for number, one in enumerate(network.graph.operations):
-        layer = modules[one.module]
-        pixels = 6 * np.prod(one.output_shape[2:], dtype=int)
-        assert sizes.pixels_out[number] == pixels
+    for number, (one, path) in enumerate(zip(network.graph.operations, paths, strict=True)):
+        layer = modules[path]
+        macs = sum(work[f"{type(network.model).__name__}.{path}"].values()) / 2
+        assert sizes.repeats[number] * one.fan_in * len(one.outputs) == macs
+        assert (sizes.pixels_in[number] * len(one.inputs), sizes.pixels_out[number] * len(one.outputs)) == seen[path]
         if isinstance(layer, nn.Conv2d):
             assert sizes.grouped[number] == (layer.groups > 1)
             assert sizes.kernel[number] == layer.kernel_size[0] * layer.kernel_size[1]
-            assert sizes.repeats[number] == pixels / 2 * sizes.kernel[number] / 3 * 3 * 1
+            assert sizes.stride[number] == layer.stride[0]

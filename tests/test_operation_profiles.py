@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunegym.pruning import operation_profiles, runtimes
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.latency import LatencySettings, ready_to_measure
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import onnx_bytes
+from prunegym.pruning.onnx_export import onnx_bytes, open_session
 from prunegym.pruning.onnx_names import named_after_operations, operation_of
 from prunegym.pruning.operation_profiles import Probe, Widths, make_probe
 from prunegym.pruning.plan import PruningPlan
@@ -57,7 +59,7 @@ def network() -> PrunableNetwork:
 
 def probe_of(network: PrunableNetwork, counts: Any, **settings: Any) -> Probe:
     """The pruned network, ready."""
-    plan = PruningPlan.from_scores(network.graph, counts, np.zeros(network.graph.units))
+    plan = PruningPlan.from_counts(network.graph, counts)
     inputs, outputs = (np.rint(one).astype(np.int64) for one in network.costs.widths(counts))
     with ready_to_measure(LatencySettings(threads=1, **settings)) as known:
         model = network.pruned(plan)
@@ -137,3 +139,52 @@ def test_names_survive_what_runtimes_do_to_them() -> None:
     assert operation_of("op12!/layer1/Relu_output_0_nchwc") == 12
     assert operation_of("op3!x_abcd_acdb_op14!conv/WithoutBiases") == 14
     assert operation_of("ReorderOutput_token_7") is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "starts", "watches"),
+    [
+        ("onnxruntime", "open_session", "open_session"),
+        ("openvino", "compile_openvino", "compile_openvino"),
+        ("torch", "on_device", "_marks"),
+    ],
+)
+def test_what_a_runtime_raises_is_told_as_an_error_with_a_remedy(
+    network: PrunableNetwork, backend: str, starts: str, watches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the network runs, and while it is watched."""
+    pytest.importorskip("torch" if backend == "torch" else backend)
+    message = rf"`models` should run.*on cpu in {backend}. Received network, which raised RuntimeError: no such kernel"
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    probe = probe_of(network, network.graph.sizes, backend=backend)
+    monkeypatch.setattr(operation_profiles, starts, fail)
+    monkeypatch.setattr(operation_profiles, watches, fail)
+
+    with pytest.raises(PruningError, match=message):
+        probe_of(network, network.graph.sizes, backend=backend)
+    with pytest.raises(PruningError, match=message):
+        probe.profile(1)
+
+
+def test_inputs_are_on_the_graphics_card_before_a_run_of_onnx_runtime_is_timed(
+    network: PrunableNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watched or not; here the card is the processor."""
+    pytest.importorskip("onnxruntime")
+    devices: list[str] = []
+    bound = runtimes._bound
+
+    def noted(session: Any, feeds: Any, device: str) -> Any:
+        devices.append(device)
+        return bound(session, feeds, "cpu")
+
+    monkeypatch.setattr(runtimes, "_bound", noted)
+    monkeypatch.setattr(operation_profiles, "open_session", lambda *args, device, **more: open_session(*args, **more))
+
+    probe = probe_of(network, network.graph.sizes, backend="onnxruntime", device="cuda:1")
+
+    assert probe.profile(3).seconds.sum() > 0
+    assert devices == ["cuda:1", "cuda:1"]

@@ -30,7 +30,7 @@ def test_ties_keep_the_lower_index(toys: Toys) -> None:
     """Equal scores must not depend on the sorting algorithm."""
     graph = toys("residual").graph
 
-    plan = PruningPlan.from_scores(graph, np.array([2, 1, 3, 1]), np.zeros(graph.units))
+    plan = PruningPlan.from_counts(graph, np.array([2, 1, 3, 1]))
 
     assert [kept for _, kept in plan.kept] == [(0, 1), (0,), (0, 1, 2), (0,)]
 

@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from torch import Tensor, nn
 from prunegym.agents.options import LatencyOptions
 from prunegym.pruning import runtimes
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import LatencySettings, compare_latency, measure_latency
+from prunegym.pruning.export import export_network
+from prunegym.pruning.latency import Latency, LatencySettings, compare_latency
+from prunegym.pruning.onnx_export import open_session
+from prunegym.pruning.recipe import Blueprint
 from prunegym.pruning.runtimes import RUNTIMES, runtime_named
 
 IMAGES = torch.zeros(1, 3, 4, 4)
@@ -31,16 +37,21 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 
 
+def measured(network: nn.Module, settings: LatencySettings) -> Latency:
+    """A network on one image."""
+    return compare_latency({"network": network}, IMAGES, settings)["network"]
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_runtime_measures_a_network_and_leaves_it_as_it_was(backend: str) -> None:
     """With real time, so only that there is some."""
     pytest.importorskip(backend)
     network = small_network()
 
-    found = measure_latency(network, IMAGES, LatencySettings(backend=backend, threads=1, repeats=5))
+    found = measured(network, LatencySettings(backend=backend, threads=1, repeats=5))
 
     assert 0 < found.median < 10
-    assert f"{backend} {runtime_named(backend).version}, 1 thread" in found.describe()
+    assert f"{backend} {runtime_named(backend).version}, 1 thread" in found.conditions
     assert network.training
 
 
@@ -65,7 +76,7 @@ def test_compiled_networks_of_one_class_are_each_compiled() -> None:
     found = compare_latency(networks, IMAGES, LatencySettings(backend="compile", threads=1, repeats=5))
 
     assert not counts
-    assert "torch.compile" in found["width 1"].describe()
+    assert "torch.compile" in found["width 1"].conditions
 
 
 def test_absent_compiler_is_reported_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +84,7 @@ def test_absent_compiler_is_reported_with_the_command_that_installs_it(monkeypat
     monkeypatch.setenv("CXX", "no-such-compiler")
 
     with pytest.raises(PruningError, match=r"needs a C\+\+ compiler.*without no-such-compiler\. Install one, such as"):
-        measure_latency(small_network(), IMAGES, LatencySettings(backend="compile"))
+        measured(small_network(), LatencySettings(backend="compile"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,7 @@ def test_absent_runtime_is_reported_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, package, None)
 
     with pytest.raises(PruningError, match=rf"needs the package {package}\b.*pip install 'prunegym\[{extra}\]'"):
-        measure_latency(nn.Conv2d(3, 1, 1), IMAGES, LatencySettings(backend=backend))
+        measured(nn.Conv2d(3, 1, 1), LatencySettings(backend=backend))
 
 
 def test_data_type_that_the_processor_does_not_compute_in_is_refused() -> None:
@@ -103,10 +114,10 @@ def test_data_type_that_the_processor_does_not_compute_in_is_refused() -> None:
     settings = LatencySettings(backend="openvino", dtype="float16", threads=1, repeats=5)
 
     if "FP16" in able:
-        assert "float16" in measure_latency(small_network(), IMAGES, settings).describe()
+        assert "float16" in measured(small_network(), settings).conditions
     else:
         with pytest.raises(PruningError, match="`dtype` should be one that this processor computes in.*Use float32"):
-            measure_latency(small_network(), IMAGES, settings)
+            measured(small_network(), settings)
 
 
 def test_onnx_runtime_with_inputs_bound_to_the_device_gives_the_same_outputs() -> None:
@@ -130,7 +141,7 @@ def test_graphics_card_that_onnx_runtime_does_not_know_is_refused() -> None:
         pytest.skip("this build knows graphics cards")
 
     with pytest.raises(PruningError, match=r"`device` should be one that this build.*pip install onnxruntime-gpu"):
-        measure_latency(small_network(), IMAGES, LatencySettings(backend="onnxruntime", device="cuda"))
+        measured(small_network(), LatencySettings(backend="onnxruntime", device="cuda"))
 
 
 def test_backend_is_measured_on_the_device_it_runs_on() -> None:
@@ -144,7 +155,54 @@ def test_backend_is_measured_on_the_device_it_runs_on() -> None:
 
 def test_backends_of_the_command_line_are_the_runtimes() -> None:
     """A runtime that is entered can be asked for."""
-    with pytest.raises(PruningError, match="Received 'onnx'"):
-        LatencySettings(backend="onnx")
-    for backend in RUNTIMES:
-        assert LatencyOptions(latency_backend=backend).latency_settings("cpu").backend == backend  # type: ignore[arg-type]
+    assert get_args(get_type_hints(LatencyOptions)["latency_backend"]) == tuple(RUNTIMES)
+
+
+def test_version_is_that_of_the_module_whatever_its_distribution_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime for graphics cards is the distribution onnxruntime-gpu; OpenVINO tells its build too."""
+    for package, version, told in (("onnxruntime", "1.99.0", "1.99.0"), ("openvino", "2099.1.0-123-abc", "2099.1.0")):
+        module = ModuleType(package)
+        setattr(module, "__version__", version)  # noqa: B010 (modules have no such attribute for type checkers)
+        monkeypatch.setitem(sys.modules, package, module)
+
+        assert runtime_named(package).version == told
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert runtime_named("openvino").version == ""
+    assert runtime_named("torch").version == torch.__version__
+
+
+class BatchInCode(nn.Module):
+    """Reads a batch of one only, as some code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x.reshape(1, 48))
+        return out
+
+
+@pytest.mark.parametrize("network", [small_network(), BatchInCode()])
+def test_onnx_runtime_measures_the_file_that_is_exported(
+    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where batches are left open and where they are not: a runtime plans its work by that."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    opened: list[bytes] = []
+
+    def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
+        opened.append(data)
+        return open_session(data, *arguments, **options)
+
+    monkeypatch.setattr(runtimes, "open_session", noted)
+    measured(network, LatencySettings(backend="onnxruntime", threads=1, repeats=5))
+    nothing = Blueprint(source={}, plan={}, attributes={}, modules={}, unpruned_shapes={})  # for safetensors only
+    (written,) = export_network(network, (IMAGES,), tmp_path, ["onnx"], blueprint=nothing)
+
+    theirs, ours = onnx.load(written.path).graph, onnx.load_from_string(opened[0]).graph
+    assert written.dynamic_batch == isinstance(network, nn.Sequential)
+    assert ours.input == theirs.input
+    assert ours.node == theirs.node
+    assert ours.initializer == theirs.initializer

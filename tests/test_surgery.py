@@ -92,7 +92,7 @@ def test_any_plan_of_a_zoo_network_equals_its_masked_twin(
 
 def test_masked_twin_differs_from_the_unpruned_network(toy: PrunableNetwork) -> None:
     """Equality above would be worth nothing if masking did nothing."""
-    plan = PruningPlan.from_scores(toy.graph, toy.graph.sizes // 3, np.zeros(toy.graph.units))
+    plan = PruningPlan.from_counts(toy.graph, toy.graph.sizes // 3)
 
     before, after = outputs(toy.model, toy.example_inputs), outputs(toy.masked(plan), toy.example_inputs)
 
@@ -102,7 +102,7 @@ def test_masked_twin_differs_from_the_unpruned_network(toy: PrunableNetwork) -> 
 def test_smallest_plan_runs(toy: PrunableNetwork) -> None:
     """One channel of each group: dimensions of size 1 are where squeezing and broadcasting go wrong."""
     ones = np.ones(len(toy.graph.groups), dtype=np.int64)
-    plan = PruningPlan.from_scores(toy.graph, ones, np.zeros(toy.graph.units))
+    plan = PruningPlan.from_counts(toy.graph, ones)
 
     assert difference(toy, plan, torch.float64) < 1e-9
 

@@ -53,7 +53,8 @@ def _cards(content: Record) -> Iterator[Card]:
     yield Card("peak memory", f"{memory['bytes'] / 2**20:.3g} MiB", f"of activations, in {where}")
     if content.get("latency_seconds"):
         least = f"down to {percent(reachable['latency'])}" if "latency" in reachable else ""
-        yield Card("latency", milliseconds(content["latency_seconds"]), f"measured, unpruned; {least}")
+        origin = "measured" if content.get("latency_measured") else "predicted"
+        yield Card("latency", milliseconds(content["latency_seconds"]), f"{origin}, unpruned; {least}")
     channels = sum(group["channels"] for group in content["groups"])
     yield Card("prunable groups", str(len(content["groups"])), f"{channels:,} channels")
     if content["blocks"]:
