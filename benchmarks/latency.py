@@ -38,13 +38,19 @@ from prunegym.agents.setup import bare_network
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.files import plain, read_json, write_json
-from prunegym.pruning.latency import Latency, LatencySettings, device_fingerprint, ready_to_measure, take_turns
+from prunegym.pruning.latency import (
+    Latency,
+    LatencySettings,
+    device_fingerprint,
+    ready_to_measure,
+    take_turns_in_sessions,
+)
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import export_onnx, open_session, with_batch
+from prunegym.pruning.onnx_export import export_onnx, with_batch
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import recalibrate
-from prunegym.pruning.runtimes import RUNTIMES, session_run
+from prunegym.pruning.runtimes import RUNTIMES, session_opener
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.speed_up import speed_up
 from prunegym.pruning.task import ClassificationTask
@@ -241,10 +247,9 @@ def measure_files(work: Work, pruned: torch.nn.Module) -> tuple[Latency, Latency
     """Measure the exported files of the unpruned and the pruned network side by side, as the search measures."""
     example = with_batch(work.network.example_inputs, 1)
     with ready_to_measure(work.table.settings) as ready:
-        runs = {}
-        for name, model in ((UNPRUNED, work.network.model), (PRUNED, pruned)):
-            runs[name] = session_run(open_session(work.exported(name, model), 1), example, ready.device)
-        samples = take_turns(runs, ready)
+        files = {name: work.exported(name, one) for name, one in ((UNPRUNED, work.network.model), (PRUNED, pruned))}
+        openers = {name: session_opener(data, example, ready) for name, data in files.items()}
+        samples = take_turns_in_sessions(openers, ready)
     before, after = (Latency.from_samples(times, ready) for times in samples.values())
     return before, after
 

@@ -31,7 +31,7 @@ from prunegym.agents.training.loop import train
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.files import read_json, write_json
-from prunegym.pruning.latency import Latency, prepare_run, ready_to_measure, take_turns
+from prunegym.pruning.latency import Latency, prepare, ready_to_measure, take_turns_in_sessions
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.onnx_export import with_batch
@@ -200,8 +200,9 @@ def side_by_side(problem: PruningProblem, plans: dict[str, PruningPlan]) -> dict
     with ready_to_measure(_known(problem).settings) as ready:
         inputs = with_batch(network.example_inputs, ready.batch_size)
         models = {"unpruned": network.model, **{name: network.pruned(plan) for name, plan in plans.items()}}
-        runs = {name: prepare_run(name, model, inputs, ready) for name, model in models.items()}
-        measured = {name: Latency.from_samples(one, ready) for name, one in take_turns(runs, ready).items()}
+        openers = {name: prepare(name, model, inputs, ready) for name, model in models.items()}
+        samples = take_turns_in_sessions(openers, ready)
+    measured = {name: Latency.from_samples(one, ready) for name, one in samples.items()}
     return {name: speed_up(measured["unpruned"], measured[name]) for name in plans}
 
 

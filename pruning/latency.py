@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.onnx_export import with_batch
-from prunegym.pruning.runtimes import DTYPES, RUNTIMES, Run, runtime_named, wait_for
+from prunegym.pruning.runtimes import DTYPES, RUNTIMES, Opener, Run, runtime_named, wait_for
 
 #: Turns that are made even if they exceed the time limit; quartiles of fewer say nothing.
 _FEWEST_TURNS = 5
+#: Times that each network is loaded for a measurement.
+_SESSIONS = 3
 #: Timed runs of one turn, whose median counts.
 _RUNS_PER_TURN = 3
 #: Seconds of a run above which a turn is one run: refilling the caches is no part of it that can be seen.
@@ -164,8 +166,8 @@ def compare_latency(
     """
     with ready_to_measure(settings or LatencySettings()) as known:
         inputs = with_batch(example_inputs, known.batch_size)
-        runs = {name: prepare_run(name, model, inputs, known) for name, model in models.items()}
-        samples = take_turns(runs, known, clock)
+        prepared = {name: prepare(name, model, inputs, known) for name, model in models.items()}
+        samples = take_turns_in_sessions(prepared, known, clock)
     return {name: Latency.from_samples(times, known) for name, times in samples.items()}
 
 
@@ -181,25 +183,58 @@ def ready_to_measure(settings: LatencySettings) -> Iterator[LatencySettings]:
         yield replace(settings, threads=threads)
 
 
-@torch.inference_mode()
-def take_turns(
-    runs: Mapping[str, Run], settings: LatencySettings, clock: Clock = time.perf_counter
+def take_turns_in_sessions(
+    openers: Mapping[str, Opener], settings: LatencySettings, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Warm up, then let each network take its turns.
+    """Load the networks a few times, and let them take part of their turns each time.
+
+    Where the memory of a network happens to lie makes it faster or slower for as long as it is loaded, which no number
+    of turns averages out.
 
     Args:
-        runs: from :func:`prepare_run`.
-        settings: how many turns, and for how long.
+        openers: from :func:`prepare`.
+        settings: how many turns in all, and for how long.
         clock: gives seconds.
 
     Returns:
         Seconds per run of each turn, by network.
     """
+    samples: dict[str, list[float]] = {name: [] for name in openers}
+    sessions = max(1, min(_SESSIONS, settings.repeats // _FEWEST_TURNS))
+    warmup, fewest = -(-settings.warmup // sessions), -(-_FEWEST_TURNS // sessions)
+    for number in range(sessions):
+        turns = settings.repeats * (number + 1) // sessions - settings.repeats * number // sessions
+        part = replace(settings, warmup=warmup, repeats=turns, time_limit=settings.time_limit / sessions)
+        runs = {name: opener() for name, opener in openers.items()}
+        for name, times in take_turns(runs, part, clock, fewest=fewest).items():
+            samples[name] += times
+    return samples
+
+
+@torch.inference_mode()
+def take_turns(
+    runs: Mapping[str, Run],
+    settings: LatencySettings,
+    clock: Clock = time.perf_counter,
+    *,
+    fewest: int = _FEWEST_TURNS,
+) -> dict[str, list[float]]:
+    """Warm up, then let each network take its turns.
+
+    Args:
+        runs: of networks that are loaded.
+        settings: how many turns, and for how long.
+        clock: gives seconds.
+        fewest: turns that are made even if they exceed the time.
+
+    Returns:
+        Seconds per run of each turn, by network.
+    """
     with _no_garbage_collection():
-        return _turns(runs, settings, clock)
+        return _turns(runs, settings, clock, fewest)
 
 
-def _turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock) -> dict[str, list[float]]:
+def _turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock, fewest: int) -> dict[str, list[float]]:
     longest = 0.0
     for _ in range(settings.warmup):
         longest = max(_seconds(run, clock) for run in runs.values())
@@ -207,7 +242,7 @@ def _turns(runs: Mapping[str, Run], settings: LatencySettings, clock: Clock) -> 
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = clock()
     for done in range(settings.repeats):
-        if done >= _FEWEST_TURNS and clock() - start > settings.time_limit:
+        if done >= fewest and clock() - start > settings.time_limit:
             break
         for name, run in runs.items():
             for _ in range(untimed):
@@ -232,8 +267,8 @@ def _seconds(run: Run, clock: Clock) -> float:
     return clock() - before
 
 
-def prepare_run(name: str, model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings) -> Run:
-    """What is timed, after one run that shows that it works.
+def prepare(name: str, model: nn.Module, inputs: tuple[Any, ...], settings: LatencySettings) -> Opener:
+    """Make a network ready to be loaded; what is loaded is run once, which shows that it works.
 
     Args:
         name: of the network, for errors.
@@ -244,12 +279,18 @@ def prepare_run(name: str, model: nn.Module, inputs: tuple[Any, ...], settings: 
     Raises:
         PruningError: it does not run.
     """
-    with refusing(name, settings):
-        with torch.no_grad():
-            run = runtime_named(settings.backend).prepare(model, inputs, settings)
-        with torch.inference_mode():  # as it is timed: torch.compile compiles for the mode that it sees
-            run()
-    return run
+    with refusing(name, settings), torch.no_grad():
+        opener = runtime_named(settings.backend).prepare(model, inputs, settings)
+
+    def open_and_run() -> Run:
+        with refusing(name, settings):
+            with torch.no_grad():
+                run = opener()
+            with torch.inference_mode():  # as it is timed: torch.compile compiles for the mode that it sees
+                run()
+        return run
+
+    return open_and_run
 
 
 @contextmanager

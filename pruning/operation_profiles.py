@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunegym.pruning.graph import Operation
-from prunegym.pruning.latency import Clock, LatencySettings, prepare_run, refusing, waiting_clock
+from prunegym.pruning.latency import Clock, LatencySettings, prepare, refusing, waiting_clock
 from prunegym.pruning.onnx_export import on_cpu, onnx_bytes, open_session
 from prunegym.pruning.onnx_names import named_after_operations, operation_of
 from prunegym.pruning.runtimes import Run, compile_openvino, on_device, session_run
@@ -118,7 +118,7 @@ def _torch_probe(
         seconds = np.quantile(np.array([row for row, _ in tables]), QUANTILE, axis=0)
         return Profile(seconds, tables[-1][1])
 
-    return Probe(prepare_run(_NAME, model, inputs, settings), profile)
+    return Probe(prepare(_NAME, model, inputs, settings)(), profile)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What runs a network when its latency is measured: torch, torch.compile, ONNX Runtime, OpenVINO.
 
-A runtime is one function: it takes a network, inputs and settings, and returns a function that runs the network
-once and waits until it is done. To add one, write that function and enter it in :data:`RUNTIMES`.
+A runtime is one function: it takes a network, inputs and settings, and returns a function that loads the network. What
+that returns runs it once and waits until it is done. To add a runtime, write such a function and enter it in
+:data:`RUNTIMES`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from prunegym.pruning.onnx_export import (
 
 Run = Callable[[], object]
 """Runs a network once, and returns when its outputs are there."""
+Opener = Callable[[], Run]
+"""Loads a network that has been prepared, and gives a run of it. Each call loads it afresh, where that is cheap."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: Stands for every kind of device that is not listed.
@@ -60,7 +63,7 @@ class RunSettings(Protocol):
 class Runtime:
     """One way to run a network."""
 
-    prepare: Callable[[nn.Module, tuple[Any, ...], RunSettings], Run]
+    prepare: Callable[[nn.Module, tuple[Any, ...], RunSettings], Opener]
     """Makes ready a copy of a network in evaluation mode, and inputs that have the batch size wanted."""
     dtypes: Mapping[str, tuple[str, ...]]
     """Data types that it takes, by kind of device; it runs on no other device."""
@@ -104,12 +107,15 @@ def runtime_named(name: str) -> Runtime:
 # ---- torch
 
 
-def _eager(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
-    twin, moved = on_device(model, inputs, settings)
-    return _waiting(lambda: twin(*moved), settings.device)
+def _eager(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Opener:
+    def open_copy() -> Run:
+        twin, moved = on_device(model, inputs, settings)
+        return _waiting(lambda: twin(*moved), settings.device)
+
+    return open_copy
 
 
-def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
+def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Opener:
     if settings.device.startswith("cpu"):
         _require_compiler()
     twin, moved = on_device(model, inputs, settings)
@@ -121,7 +127,8 @@ def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) 
     # networks of one class, which pruned ones are, need code objects of their own
     call.__code__ = call.__code__.replace()
     compiled = torch.compile(call, dynamic=False)
-    return _waiting(lambda: compiled(*moved), settings.device)
+    run = _waiting(lambda: compiled(*moved), settings.device)
+    return lambda: run  # to compile again would take longer than all turns
 
 
 def on_device(
@@ -172,14 +179,21 @@ def _require_compiler() -> None:
 # ---- ONNX Runtime
 
 
-def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
+def _onnxruntime(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Opener:
     check_provider(settings.device)  # before an export that takes seconds
     dtype = torch.float16 if settings.dtype == "float16" else torch.float32
     twin, placed = on_cpu(model, inputs, dtype)
-    session = open_session(
-        deployed_bytes(twin, placed), settings.threads or torch.get_num_threads(), device=settings.device
-    )
-    return session_run(session, placed, settings.device)
+    return session_opener(deployed_bytes(twin, placed), placed, settings)
+
+
+def session_opener(data: bytes, inputs: tuple[Any, ...], settings: RunSettings) -> Opener:
+    """Sessions of ONNX Runtime for a serialised model and inputs on the CPU."""
+
+    def open_one() -> Run:
+        session = open_session(data, settings.threads or torch.get_num_threads(), device=settings.device)
+        return session_run(session, inputs, settings.device)
+
+    return open_one
 
 
 def session_run(session: Any, inputs: tuple[Any, ...], device: str) -> Run:
@@ -224,10 +238,10 @@ def _bound(session: Any, feeds: Mapping[str, Any], device: str) -> Run:
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def _openvino(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Run:
+def _openvino(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> Opener:
     twin, placed = on_cpu(model, inputs, torch.float32)
-    run, _ = compile_openvino(onnx_bytes(twin, placed), placed, settings)
-    return run
+    data = onnx_bytes(twin, placed)
+    return lambda: compile_openvino(data, placed, settings)[0]
 
 
 def compile_openvino(

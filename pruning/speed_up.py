@@ -17,12 +17,12 @@ from prunegym.pruning.latency import (
     Latency,
     LatencySettings,
     drifted,
-    prepare_run,
+    prepare,
     ready_to_measure,
-    take_turns,
+    take_turns_in_sessions,
 )
 from prunegym.pruning.onnx_export import with_batch
-from prunegym.pruning.runtimes import Run
+from prunegym.pruning.runtimes import Opener
 
 LEVEL = 0.95
 _RESAMPLES = 2000
@@ -137,7 +137,7 @@ class Reference:
         self.settings = settings
         self._model, self._example = model, example_inputs
         self._clock = clock
-        self._run: Run | None = None
+        self._opener: Opener | None = None
 
     def beside(self, model: nn.Module) -> tuple[Latency, Latency]:
         """Measure the network and another side by side.
@@ -147,8 +147,8 @@ class Reference:
         """
         with ready_to_measure(self.settings) as settings:
             inputs = with_batch(self._example, settings.batch_size)
-            self._run = self._run or prepare_run("the unpruned network", self._model, inputs, settings)
-            runs = {"before": self._run, "after": prepare_run("the pruned network", model, inputs, settings)}
-            samples = take_turns(runs, settings, self._clock)
+            self._opener = self._opener or prepare("the unpruned network", self._model, inputs, settings)
+            openers = {"before": self._opener, "after": prepare("the pruned network", model, inputs, settings)}
+            samples = take_turns_in_sessions(openers, settings, self._clock)
         before, after = (Latency.from_samples(times, settings) for times in samples.values())
         return before, after

@@ -1,7 +1,7 @@
 """Latency measured with a clock that the networks under test set forward themselves."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import Clock, Latency, LatencySettings, compare_latency, device_fingerprint, drifted
+from prunegym.pruning.latency import (
+    Clock,
+    Latency,
+    LatencySettings,
+    compare_latency,
+    device_fingerprint,
+    drifted,
+    take_turns_in_sessions,
+)
 
 IMAGES = torch.zeros(1, 3, 4, 4)
 #: One timed run that shows that a network works comes before the warm-up.
@@ -112,7 +120,29 @@ def test_time_limit_ends_the_repeats_but_leaves_enough_for_quartiles() -> None:
     long = measured(network, IMAGES, LatencySettings(repeats=50, time_limit=9.5), clock=clock)
     short = measured(network, IMAGES, LatencySettings(repeats=50, time_limit=0.1), clock=clock)
 
-    assert (long.repeats, short.repeats) == (10, 5)
+    assert (long.repeats, short.repeats) == (12, 6)  # in three sessions, each with a third of the time
+
+
+def test_networks_are_loaded_afresh_for_a_part_of_their_turns() -> None:
+    """A network is faster or slower for as long as it lies where it does in memory."""
+    loads: dict[str, int] = dict.fromkeys("ab", 0)
+
+    def opener(name: str) -> Callable[[], Callable[[], None]]:
+        def load() -> Callable[[], None]:
+            loads[name] += 1
+            return lambda: log.append(f"{name}{loads[name]}")
+
+        return load
+
+    log: list[str] = []
+    samples = take_turns_in_sessions(
+        {name: opener(name) for name in "ab"}, LatencySettings(warmup=3, repeats=16), lambda: 0.0
+    )
+
+    assert [len(times) for times in samples.values()] == [16, 16]
+    assert list(dict.fromkeys(log)) == ["a1", "b1", "a2", "b2", "a3", "b3"]
+    runs_per_turn = 1 + 3  # the first brings the network back into the caches
+    assert [log.count(f"a{number}") for number in (1, 2, 3)] == [1 + turns * runs_per_turn for turns in (5, 5, 6)]
 
 
 def test_threads_are_set_for_the_measurement_only() -> None:
