@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.fitting import fit
 from prunegym.agents.latency_budget import within_measured_budget
 from prunegym.agents.options import LatencyOptions
+from prunegym.agents.plan_checks import check_cost, check_outputs
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table
@@ -28,10 +27,8 @@ from prunegym.pruning.cost import Cost
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.latency import compare_latency
 from prunegym.pruning.memory import PeakMemory, peak_memory
-from prunegym.pruning.modes import evaluating
 from prunegym.pruning.module_times import TimeProfile, compare_module_times
-from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
-from prunegym.pruning.onnx_export import with_batch
+from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recipe import NO_SOURCE, Blueprint
 from prunegym.pruning.saving import save_network
@@ -238,48 +235,6 @@ def check_fine_tuning(problem: PruningProblem, config: PruneConfig) -> None:
         scorer, settings = problem.scorer, config.training_settings(config.seed)
         teacher = scorer.network.model if config.distill else None
         check_training(scorer.network.model, scorer.task, settings, teacher=teacher, device=scorer.device)
-
-
-def check_cost(network: PrunableNetwork, model: nn.Module, expected: Cost) -> None:
-    """Count the rebuilt network by other means, and refuse it if it is not as cheap as its plan says.
-
-    Raises:
-        PruningError: It is not: an error of this library, which must not go unnoticed.
-    """
-    parameters = sum(one.numel() for one in model.parameters())
-    macs = count_macs(network, model)
-    # where the counter does not know an operation of the network, nothing can be compared
-    comparable = count_macs(network, network.model) == network.full_cost.macs
-    if parameters != expected.parameters or (comparable and macs != expected.macs):
-        raise PruningError(
-            f"`plan` should cost what it promises, {expected.macs} MACs and {expected.parameters} "
-            f"parameters. Received a network of {macs} MACs and {parameters} parameters. "
-            "Please report this network; until then keep the layers concerned with --keep."
-        )
-
-
-def check_outputs(network: PrunableNetwork, plan: PruningPlan) -> None:
-    """Compare the network that a plan leaves with its masked twin on the example inputs.
-
-    Raises:
-        PruningError: They differ: something depends on a number of channels, unseen when the network was traced.
-    """
-    difference = network.check(plan)
-    if not difference <= CHECK_TOLERANCE:
-        raise PruningError(
-            "`plan` should leave a network that computes what the unpruned one does with the removed channels unread. "
-            f"Received one whose outputs differ by {difference:.2g} of their size. Please report this network; until "
-            "then keep the layers concerned with --keep."
-        )
-
-
-def count_macs(network: PrunableNetwork, model: nn.Module) -> int:
-    """MACs of a model on one example of the network's input, counted by PyTorch while it runs."""
-    device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    inputs = tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), with_batch(network.example_inputs, 1))
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return int(counter.get_total_flops()) // 2
 
 
 def measure_speed(

@@ -394,6 +394,8 @@ def test_what_is_no_network_is_refused(toys: Callable[[str], PrunableNetwork], t
         prunegym.finetune(finder(), Boxes(), distill=True)
     with pytest.raises(PruningError, match="`example_inputs` should be given"):
         prunegym.export(finder(), tmp_path)
+    with pytest.raises(PruningError, match="`source` should be given with a torch.nn.Module as `network`"):
+        prunegym.export(tmp_path, tmp_path / "a", source={"network": "digits_vgg"})
     with pytest.raises(PruningError, match="`source` should be a mapping for a task of one's own"):
         prunegym.finetune(finder(), Boxes(), source="digits_vgg")
     with pytest.raises(PruningError, match="Did you mean 'optimizer'"):

@@ -12,7 +12,8 @@ from torch import nn
 from prunegym.agents import fitting, prune
 from prunegym.agents.config import PruneConfig
 from prunegym.agents.options import LatencyOptions
-from prunegym.agents.prune import STAGES, PruneResult, carry_out, check_outputs, count_macs, describe, find_plan
+from prunegym.agents.plan_checks import check_cost, check_outputs, count_macs
+from prunegym.agents.prune import STAGES, PruneResult, carry_out, describe, find_plan
 from prunegym.agents.reload import largest_difference, main, same_in_new_process, save_example
 from prunegym.agents.runs import RunFolder
 from prunegym.agents.searchers import SearchResult
@@ -148,7 +149,7 @@ def test_network_that_does_not_cost_what_was_promised_is_refused(result: PruneRe
     expected = Cost(result.after.macs + wrong.macs, result.after.parameters + wrong.parameters)
 
     with pytest.raises(PruningError, match="`plan` should cost what it promises"):
-        prune.check_cost(result.network, result.model, expected)
+        check_cost(result.network, result.model, expected)
 
 
 def test_costs_of_every_network_are_counted_alike(

@@ -15,7 +15,8 @@ from torch import nn
 
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.fitting import CHECKPOINT
-from prunegym.agents.prune import check_cost, count_macs, fine_tune
+from prunegym.agents.plan_checks import check_cost, count_macs
+from prunegym.agents.prune import fine_tune
 from prunegym.agents.runs import RunFolder, slug
 from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
