@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prunegym.agents.searchers import SearchResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.latency import Latency
+from prunegym.pruning.latency import TURNS_PER_SESSION, Latency
 from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.speed_up import LEVEL, median_interval, speed_up
@@ -184,10 +184,11 @@ class _LimitSearch:
         """Measure the plan with these counts against the budget."""
         before, after = measure(self.plan(counts))
         if self.budget.absolute:
-            excess, low, _ = (one / self.budget.value for one in median_interval(after.samples))
+            found = median_interval(after.samples, block=TURNS_PER_SESSION)
+            excess, low, _ = (one / self.budget.value for one in found)
         else:
-            found = speed_up(before, after)
-            excess, low = (1 / one / self.budget.value for one in (found.ratio, found.high))
+            faster = speed_up(before, after)
+            excess, low = (1 / one / self.budget.value for one in (faster.ratio, faster.high))
         return _Trial(counts, before, after, excess, low)
 
     def next_share(self, tried: list[_Trial]) -> float | None:

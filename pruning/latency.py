@@ -26,8 +26,10 @@ from prunegym.pruning.runtimes import DTYPES, RUNTIMES, Opener, Run, runtime_nam
 
 #: Turns that are made even if they exceed the time limit; quartiles of fewer say nothing.
 _FEWEST_TURNS = 5
-#: Times that each network is loaded for a measurement.
-_SESSIONS = 3
+TURNS_PER_SESSION = 5
+"""Turns that networks take before they are loaded afresh, at least, if so many are made."""
+#: Times that each network is loaded for a measurement, at most.
+_SESSIONS = 10
 #: Timed runs of one turn, whose median counts.
 _RUNS_PER_TURN = 3
 #: Seconds of a run above which a turn is one run: refilling the caches is no part of it that can be seen.
@@ -200,7 +202,7 @@ def take_turns_in_sessions(
         Seconds per run of each turn, by network.
     """
     samples: dict[str, list[float]] = {name: [] for name in openers}
-    sessions = max(1, min(_SESSIONS, settings.repeats // _FEWEST_TURNS))
+    sessions = max(1, min(_SESSIONS, settings.repeats // TURNS_PER_SESSION))
     warmup, fewest = -(-settings.warmup // sessions), -(-_FEWEST_TURNS // sessions)
     for number in range(sessions):
         turns = settings.repeats * (number + 1) // sessions - settings.repeats * number // sessions

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.latency import (
+    TURNS_PER_SESSION,
     Clock,
     Latency,
     LatencySettings,
@@ -26,6 +29,7 @@ from prunegym.pruning.runtimes import Opener
 
 LEVEL = 0.95
 _RESAMPLES = 2000
+_FEWEST_BLOCKS = 5
 _SHOWN = 3  # significant digits
 
 
@@ -36,7 +40,7 @@ class SpeedUp:
     ratio: float
     """Median over the turns; above 1 is faster."""
     low: float
-    """The interval of the ratio: a bootstrap over the turns."""
+    """The interval of the ratio: a bootstrap over sessions."""
     high: float
     turns: int
     conditions: str
@@ -91,7 +95,7 @@ def speed_up(before: Latency, after: Latency) -> SpeedUp:
     # a clock too coarse for a tiny network may show no time at all
     floor = np.finfo(np.float64).tiny
     ratios = np.maximum(before.samples, floor) / np.maximum(after.samples, floor)
-    ratio, low, high = median_interval(ratios)
+    ratio, low, high = median_interval(ratios, block=TURNS_PER_SESSION)
     return SpeedUp(
         ratio=ratio,
         low=low,
@@ -102,18 +106,41 @@ def speed_up(before: Latency, after: Latency) -> SpeedUp:
     )
 
 
-def median_interval(samples: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
+def median_interval(
+    samples: Sequence[float] | NDArray[np.float64], *, block: int = 1
+) -> tuple[float, float, float]:
     """Median of samples, and its interval by a percentile bootstrap.
 
-    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; blocks: Künsch, "The Jackknife and the Bootstrap
+    for General Stationary Observations", 1989; expanded for few draws: Hesterberg, "What Teachers Should Know About the
+    Bootstrap", 2015.
+
+    Args:
+        samples: positive, in the order in which they were taken.
+        block: samples that are drawn together because they resemble each other, such as those of a session; with
+            fewer than five blocks each sample is drawn by itself.
 
     Returns:
         The median, and the lower and upper end of its interval at :data:`LEVEL`.
     """
     values = np.asarray(samples, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    ends = np.quantile(np.median(values[drawn], axis=1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(np.median(values)), float(ends[0]), float(ends[1])
+    whole = len(values) // block
+    blocks = values[: whole * block].reshape(whole, block) if whole >= _FEWEST_BLOCKS else values[:, None]
+    drawn = np.random.default_rng(0).integers(len(blocks), size=(_RESAMPLES, len(blocks)))
+    medians = np.median(blocks[drawn].reshape(_RESAMPLES, -1), axis=1)
+    middle = max(float(np.median(values)), float(np.finfo(np.float64).tiny))
+    ends = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    # on the scale of logarithms: times and their ratios are positive
+    low, high = (middle * (ends / middle) ** _expansion(len(blocks))).tolist()
+    return middle, low, high
+
+
+def _expansion(count: int) -> float:
+    """By how much percentile intervals from so few draws are too narrow (Hesterberg 2015)."""
+    if count < 2:
+        return 1.0
+    tail = (1 + LEVEL) / 2
+    return float(student.ppf(tail, count - 1) / normal.ppf(tail) * np.sqrt(count / (count - 1)))
 
 
 class Reference:

@@ -117,10 +117,10 @@ def test_time_limit_ends_the_repeats_but_leaves_enough_for_quartiles() -> None:
     """A slow network is not run fifty times."""
     clock, network, _ = sleeper(1.0)
 
-    long = measured(network, IMAGES, LatencySettings(repeats=50, time_limit=9.5), clock=clock)
+    long = measured(network, IMAGES, LatencySettings(repeats=50, time_limit=15), clock=clock)
     short = measured(network, IMAGES, LatencySettings(repeats=50, time_limit=0.1), clock=clock)
 
-    assert (long.repeats, short.repeats) == (12, 6)  # in three sessions, each with a third of the time
+    assert (long.repeats, short.repeats) == (20, 10)  # in ten sessions, each with a tenth of the time
 
 
 def test_networks_are_loaded_afresh_for_a_part_of_their_turns() -> None:
