@@ -11,23 +11,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from prunegym.agents.config import PruneConfig
+from prunegym.agents.configuration.config import PruneConfig
+from prunegym.agents.configuration.options import LatencyOptions, ProblemOptions, parse_budgets
+from prunegym.agents.configuration.width_options import WidthOptions
 from prunegym.agents.deployment.finetune import FinetuneResult
 from prunegym.agents.face_options import TaskLike, as_task, checked_options, data_name, texts_of
 from prunegym.agents.inspect import Inspection, inspect_network
-from prunegym.agents.options import LatencyOptions, ProblemOptions, parse_budgets
 from prunegym.agents.prune import PruneResult, carry_out, check_fine_tuning, find_plan
 from prunegym.agents.prune import save as save_pruned
 from prunegym.agents.setup import assemble_problem, build_prunable, given_criteria, latency_cache, network_source
-from prunegym.agents.width_options import WidthOptions
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.data import DataSplits
+from prunegym.pruning.datasets.data import DataSplits
+from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.saving import load_network
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
 
@@ -99,7 +99,7 @@ def prune(
             classification, by name, file or folder.
         budget: What may remain, such as ``macs:0.5``, ``params:0.3``, ``latency:0.7`` or ``latency:12ms``.
         searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform``, ``random`` or another of
-            ``prunegym.agents.searchers.SEARCHERS``; by default the policy if there is one, else the knapsack
+            ``prunegym.agents.searching.searchers.SEARCHERS``; by default the policy if there is one, else the knapsack
             allocator.
         policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
@@ -119,8 +119,8 @@ def prune(
         seed: Of everything random.
         progress: Show bars on standard error.
         **options: Any other option of ``prunegym prune``, such as ``criterion``, ``regime`` or ``distill``,
-            under the name it has in :class:`prunegym.agents.config.PruneConfig`. One that is unknown, or would
-            change nothing, is refused: ``split_seed`` where the data are read already, ``temperature`` without
+            under the name it has in :class:`prunegym.agents.configuration.config.PruneConfig`. One that is unknown, or
+            would change nothing, is refused: ``split_seed`` where the data are read already, ``temperature`` without
             ``distill``.
 
     Returns:
@@ -194,8 +194,8 @@ def make_env(
         device: Where to compute.
         seed: Of the recovery steps. The environment itself is seeded by ``reset``.
         **options: Any other option of how plans are scored, such as ``criterion``, ``regime`` or
-            ``reward_examples``, under the name it has in :class:`prunegym.agents.options.ProblemOptions`. One that
-            is unknown, or would change nothing, is refused.
+            ``reward_examples``, under the name it has in :class:`prunegym.agents.configuration.options.ProblemOptions`.
+            One that is unknown, or would change nothing, is refused.
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.

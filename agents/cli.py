@@ -17,7 +17,7 @@ from typing import Annotated, TextIO, TypeAlias
 import tyro
 
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.config import (
+from prunegym.agents.configuration.config import (
     DemoConfig,
     EvaluateConfig,
     InspectConfig,
@@ -28,8 +28,8 @@ from prunegym.agents.config import (
 )
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.report.config import ReportConfig
-from prunegym.agents.running import Reporter, Result
-from prunegym.agents.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
+from prunegym.agents.run_folders.running import Reporter, Result
+from prunegym.agents.run_folders.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import DISK_FULL, plain, write_failure
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunegym.agents.agent_commands import run_evaluate, run_train, run_transfer
-from prunegym.agents.config import (
+from prunegym.agents.configuration.config import (
     DemoConfig,
     EvaluateConfig,
     InspectConfig,
@@ -23,9 +23,9 @@ from prunegym.agents.config import (
 )
 from prunegym.agents.demo_report import write_report
 from prunegym.agents.network_commands import run_inspect, run_pretrain, run_prune
-from prunegym.agents.reload import same_in_new_process
-from prunegym.agents.running import RESULT, Launch, Reporter, Result
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.reload import same_in_new_process
+from prunegym.agents.run_folders.running import RESULT, Launch, Reporter, Result
+from prunegym.agents.run_folders.runs import RunFolder
 
 #: Coupled by shortcuts; and one with depthwise convolutions and squeeze-and-excitation, new to the agent.
 HOME, FOREIGN = "digits_resnet", "digits_mobilenet"

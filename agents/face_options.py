@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from prunegym.agents.option_rules import Options
-from prunegym.agents.options import DataOptions
+from prunegym.agents.configuration.option_rules import Options
+from prunegym.agents.configuration.options import DataOptions
 from prunegym.agents.setup import build_task
-from prunegym.pruning.data import DataSplits
+from prunegym.pruning.datasets.data import DataSplits
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.task import ClassificationTask, Task
 

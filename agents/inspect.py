@@ -12,9 +12,9 @@ from prunegym.agents.tables import format_table
 from prunegym.pruning.budget import LatencyModel
 from prunegym.pruning.files import plain
 from prunegym.pruning.graph import ChannelGroup
-from prunegym.pruning.latency_table import LatencyTable, TableError
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.timing.latency_table import LatencyTable, TableError
 from prunegym.pruning.widths import WidthRules
 
 #: Layers shown of a list in the text; JSON has all.

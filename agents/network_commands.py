@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig
+from prunegym.agents.configuration.config import InspectConfig, PretrainConfig, PruneConfig
 from prunegym.agents.inspect import inspect_network
-from prunegym.agents.journal import JOURNAL, journaled
-from prunegym.agents.policy_file import load_policy
+from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
 from prunegym.agents.prune import carry_out, check_fine_tuning, describe, find_plan, save
-from prunegym.agents.records import save_attention, save_networks
-from prunegym.agents.reload import EXAMPLE, save_example
-from prunegym.agents.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SearchResult
+from prunegym.agents.run_folders.journal import JOURNAL, journaled
+from prunegym.agents.run_folders.records import save_attention, save_networks
+from prunegym.agents.run_folders.reload import EXAMPLE, save_example
+from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.run_folders.time_limit import TimeLimit
+from prunegym.agents.searching.searchers import SearchResult
+from prunegym.agents.searching.stored_search import load_search, save_search
 from prunegym.agents.setup import (
     bare_network,
     build_model,
@@ -23,14 +25,12 @@ from prunegym.agents.setup import (
     network_source,
     seed_everything,
 )
-from prunegym.agents.stored_search import load_search, save_search
-from prunegym.agents.time_limit import TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.export import check_formats, check_program, export_network
+from prunegym.pruning.deployment.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
-from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.training import check_devices, check_training
 
 #: Images whose outputs are kept with a pruned network, so that whoever loads it can compare.

@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.pruning.cost import Cost
+from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
-from prunegym.pruning.onnx_export import with_batch
 from prunegym.pruning.plan import PruningPlan
 
 

@@ -12,27 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunegym.agents.config import PruneConfig
+from prunegym.agents.configuration.config import PruneConfig
+from prunegym.agents.configuration.options import LatencyOptions
 from prunegym.agents.fitting import fit
-from prunegym.agents.latency_budget import within_measured_budget
-from prunegym.agents.options import LatencyOptions
 from prunegym.agents.plan_checks import check_cost, check_outputs
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.searching.latency_budget import within_measured_budget
+from prunegym.agents.searching.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
+from prunegym.pruning.deployment.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.deployment.saving import save_network
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import compare_latency
 from prunegym.pruning.memory import PeakMemory, peak_memory
-from prunegym.pruning.module_times import TimeProfile, compare_module_times
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.recipe import NO_SOURCE, Blueprint
-from prunegym.pruning.saving import save_network
-from prunegym.pruning.speed_up import speed_up
+from prunegym.pruning.timing.latency import compare_latency
+from prunegym.pruning.timing.module_times import TimeProfile, compare_module_times
+from prunegym.pruning.timing.speed_up import speed_up
 from prunegym.pruning.training import EpochRow, check_training, compare_networks
 
 #: Names of the scores of a result, in the order in which they come about.

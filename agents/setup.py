@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from prunegym.agents.options import DataOptions, ProblemOptions, ScoringOptions
+from prunegym.agents.configuration.options import DataOptions, ProblemOptions, ScoringOptions
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.criteria import ENCODER_ATTENTION, Criterion
-from prunegym.pruning.data import DataSplits, default_data_root, load_data
-from prunegym.pruning.latency import LatencySettings
-from prunegym.pruning.latency_table import LatencyTable
+from prunegym.pruning.datasets.data import DataSplits, default_data_root, load_data
+from prunegym.pruning.importance.criteria import ENCODER_ATTENTION, Criterion
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network, input_shape_of
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
+from prunegym.pruning.timing.latency import LatencySettings
+from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.widths import WidthRules
-from prunegym.pruning.zoo import build_network, input_shape_of
 
 #: Examples that a network is traced on: two, so that a batch of one is not taken for a broadcast dimension.
 TRACED_EXAMPLES = 2
@@ -56,7 +56,7 @@ def build_task(options: DataOptions) -> ClassificationTask:
 
 
 def network_source(name: str, data: DataSplits) -> dict[str, Any]:
-    """How to build a network for data: the arguments of :func:`~prunegym.pruning.zoo.build_network`."""
+    """How to build a network for data: the arguments of :func:`~prunegym.pruning.networks.zoo.build_network`."""
     channels, height, _ = data.input_shape
     return {"network": name, "num_classes": data.num_classes, "in_channels": channels, "image_size": height}
 
@@ -158,8 +158,8 @@ def given_criteria(options: ScoringOptions, network: PrunableNetwork) -> dict[st
     policy: Path | None = getattr(options, "policy", None)
     if options.criterion != ENCODER_ATTENTION or policy is None:
         return {}
-    from prunegym.agents.encoder_attention import EncoderAttention
-    from prunegym.agents.policy_file import load_policy
+    from prunegym.agents.policies.encoder_attention import EncoderAttention
+    from prunegym.agents.policies.policy_file import load_policy
 
     agent, _ = load_policy(policy)
     return {ENCODER_ATTENTION: EncoderAttention(agent, network)}

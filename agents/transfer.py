@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prunegym.agents.config import TransferConfig
+from prunegym.agents.configuration.config import TransferConfig
 from prunegym.agents.evaluate import KEY, TIMED, plan_row
-from prunegym.agents.finished_rows import FinishedRows
-from prunegym.agents.latency_budget import within_measured_budget
-from prunegym.agents.records import note_plan
-from prunegym.agents.runs import RunFolder, slug
-from prunegym.agents.searchers import SearchResult, SearchSettings, searcher_named
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.run_folders.finished_rows import FinishedRows
+from prunegym.agents.run_folders.records import note_plan
+from prunegym.agents.run_folders.runs import RunFolder, slug
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.searching.latency_budget import within_measured_budget
+from prunegym.agents.searching.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.training.loop import train
 from prunegym.agents.training.result import TrainResult
 from prunegym.envs.setting import PruningProblem

@@ -23,7 +23,7 @@ import tyro
 from rows import RESULTS, Table
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from prunegym.agents.config import TrainConfig
+from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.setup import build_problem
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.cluster import connected

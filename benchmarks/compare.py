@@ -21,8 +21,8 @@ from rows import RESULTS
 
 from prunegym.agents.comparison.command import run_compare
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.running import Reporter
-from prunegym.agents.searchers import SEARCHERS
+from prunegym.agents.run_folders.running import Reporter
+from prunegym.agents.searching.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
 TRAINED = ("uniform", "knapsack", "agent", "cmaes", "evolution")

@@ -36,13 +36,13 @@ from tqdm import tqdm
 
 from prunegym.pruning.allocation import uniform
 from prunegym.pruning.budget import Budget, apply_budget
-from prunegym.pruning.criteria import Context, unit_scores
+from prunegym.pruning.deployment.saving import load_network, save_network
+from prunegym.pruning.importance.criteria import Context, unit_scores
 from prunegym.pruning.network import PrunableNetwork, without_constants
+from prunegym.pruning.networks.zoo import build_network, input_shape_of
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.saving import load_network, save_network
 from prunegym.pruning.tracing.trace import trace
 from prunegym.pruning.widths import WidthRules
-from prunegym.pruning.zoo import build_network, input_shape_of
 
 TIMM_LIST = Path(__file__).parent / "coverage_timm.txt"
 CLASSES = 10

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import tyro
 from rows import RESULTS, Table
 
-from prunegym.agents.config import PruneConfig
+from prunegym.agents.configuration.config import PruneConfig
 from prunegym.agents.evaluate import plan_row
 from prunegym.agents.prune import find_plan
 from prunegym.agents.setup import build_problem

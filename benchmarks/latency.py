@@ -33,27 +33,27 @@ import torch
 import tyro
 from rows import RESULTS, Table, provenance
 
-from prunegym.agents.latency_budget import bring_to_budget
+from prunegym.agents.searching.latency_budget import bring_to_budget
 from prunegym.agents.setup import bare_network
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.deployment.onnx_export import export_onnx, with_batch
 from prunegym.pruning.files import plain, read_json, write_json
-from prunegym.pruning.latency import (
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.recovery import recalibrate
+from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.task import ClassificationTask
+from prunegym.pruning.timing.latency import (
     Latency,
     LatencySettings,
     device_fingerprint,
     ready_to_measure,
     take_turns_in_sessions,
 )
-from prunegym.pruning.latency_table import LatencyTable
-from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import export_onnx, with_batch
-from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.recovery import recalibrate
-from prunegym.pruning.runtimes import RUNTIMES, session_opener
-from prunegym.pruning.scoring import Scorer, ScorerSettings
-from prunegym.pruning.speed_up import speed_up
-from prunegym.pruning.task import ClassificationTask
+from prunegym.pruning.timing.latency_table import LatencyTable
+from prunegym.pruning.timing.runtimes import RUNTIMES, session_opener
+from prunegym.pruning.timing.speed_up import speed_up
 
 NETWORKS = ("cifar_resnet56", "mobilenet_v2")
 BACKEND = "onnxruntime"

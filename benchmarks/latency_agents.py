@@ -23,20 +23,20 @@ import tyro
 from numpy.typing import NDArray
 from rows import RESULTS, Table
 
-from prunegym.agents.config import TrainConfig
-from prunegym.agents.latency_budget import bring_to_budget
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.configuration.config import TrainConfig
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.searching.latency_budget import bring_to_budget
 from prunegym.agents.setup import build_problem
 from prunegym.agents.training.loop import train
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.files import read_json, write_json
-from prunegym.pruning.latency import Latency, prepare, ready_to_measure, take_turns_in_sessions
-from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.onnx_export import with_batch
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.speed_up import SpeedUp, speed_up
+from prunegym.pruning.timing.latency import Latency, prepare, ready_to_measure, take_turns_in_sessions
+from prunegym.pruning.timing.latency_table import LatencyTable
+from prunegym.pruning.timing.speed_up import SpeedUp, speed_up
 
 STAGES = ("macs", "match", "latency", "measure")
 SPLITS = ("selection", "test")

@@ -18,10 +18,10 @@ import numpy as np
 import tyro
 from rows import RESULTS, Table
 
-from prunegym.agents.config import TrainConfig
+from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.evaluate import plan_row
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SEARCHERS, SearchResult, SearchSettings, own_plan
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.searching.searchers import SEARCHERS, SearchResult, SearchSettings, own_plan
 from prunegym.agents.setup import build_problem
 from prunegym.agents.training.loop import METRICS, train
 from prunegym.envs.channel_pruning import ChannelPruningEnv

@@ -28,7 +28,7 @@ from proxy_table import write_tables
 from rows import RESULTS, Table
 from tqdm import tqdm
 
-from prunegym.agents.options import ProblemOptions
+from prunegym.agents.configuration.options import ProblemOptions
 from prunegym.agents.setup import build_problem
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import tyro
 from rows import RESULTS, Table
 
-from prunegym.agents.config import EvaluateConfig
+from prunegym.agents.configuration.config import EvaluateConfig
 from prunegym.agents.evaluate import plan_row
-from prunegym.agents.searchers import SearchResult, own_plan
+from prunegym.agents.searching.searchers import SearchResult, own_plan
 from prunegym.agents.setup import build_problem, build_task
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 

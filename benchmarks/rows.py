@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from prunegym.agents.provenance import describe_environment
+from prunegym.agents.run_folders.provenance import describe_environment
 from prunegym.pruning.files import replacing
 
 RESULTS = Path(__file__).parent / "results"

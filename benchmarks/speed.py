@@ -29,23 +29,23 @@ import tyro
 from gymnasium import spaces
 from rows import RESULTS, Table
 
-from prunegym.agents.config import TrainConfig
-from prunegym.agents.policy import PruningPolicy
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.configuration.config import TrainConfig
+from prunegym.agents.policies.policy import PruningPolicy
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.setup import assemble_problem, build_problem, build_task
 from prunegym.agents.training.loop import TIMING, train
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observation
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import recalibrating
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import evaluate_network
-from prunegym.pruning.zoo import build_network
 
 BUDGET = "macs:0.5"
 RECALIBRATION, SCORED = 512, 1000

@@ -15,8 +15,8 @@ from rows import RESULTS, Table
 
 from prunegym.agents.comparison import summary
 from prunegym.agents.comparison.bootstrap import Interval
-from prunegym.agents.finished_rows import ROWS
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.finished_rows import ROWS
+from prunegym.agents.run_folders.runs import RunFolder
 
 BUDGETS = ("macs:0.5", "macs:0.35")
 _HEADER = ("MACs kept", "50 %", "35 %")

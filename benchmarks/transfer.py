@@ -13,10 +13,10 @@ from pathlib import Path
 import tyro
 from rows import RESULTS, Table
 
-from prunegym.agents.config import EvaluateConfig
+from prunegym.agents.configuration.config import EvaluateConfig
 from prunegym.agents.evaluate import plan_row
-from prunegym.agents.policy_file import load_policy
-from prunegym.agents.searchers import SearchSettings, own_plan, searcher_named
+from prunegym.agents.policies.policy_file import load_policy
+from prunegym.agents.searching.searchers import SearchSettings, own_plan, searcher_named
 from prunegym.agents.setup import build_problem
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem

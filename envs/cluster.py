@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.user_code import user_code_by_value
+from prunegym.pruning.networks.user_code import user_code_by_value
 
 _PATIENCE = 10.0  # seconds for an address to answer
 

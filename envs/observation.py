@@ -16,10 +16,10 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from prunegym.pruning.criteria import Context, filters, unit_scores
 from prunegym.pruning.graph import ChannelGraph, Operation
+from prunegym.pruning.importance.criteria import Context, filters, unit_scores
+from prunegym.pruning.importance.statistics import Statistics
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.statistics import Statistics
 
 Observation: TypeAlias = dict[str, NDArray[np.generic]]
 Floats: TypeAlias = NDArray[np.float64]

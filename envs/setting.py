@@ -12,9 +12,9 @@ from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
 from prunegym.pruning.cost import CostModel
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.importance.statistics import Statistics
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
-from prunegym.pruning.statistics import Statistics
 from prunegym.pruning.widths import WidthRules, Widths
 
 IMPORTANCE = "taylor_squared"

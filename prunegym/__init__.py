@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from prunegym.agents.deployment.api import export, finetune
     from prunegym.agents.deployment.finetune import FinetuneResult
     from prunegym.agents.prune import PruneResult
-    from prunegym.pruning.data import load_data
+    from prunegym.pruning.datasets.data import load_data
+    from prunegym.pruning.deployment.export import Exported
+    from prunegym.pruning.deployment.program import export_program, load_program
     from prunegym.pruning.errors import InfeasibleBudgetError, PruningError, UnsupportedLayerError
-    from prunegym.pruning.export import Exported
+    from prunegym.pruning.networks.zoo import build_network
     from prunegym.pruning.plan import PruningPlan
-    from prunegym.pruning.program import export_program, load_program
     from prunegym.pruning.task import ClassificationTask, Task
-    from prunegym.pruning.zoo import build_network
 
     __version__: str
 
@@ -49,7 +49,7 @@ __all__ = [
 #: Public name -> the module that defines it; the same names as in `__all__` and under TYPE_CHECKING.
 _HOME = {
     "ClassificationTask": "prunegym.pruning.task",
-    "Exported": "prunegym.pruning.export",
+    "Exported": "prunegym.pruning.deployment.export",
     "FinetuneResult": "prunegym.agents.deployment.finetune",
     "InfeasibleBudgetError": "prunegym.pruning.errors",
     "PruneResult": "prunegym.agents.prune",
@@ -57,14 +57,14 @@ _HOME = {
     "PruningPlan": "prunegym.pruning.plan",
     "Task": "prunegym.pruning.task",
     "UnsupportedLayerError": "prunegym.pruning.errors",
-    "build_network": "prunegym.pruning.zoo",
+    "build_network": "prunegym.pruning.networks.zoo",
     "export": "prunegym.agents.deployment.api",
-    "export_program": "prunegym.pruning.program",
+    "export_program": "prunegym.pruning.deployment.program",
     "finetune": "prunegym.agents.deployment.api",
     "inspect": "prunegym.agents.api",
     "load": "prunegym.agents.api",
-    "load_data": "prunegym.pruning.data",
-    "load_program": "prunegym.pruning.program",
+    "load_data": "prunegym.pruning.datasets.data",
+    "load_program": "prunegym.pruning.deployment.program",
     "make_env": "prunegym.agents.api",
     "prune": "prunegym.agents.api",
     "report": "prunegym.agents.api",

@@ -42,7 +42,7 @@ def evaluate_network(
     Args:
         model: The network.
         task: Data, loss and score.
-        split: One of ``prunegym.pruning.data.SPLITS``.
+        split: One of ``prunegym.pruning.datasets.data.SPLITS``.
         batch_size: Examples per forward pass; the result does not depend on it.
         limit: Only the first so many examples.
         device: Where to compute.

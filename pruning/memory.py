@@ -29,8 +29,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.onnx_export import with_batch
 
 MIB = 2**20
 

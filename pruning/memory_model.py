@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.graph import ChannelGraph, Units
 from prunegym.pruning.memory import StorageWatch, largest_sum, storage_of
-from prunegym.pruning.onnx_export import with_batch
 from prunegym.pruning.tracing.labels import Field
 from prunegym.pruning.tracing.trace import Trace, trace
 from prunegym.pruning.tracing.tracer import Tracer

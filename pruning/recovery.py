@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
-from prunegym.pruning.statistics import Statistics, reader_modules
+from prunegym.pruning.importance.statistics import Statistics, reader_modules
 from prunegym.pruning.task import Inputs, Task, forward
 
 RECOVERY_BATCH = 128

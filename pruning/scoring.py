@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from prunegym.pruning.criteria import Calibration, Context, Criterion, Scores, unit_scores
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.importance.criteria import Calibration, Context, Criterion, Scores, unit_scores
+from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import compensated_tensors, recalibrating, train_steps
-from prunegym.pruning.statistics import Statistics, collect_statistics
 from prunegym.pruning.surgery import rebuilt, sliced_tensors
 from prunegym.pruning.task import Task, forward
 

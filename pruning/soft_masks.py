@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Units
-from prunegym.pruning.statistics import reader_modules
+from prunegym.pruning.importance.statistics import reader_modules
 
 
 class SoftMasks:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunegym.pruning.data import DataSplits
+from prunegym.pruning.datasets.data import DataSplits
+from prunegym.pruning.datasets.image_sets import ALL_BATCHES
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.image_sets import ALL_BATCHES
 
 Inputs = Tensor | tuple[Tensor, ...]
 """What a network is called with: one tensor, or a tuple that becomes its positional arguments."""
@@ -44,7 +44,7 @@ class Task(Protocol):
         """Go once through a split.
 
         Args:
-            split: One of ``prunegym.pruning.data.SPLITS``.
+            split: One of ``prunegym.pruning.datasets.data.SPLITS``.
             batch_size: Examples per batch.
             limit: Only the first so many examples of the split, always the same ones. None takes all.
             train: Shuffle and augment; an incomplete last batch may then be left out.
@@ -72,7 +72,7 @@ class ClassificationTask:
     """Image classification on five splits: cross-entropy, and 1.0 per image whose class is right.
 
     Args:
-        data: The splits, from :func:`prunegym.pruning.data.load_data`.
+        data: The splits, from :func:`prunegym.pruning.datasets.data.load_data`.
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1). Training only wants
             it: measure with a task whose smoothing is 0.
     """
@@ -110,7 +110,7 @@ class ClassificationTask:
         """Go once through a split: normalised images ``(B, C, H, W)`` float32, classes ``(B,)`` int64.
 
         ``wanted`` is not part of a :class:`Task`: only some of the batches are given, see
-        :meth:`~prunegym.pruning.image_sets.ImageSet.batches`.
+        :meth:`~prunegym.pruning.datasets.image_sets.ImageSet.batches`.
         """
         return self.data[split].batches(
             batch_size,

@@ -21,16 +21,16 @@ from prunegym.agents.cli import main
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.allocation import project
 from prunegym.pruning.budget import Budget, apply_budget
-from prunegym.pruning.cifar import ZeroPadShortcut
-from prunegym.pruning.criteria import Context, unit_scores
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
+from prunegym.pruning.importance.criteria import Context, unit_scores
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.cifar import ZeroPadShortcut
+from prunegym.pruning.networks.zoo import build_network, input_shape_of
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import TrainingSettings, train_network
 from prunegym.pruning.widths import Widths
-from prunegym.pruning.zoo import build_network, input_shape_of
 
 # no deadlines: a busy machine is not an error. `--hypothesis-profile=thorough` looks longer.
 settings.register_profile("prunegym", deadline=None)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.deployment.export import export_network
+from prunegym.pruning.deployment.program import export_program
+from prunegym.pruning.deployment.recipe import NO_SOURCE, Blueprint
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import export_network
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.program import export_program
-from prunegym.pruning.recipe import NO_SOURCE, Blueprint
 
 NAN, INF = math.nan, math.inf
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prunegym.agents.allocators import global_magnitude, global_taylor, lamp, lamp_scores, normalised
-from prunegym.agents.search import SearchResult, SearchSettings
+from prunegym.agents.searching.allocators import global_magnitude, global_taylor, lamp, lamp_scores, normalised
+from prunegym.agents.searching.search import SearchResult, SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.scoring import Scorer, ScorerSettings

@@ -6,9 +6,9 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.amc import Amc, FinalRewards, amc, truncated_normal
-from prunegym.agents.black_box import random
-from prunegym.agents.search import Searcher, SearchSettings
+from prunegym.agents.searching.amc import Amc, FinalRewards, amc, truncated_normal
+from prunegym.agents.searching.black_box import random
+from prunegym.agents.searching.search import Searcher, SearchSettings
 from prunegym.envs.layer_by_layer import LayerByLayerEnv
 from prunegym.envs.setting import PruningProblem
 

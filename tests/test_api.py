@@ -9,10 +9,10 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import prunegym
-from prunegym.agents.config import PruneConfig
+from prunegym.agents.configuration.config import PruneConfig
+from prunegym.agents.configuration.options import DataOptions, ProblemOptions
 from prunegym.agents.deployment.config import FinetuneOptions
 from prunegym.agents.face_options import as_task
-from prunegym.agents.options import DataOptions, ProblemOptions
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork

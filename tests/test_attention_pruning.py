@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents.attention_pruning import AttentionGates, attention
-from prunegym.agents.search import SearchSettings
-from prunegym.agents.searchers import searcher_named
+from prunegym.agents.searching.attention_pruning import AttentionGates, attention
+from prunegym.agents.searching.search import SearchSettings
+from prunegym.agents.searching.searchers import searcher_named
 from prunegym.envs.observation import EpisodeState
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from prunegym.agents.cli import main
-from prunegym.pruning.zoo import build_network
+from prunegym.pruning.networks.zoo import build_network
 
 #: Few images of everything: the numbers do not matter.
 FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32"]

@@ -4,11 +4,11 @@ import numpy as np
 import optuna
 import pytest
 
-from prunegym.agents.black_box import cmaes, random, tpe
-from prunegym.agents.evolution import evolution
-from prunegym.agents.netadapt import netadapt
-from prunegym.agents.search import Searcher, SearchSettings
-from prunegym.agents.sensitivity import sensitivity
+from prunegym.agents.searching.black_box import cmaes, random, tpe
+from prunegym.agents.searching.evolution import evolution
+from prunegym.agents.searching.netadapt import netadapt
+from prunegym.agents.searching.search import Searcher, SearchSettings
+from prunegym.agents.searching.sensitivity import sensitivity
 from prunegym.envs.setting import PruningProblem
 
 

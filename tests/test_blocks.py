@@ -14,12 +14,12 @@ from prunegym.agents.inspect import inspect_network
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.blocks import RemovedBlock
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.deployment.saving import load_network, save_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.saving import load_network, save_network
 from prunegym.pruning.scoring import Scorer
-from prunegym.pruning.zoo import build_network
 
 Toys = Callable[[str], PrunableNetwork]
 

@@ -11,12 +11,12 @@ from torch import nn
 import prunegym
 from prunegym.agents import api, network_commands
 from prunegym.agents.cli import main
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import TrainingSettings, check_training
-from prunegym.pruning.zoo import build_network
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 import prunegym
 from prunegym.agents import cli, network_commands
 from prunegym.agents.cli import main, parse
-from prunegym.agents.config import TrainConfig
+from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.prune import describe
 
 #: Few images of everything: the numbers do not matter.

@@ -18,7 +18,7 @@ from prunegym.agents.comparison.grid import compare, curve_rows
 from prunegym.agents.comparison.report import report, terminal_text
 from prunegym.agents.comparison.summary import Table, summarise
 from prunegym.agents.pictures import new_figure
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 

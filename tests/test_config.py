@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents import config as configs
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.config import (
+from prunegym.agents.configuration import config as configs
+from prunegym.agents.configuration.config import (
     DemoConfig,
     EvaluateConfig,
     InspectConfig,
@@ -18,12 +18,12 @@ from prunegym.agents.config import (
     TrainConfig,
     TransferConfig,
 )
+from prunegym.agents.configuration.options import DataOptions, ProblemOptions
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
-from prunegym.agents.options import DataOptions, ProblemOptions
-from prunegym.agents.searchers import SEARCHERS, WITHOUT_EVALUATIONS
+from prunegym.agents.searching.searchers import SEARCHERS, WITHOUT_EVALUATIONS
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.criteria import CRITERIA
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.importance.criteria import CRITERIA
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig, FinetuneConfig, ExportConfig]

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from prunegym.agents.comparison.controls import CONTROLS, own_ratios, play
-from prunegym.agents.policy import PruningPolicy
-from prunegym.agents.searchers import own_plan
+from prunegym.agents.policies.policy import PruningPolicy
+from prunegym.agents.searching.searchers import own_plan
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

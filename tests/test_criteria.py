@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from prunegym.pruning import group_attention, weight_changes
-from prunegym.pruning.criteria import CRITERIA, Calibration, Context, unit_scores
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.group_attention import GateSettings
+from prunegym.pruning.importance import group_attention, weight_changes
+from prunegym.pruning.importance.criteria import CRITERIA, Calibration, Context, unit_scores
+from prunegym.pruning.importance.group_attention import GateSettings
+from prunegym.pruning.importance.statistics import collect_statistics
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.statistics import collect_statistics
 from prunegym.pruning.task import Task
-from prunegym.pruning.zoo import build_network
 
 Toys = Callable[[str], PrunableNetwork]
 TaskFor = Callable[[PrunableNetwork], Task]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from prunegym.pruning.data import SPLITS, DataSplits, load_data
+from prunegym.pruning.datasets.data import SPLITS, DataSplits, load_data
 from prunegym.pruning.errors import PruningError
 
 #: Of the small data sets written by these tests.

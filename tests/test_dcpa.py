@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunegym.agents.dcpa import BATCH, SoftChoice, dcpa, train
-from prunegym.agents.layer_attention import candidate_counts, gumbel_softmax
-from prunegym.agents.search import SearchSettings, evaluations_per_step
-from prunegym.agents.searchers import searcher_named
+from prunegym.agents.searching.dcpa import BATCH, SoftChoice, dcpa, train
+from prunegym.agents.searching.layer_attention import candidate_counts, gumbel_softmax
+from prunegym.agents.searching.search import SearchSettings, evaluations_per_step
+from prunegym.agents.searching.searchers import searcher_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -148,8 +148,8 @@ def test_all_blocks_stay_with_a_latency_table(problem: PruningProblem) -> None:
 
 def test_searcher_may_not_leave_out_blocks_that_a_latency_table_does_not_know(problem: PruningProblem) -> None:
     """Nor lose one that the user took out."""
-    from prunegym.agents.search import check_result
-    from prunegym.agents.searchers import uniform
+    from prunegym.agents.searching.search import check_result
+    from prunegym.agents.searching.searchers import uniform
 
     settings, budget = SearchSettings(), problem.budgets[0]
     result = uniform(problem, budget, settings)
@@ -175,7 +175,7 @@ def test_steps_are_those_that_the_allowance_pays_for(
 ) -> None:
     """All but the evaluation of the plan."""
     taken: list[int] = []
-    monkeypatch.setattr("prunegym.agents.dcpa.train", lambda choice, steps, progress: taken.append(steps))
+    monkeypatch.setattr("prunegym.agents.searching.dcpa.train", lambda choice, steps, progress: taken.append(steps))
     result = dcpa(loss_problem, loss_problem.budgets[0], SearchSettings(evaluations=allowed))
 
     price = 3 * BATCH / 60  # the toy is scored on 60 examples and not recalibrated

@@ -6,9 +6,9 @@ import pytest
 
 from prunegym.agents import demo
 from prunegym.agents.cli import main
-from prunegym.agents.config import DemoConfig
+from prunegym.agents.configuration.config import DemoConfig
 from prunegym.agents.demo_report import COLUMNS, table_rows
-from prunegym.agents.running import Reporter
+from prunegym.agents.run_folders.running import Reporter
 from prunegym.agents.tables import format_table, markdown_table
 
 

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 import prunegym
 from prunegym.agents import fitting
 from prunegym.agents.cli import INTERRUPTED, main
+from prunegym.agents.configuration.options import DataOptions
 from prunegym.agents.deployment import config as deployment_config
 from prunegym.agents.deployment.commands import example_of
 from prunegym.agents.deployment.origin import data_of, origin_of
-from prunegym.agents.options import DataOptions
-from prunegym.agents.reload import largest_difference
-from prunegym.agents.runs import RunFolder
-from prunegym.pruning import export
+from prunegym.agents.run_folders.reload import largest_difference
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.pruning.deployment import export
+from prunegym.pruning.deployment.recipe import NO_SOURCE
+from prunegym.pruning.deployment.saving import read_recipe
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.recipe import NO_SOURCE
-from prunegym.pruning.saving import read_recipe
 
 FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
 #: As few steps as there can be.

@@ -14,14 +14,14 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
 from torch import Tensor, nn
 
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import EpochRow, TrainingSettings, check_devices, devices, train_network
 from prunegym.pruning.training.batches import Pass, count_steps
 from prunegym.pruning.training.checkpoint import generator_states
 from prunegym.pruning.training.devices import Autocast, launch, one_device, precision_for, several_devices
-from prunegym.pruning.zoo import build_network
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import prunegym
-from prunegym.agents import config
 from prunegym.agents.cli import main
 from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.configuration import config
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.report.config import ReportConfig
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.agents.encoder import BinPooling, EncoderConfig, GraphEncoder, TransformerBlock
+from prunegym.agents.policies.encoder import BinPooling, EncoderConfig, GraphEncoder, TransformerBlock
 from prunegym.pruning.errors import PruningError
 
 CONFIG = EncoderConfig(

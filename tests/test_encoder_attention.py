@@ -13,15 +13,15 @@ from gymnasium import spaces
 
 import prunegym
 from prunegym.agents.cli import main
-from prunegym.agents.encoder_attention import EncoderAttention, with_ties_broken
-from prunegym.agents.policy import PruningPolicy
-from prunegym.agents.policy_file import save_policy
+from prunegym.agents.policies.encoder_attention import EncoderAttention, with_ties_broken
+from prunegym.agents.policies.policy import PruningPolicy
+from prunegym.agents.policies.policy_file import save_policy
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observer, Padding, observation_space
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.importance.criteria import Context, unit_scores
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.evolution import crossed, evolution, legr, mutated
-from prunegym.agents.search import SearchSettings
+from prunegym.agents.searching.evolution import crossed, evolution, legr, mutated
+from prunegym.agents.searching.search import SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.widths import Bound, WidthRules

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import prunegym
-from prunegym.pruning import onnx_export
+from prunegym.pruning.deployment import onnx_export
+from prunegym.pruning.deployment.export import Exported, check_formats, export_network, in_dtype
+from prunegym.pruning.deployment.program import load_program
+from prunegym.pruning.deployment.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.deployment.saving import load_network, read_recipe
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import Exported, check_formats, export_network, in_dtype
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.program import load_program
-from prunegym.pruning.recipe import NO_SOURCE, Blueprint
-from prunegym.pruning.saving import load_network, read_recipe
-from prunegym.pruning.zoo import build_network
 
 EVERY = ("onnx", "program", "safetensors")
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents.finished_rows import ROWS, TIMES, FinishedRows
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.finished_rows import ROWS, TIMES, FinishedRows
+from prunegym.agents.run_folders.runs import RunFolder
 
 KEY = {"network": "n", "seed": 0}
 

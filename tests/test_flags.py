@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from prunegym.agents import config as configs
 from prunegym.agents import fitting, network_commands, pretrain, prune, setup
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.configuration import config as configs
+from prunegym.agents.configuration.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
+from prunegym.agents.configuration.options import DataOptions, ProblemOptions
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
-from prunegym.agents.options import DataOptions, ProblemOptions
-from prunegym.agents.policy_file import save_policy
+from prunegym.agents.policies.policy_file import save_policy
 from prunegym.agents.report.config import ReportConfig
-from prunegym.agents.running import Reporter
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SearchResult
+from prunegym.agents.run_folders.running import Reporter
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.searching.searchers import SearchResult
 from prunegym.agents.setup import build_problem, build_problems, build_task, seed_everything
 from prunegym.agents.training import workers
 from prunegym.agents.training.loop import Trainer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.pruning.criteria import Calibration, Context
-from prunegym.pruning.group_attention import GateSettings, _Gate, _GatedReads, mean_gates
+from prunegym.pruning.importance.criteria import Calibration, Context
+from prunegym.pruning.importance.group_attention import GateSettings, _Gate, _GatedReads, mean_gates
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import Task
 

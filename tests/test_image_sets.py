@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from prunegym.pruning.data import DataSplits, load_data
+from prunegym.pruning.datasets.data import DataSplits, load_data
+from prunegym.pruning.datasets.image_sets import Changes, FileImages, Preparation, shift_images
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.image_sets import Changes, FileImages, Preparation, shift_images
 
 
 @pytest.fixture(scope="module")

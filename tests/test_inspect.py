@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import InfeasibleBudgetError
-from prunegym.pruning.latency_samples import Sample
-from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
+from prunegym.pruning.timing.latency_samples import Sample
+from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.widths import WidthRules, Widths
-from prunegym.pruning.zoo import build_network
 
 Toys = Callable[[str], PrunableNetwork]
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunegym.agents import journal as journals
-from prunegym.agents.journal import Clock, ScoreJournal, journaled
-from prunegym.agents.searchers import SEARCHERS, SearchResult, SearchSettings
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit, TimeUp
+from prunegym.agents.run_folders import journal as journals
+from prunegym.agents.run_folders.journal import Clock, ScoreJournal, journaled
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit, TimeUp
+from prunegym.agents.searching.searchers import SEARCHERS, SearchResult, SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError

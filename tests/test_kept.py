@@ -11,7 +11,7 @@ import pytest
 
 from prunegym.agents.comparison import measure, search
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.errors import PruningError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunegym.agents.laasp import LOSS_EXAMPLES, POOL, Walk, laasp
-from prunegym.agents.search import SearchSettings
-from prunegym.agents.searchers import searcher_named
+from prunegym.agents.searching.laasp import LOSS_EXAMPLES, POOL, Walk, laasp
+from prunegym.agents.searching.search import SearchSettings
+from prunegym.agents.searching.searchers import searcher_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.network import PrunableNetwork

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import (
+from prunegym.pruning.timing.latency import (
     Clock,
     Latency,
     LatencySettings,

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunegym.pruning.latency import Latency, LatencySettings
-from prunegym.pruning.latency_samples import Sample
-from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.timing.latency import Latency, LatencySettings
+from prunegym.pruning.timing.latency_samples import Sample
+from prunegym.pruning.timing.latency_table import LatencyTable
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NETWORK = "digits_vgg"

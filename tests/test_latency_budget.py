@@ -9,18 +9,18 @@ import pytest
 from numpy.typing import NDArray
 
 from prunegym.agents.evaluate import EvaluationSettings, evaluate, plan_row
-from prunegym.agents.finished_rows import ROWS
-from prunegym.agents.latency_budget import SLACK, Measure, bring_to_budget, within_measured_budget
-from prunegym.agents.records import PLANS
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SearchResult
+from prunegym.agents.run_folders.finished_rows import ROWS
+from prunegym.agents.run_folders.records import PLANS
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.searching.latency_budget import SLACK, Measure, bring_to_budget, within_measured_budget
+from prunegym.agents.searching.searchers import SearchResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.files import plain
-from prunegym.pruning.latency import Latency, LatencySettings
-from prunegym.pruning.latency_samples import Sample
-from prunegym.pruning.latency_table import LatencyTable
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.timing.latency import Latency, LatencySettings
+from prunegym.pruning.timing.latency_samples import Sample
+from prunegym.pruning.timing.latency_table import LatencyTable
 
 Counts = NDArray[np.int64]
 Truth = Callable[[NDArray[np.float64]], float]

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.pruning.latency import LatencySettings
-from prunegym.pruning.latency_samples import RealSampler, draw_counts, random_counts, without_watching
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.operation_profiles import Profile
-from prunegym.pruning.zoo import build_network
+from prunegym.pruning.networks.zoo import build_network
+from prunegym.pruning.timing.latency import LatencySettings
+from prunegym.pruning.timing.latency_samples import RealSampler, draw_counts, random_counts, without_watching
+from prunegym.pruning.timing.operation_profiles import Profile
 
 
 @pytest.fixture(autouse=True, scope="module")

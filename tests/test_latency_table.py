@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.pruning.allocation import knapsack, project
 from prunegym.pruning.budget import Budget, apply_budget
+from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import LatencySettings
-from prunegym.pruning.latency_samples import Sample, random_counts
-from prunegym.pruning.latency_table import LatencyTable, TableError, fastest_widths
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import with_batch
+from prunegym.pruning.networks.zoo import build_network, input_shape_of
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.timing.latency import LatencySettings
+from prunegym.pruning.timing.latency_samples import Sample, random_counts
+from prunegym.pruning.timing.latency_table import LatencyTable, TableError, fastest_widths
 from prunegym.pruning.widths import WidthRules, Widths
-from prunegym.pruning.zoo import build_network, input_shape_of
 
 Counts = NDArray[np.int64]
 NAMES = ("digits_resnet", "digits_vgg", "digits_mobilenet")

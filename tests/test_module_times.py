@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.pruning.latency import LatencySettings
-from prunegym.pruning.module_times import BETWEEN, TimeProfile, compare_module_times, kind_of
+from prunegym.pruning.timing.latency import LatencySettings
+from prunegym.pruning.timing.module_times import BETWEEN, TimeProfile, compare_module_times, kind_of
 
 SETTINGS = LatencySettings(repeats=3, warmup=1)
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.netadapt import netadapt, proposals
-from prunegym.agents.search import SearchSettings
+from prunegym.agents.searching.netadapt import netadapt, proposals
+from prunegym.agents.searching.search import SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget, Limit
 from prunegym.pruning.errors import PruningError

@@ -27,8 +27,8 @@ from prunegym.envs.observation import (
     Padding,
     observation_space,
 )
+from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.statistics import Statistics, collect_statistics
 
 Toys = Callable[[str], PrunableNetwork]
 TaskFor = Callable[[PrunableNetwork], Any]

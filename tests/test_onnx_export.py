@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunegym.pruning.deployment.onnx_export import export_onnx, onnx_bytes, open_session, session_feeds, with_batch
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import export_onnx, onnx_bytes, open_session, session_feeds, with_batch
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.zoo import build_network
 
 
 @pytest.fixture(autouse=True, scope="module")

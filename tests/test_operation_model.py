@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunegym.pruning.latency_samples import draw_counts, random_counts
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.operation_model import OperationModel, OperationSizes
-from prunegym.pruning.zoo import build_network, input_shape_of
+from prunegym.pruning.networks.zoo import build_network, input_shape_of
+from prunegym.pruning.timing.latency_samples import draw_counts, random_counts
+from prunegym.pruning.timing.operation_model import OperationModel, OperationSizes
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.pruning import operation_profiles, runtimes
+from prunegym.pruning.deployment.onnx_export import onnx_bytes, open_session
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import LatencySettings, ready_to_measure
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.onnx_export import onnx_bytes, open_session
-from prunegym.pruning.onnx_names import named_after_operations, operation_of
-from prunegym.pruning.operation_profiles import Probe, Widths, make_probe
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.timing import operation_profiles, runtimes
+from prunegym.pruning.timing.latency import LatencySettings, ready_to_measure
+from prunegym.pruning.timing.onnx_names import named_after_operations, operation_of
+from prunegym.pruning.timing.operation_profiles import Probe, Widths, make_probe
 
 
 @pytest.fixture(autouse=True, scope="module")

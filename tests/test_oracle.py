@@ -11,7 +11,7 @@ from torch import nn
 
 from prunegym.pruning.graph import ChannelGraph, ChannelGroup
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.zoo import build_network
+from prunegym.pruning.networks.zoo import build_network
 
 Slices = set[tuple[str, int, int]]
 

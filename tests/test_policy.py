@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from torch import Tensor
 
-from prunegym.agents.policy import MaskedGaussian, PruningPolicy, distinct_rows
+from prunegym.agents.policies.policy import MaskedGaussian, PruningPolicy, distinct_rows
 from prunegym.envs.observation import GROUP_DATA_COLUMNS, NODE_DATA_COLUMNS, Padding, observation_space
 from prunegym.pruning.errors import PruningError
 

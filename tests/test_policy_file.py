@@ -12,8 +12,8 @@ from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prunegym.agents.policy import PruningPolicy
-from prunegym.agents.policy_file import load_policy, save_policy
+from prunegym.agents.policies.policy import PruningPolicy
+from prunegym.agents.policies.policy_file import load_policy, save_policy
 from prunegym.envs.observation import Padding, observation_space
 from prunegym.pruning.errors import PruningError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents.ppo import Episode, EpisodeMemory, ImitationBatch, finished_episodes
+from prunegym.agents.policies.ppo import Episode, EpisodeMemory, ImitationBatch, finished_episodes
 
 
 def episode(value: float, state: float = 0.0) -> Episode:

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from prunegym.agents import fitting
-from prunegym.agents.config import PretrainConfig
+from prunegym.agents.configuration.config import PretrainConfig
 from prunegym.agents.fitting import complete_rows, note_epoch
 from prunegym.agents.pretrain import PretrainResult, pretrain, save_weights
-from prunegym.agents.runs import RunFolder
-from prunegym.pruning.data import load_data
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import EpochRow, evaluate_network
-from prunegym.pruning.zoo import build_network
 
 ROWS = [EpochRow(epoch, 0.1, 1.0, 0.5, 0.0) for epoch in (1, 2, 3)]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.agents.cli import main
+from prunegym.pruning.deployment.program import check_exportable, export_program, load_program
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.program import check_exportable, export_program, load_program
 
 Toys = Callable[[str], PrunableNetwork]
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ READER = '''
 import sys
 import torch
 import prunegym
-from prunegym.pruning.program import load_program
+from prunegym.pruning.deployment.program import load_program
 
 folder = sys.argv[1]
 try:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prunegym.agents import provenance
-from prunegym.agents.provenance import describe_environment
+from prunegym.agents.run_folders import provenance
+from prunegym.agents.run_folders.provenance import describe_environment
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 

@@ -10,28 +10,28 @@ import torch
 from torch import nn
 
 from prunegym.agents import fitting, prune
-from prunegym.agents.config import PruneConfig
-from prunegym.agents.options import LatencyOptions
+from prunegym.agents.configuration.config import PruneConfig
+from prunegym.agents.configuration.options import LatencyOptions
 from prunegym.agents.plan_checks import check_cost, check_outputs, count_macs
 from prunegym.agents.prune import STAGES, PruneResult, carry_out, describe, find_plan
-from prunegym.agents.reload import largest_difference, main, same_in_new_process, save_example
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import SearchResult
+from prunegym.agents.run_folders.reload import largest_difference, main, same_in_new_process, save_example
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.searching.searchers import SearchResult
 from prunegym.agents.setup import assemble_problem, build_task
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning import measuring
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost
+from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain
 from prunegym.pruning.measuring import compare_networks, evaluate_network
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.saving import load_network
 from prunegym.pruning.scoring import ScorerSettings
 from prunegym.pruning.task import ClassificationTask
-from prunegym.pruning.zoo import build_network
 
 HALF = Budget("macs", 0.5)
 SOURCE = {"network": "digits_vgg", "num_classes": 10, "in_channels": 1, "image_size": 8}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents.policy import PruningPolicy
-from prunegym.agents.records import (
+from prunegym.agents.policies.policy import PruningPolicy
+from prunegym.agents.run_folders.records import (
     ATTENTION,
     NETWORKS,
     PLANS,
@@ -17,7 +17,7 @@ from prunegym.agents.records import (
     save_attention,
     save_networks,
 )
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.measuring import evaluate_network

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
+from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.recovery import RIDGE, compensated_tensors, recalibrate, recalibrating, train_steps
-from prunegym.pruning.statistics import Statistics, collect_statistics
 
 Toys = Callable[[str], PrunableNetwork]
 TaskFor = Callable[[PrunableNetwork], Any]

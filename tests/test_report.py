@@ -18,7 +18,7 @@ from prunegym.agents.report.page import Page, Section, Table
 from prunegym.agents.report.report import build_page
 from prunegym.agents.report.svg import Gallery
 from prunegym.agents.report.verdict import Sentence
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from prunegym.agents.cli import main
-from prunegym.agents.finished_rows import ROWS
 from prunegym.agents.report.gather import Run, gather
 from prunegym.agents.report.report import build_page
 from prunegym.agents.report.scores import collect
 from prunegym.agents.report.svg import Gallery
 from prunegym.agents.report.words import suggest
-from prunegym.agents.running import RESULT
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.finished_rows import ROWS
+from prunegym.agents.run_folders.running import RESULT
+from prunegym.agents.run_folders.runs import RunFolder
 
 COMMANDS = ("inspect", "pretrain", "train", "evaluate", "transfer", "compare", "prune", "finetune", "export", "demo")
 

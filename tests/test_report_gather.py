@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prunegym.agents.report.gather import gather
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.errors import PruningError
 
 

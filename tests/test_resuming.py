@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import TrainingSettings, train_network
 from prunegym.pruning.training.checkpoint import Checkpoint

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents import runs
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders import runs
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.errors import PruningError
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.agents.options import LatencyOptions
-from prunegym.pruning import runtimes
+from prunegym.agents.configuration.options import LatencyOptions
+from prunegym.pruning.deployment.export import export_network
+from prunegym.pruning.deployment.onnx_export import open_session
+from prunegym.pruning.deployment.recipe import Blueprint
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import export_network
-from prunegym.pruning.latency import Latency, LatencySettings, compare_latency
-from prunegym.pruning.onnx_export import open_session
-from prunegym.pruning.recipe import Blueprint
-from prunegym.pruning.runtimes import RUNTIMES, runtime_named
+from prunegym.pruning.timing import runtimes
+from prunegym.pruning.timing.latency import Latency, LatencySettings, compare_latency
+from prunegym.pruning.timing.runtimes import RUNTIMES, runtime_named
 
 IMAGES = torch.zeros(1, 3, 4, 4)
 
@@ -123,7 +123,7 @@ def test_data_type_that_the_processor_does_not_compute_in_is_refused() -> None:
 def test_onnx_runtime_with_inputs_bound_to_the_device_gives_the_same_outputs() -> None:
     """As on a graphics card, where copying the images would be timed otherwise; here on the processor."""
     pytest.importorskip("onnxruntime")
-    from prunegym.pruning.onnx_export import onnx_bytes, open_session, session_feeds
+    from prunegym.pruning.deployment.onnx_export import onnx_bytes, open_session, session_feeds
 
     network, images = small_network().eval(), torch.randn(1, 3, 4, 4)
     session = open_session(onnx_bytes(network, (images,)), 1)

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prunegym.pruning.deployment.recipe import Blueprint
+from prunegym.pruning.deployment.saving import load_network, read_network, read_recipe, save_network, write_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import build_network, input_shape_of
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.recipe import Blueprint
-from prunegym.pruning.saving import load_network, read_network, read_recipe, save_network, write_network
-from prunegym.pruning.zoo import build_network, input_shape_of
 
 NO_SOURCE = {"constructor": None}
 
@@ -118,7 +118,7 @@ def test_loaded_network_gives_identical_outputs_in_a_new_process(saved: Saved, t
     """Nothing is carried over but the folder."""
     torch.save(saved.network.example_inputs[0], tmp_path / "images.pt")
     script = (
-        "import sys, torch; from pathlib import Path; from prunegym.pruning.saving import load_network\n"
+        "import sys, torch; from pathlib import Path; from prunegym.pruning.deployment.saving import load_network\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         "folder = Path(sys.argv[1]); model = load_network(folder / 'saved')\n"
         "with torch.no_grad(): torch.save(model(torch.load(folder / 'images.pt')), folder / 'outputs.pt')\n"

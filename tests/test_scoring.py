@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.pruning.criteria import Context, unit_scores
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.importance.criteria import Context, unit_scores
+from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import recalibrate
 from prunegym.pruning.scoring import Scorer, ScorerSettings
-from prunegym.pruning.statistics import Statistics, collect_statistics
 from prunegym.pruning.task import ClassificationTask, Task, forward
 
 Toys = Callable[[str], PrunableNetwork]

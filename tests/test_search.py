@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from prunegym.agents import searchers
-from prunegym.agents.search import Search, SearchResult, SearchSettings, checked
-from prunegym.agents.searchers import searcher_named, uniform
-from prunegym.agents.trail import Improvement
+from prunegym.agents.searching import searchers
+from prunegym.agents.searching.search import Search, SearchResult, SearchSettings, checked
+from prunegym.agents.searching.searchers import searcher_named, uniform
+from prunegym.agents.searching.trail import Improvement
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.config import EvaluateConfig
-from prunegym.agents.searchers import (
+from prunegym.agents.configuration.config import EvaluateConfig
+from prunegym.agents.searching.searchers import (
     SEARCHERS,
     WITHOUT_EVALUATIONS,
     WITHOUT_SEED,

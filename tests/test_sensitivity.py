@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.search import SearchSettings
-from prunegym.agents.sensitivity import counts_within_loss, rising_curve, sensitivity
+from prunegym.agents.searching.search import SearchSettings
+from prunegym.agents.searching.sensitivity import counts_within_loss, rising_curve, sensitivity
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.widths import Bound, WidthRules

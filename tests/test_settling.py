@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from prunegym.agents.ppo import Episode, EpisodeMemory
-from prunegym.agents.second_look import CONFIRMED, CONFIRMING, confirmed_plans
-from prunegym.agents.settling import confirm, replayed
+from prunegym.agents.policies.ppo import Episode, EpisodeMemory
+from prunegym.agents.policies.settling import confirm, replayed
+from prunegym.agents.searching.second_look import CONFIRMED, CONFIRMING, confirmed_plans
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

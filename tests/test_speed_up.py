@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.latency import Latency, LatencySettings
-from prunegym.pruning.speed_up import speed_up
+from prunegym.pruning.timing.latency import Latency, LatencySettings
+from prunegym.pruning.timing.speed_up import speed_up
 
 
 def latency(*samples: float, **settings: Any) -> Latency:

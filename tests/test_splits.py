@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from prunegym.pruning.splits import split_indices, stratified_order
+from prunegym.pruning.datasets.splits import split_indices, stratified_order
 
 
 def test_default_sizes_when_the_set_is_large() -> None:

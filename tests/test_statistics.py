@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunegym.pruning.importance.statistics import collect_statistics
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.statistics import collect_statistics
 from prunegym.pruning.task import Task
 
 Toys = Callable[[str], PrunableNetwork]

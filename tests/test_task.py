@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.task import ClassificationTask, forward
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.search import SearchResult
-from prunegym.agents.trail import Improvement, Trail, in_force
+from prunegym.agents.searching.search import SearchResult
+from prunegym.agents.searching.trail import Improvement, Trail, in_force
 from prunegym.pruning.plan import PruningPlan
 
 

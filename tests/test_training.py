@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunegym.pruning.data import load_data
+from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.networks.zoo import build_network, load_weights
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import EpochRow, TrainingSettings, evaluate_network, train_network
-from prunegym.pruning.zoo import build_network, load_weights
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from prunegym.agents.config import TrainConfig
+from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.training.workers import check_device
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.cluster import connected, pack, unpack
 from prunegym.envs.setting import PruningProblem
 from prunegym.envs.worker import Worker
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.datasets.image_sets import MemoryImages, Preparation
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.image_sets import MemoryImages, Preparation
+from prunegym.pruning.networks.user_code import user_code_by_value
+from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.scoring import Scorer
-from prunegym.pruning.user_code import user_code_by_value
-from prunegym.pruning.zoo import build_network
 
 # Ray leaves sockets and log files to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.pruning.weight_changes import mean_square
+from prunegym.pruning.importance.weight_changes import mean_square
 
 
 def test_mean_square_from_batches_is_unbiased() -> None:

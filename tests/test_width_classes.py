@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prunegym.pruning.width_classes import ALIGNMENTS, Side, WidthTables, class_of
+from prunegym.pruning.timing.width_classes import ALIGNMENTS, Side, WidthTables, class_of
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from prunegym.pruning import zoo
-from prunegym.pruning.cifar import CIFAR_NETWORKS, ZeroPadShortcut
-from prunegym.pruning.digits import DIGITS_NETWORKS
+from prunegym.pruning.datasets.digits import DIGITS_NETWORKS
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.zoo import build_network, input_shape_of, load_weights, network_names
+from prunegym.pruning.networks import zoo
+from prunegym.pruning.networks.cifar import CIFAR_NETWORKS, ZeroPadShortcut
+from prunegym.pruning.networks.zoo import build_network, input_shape_of, load_weights, network_names
 
 #: Millions of parameters in He et al. 2016, table 6, and blocks per stage.
 PUBLISHED = {

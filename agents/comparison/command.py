@@ -6,11 +6,11 @@ from prunegym.agents.comparison.conditions import check_folder, identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
 from prunegym.agents.comparison.grid import compare, finished, unfinished
 from prunegym.agents.comparison.report import report, terminal_text
-from prunegym.agents.policy_file import load_policy
+from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.prune import check_fine_tuning
-from prunegym.agents.records import save_networks
-from prunegym.agents.running import RESULT, Launch, Reporter, Result, joined, save_splits
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.records import save_networks
+from prunegym.agents.run_folders.running import RESULT, Launch, Reporter, Result, joined, save_splits
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.setup import build_problem, build_task, seed_everything
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.finished_rows import ROWS
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.finished_rows import ROWS
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.training import weights_digest

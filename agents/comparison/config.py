@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import tyro
 
-from prunegym.agents.config import AgentOptions, PruneConfig, TrainConfig
-from prunegym.agents.option_rules import Names, Options, at_least, only_with, positive, require
-from prunegym.agents.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
-from prunegym.agents.time_limit import TimeLimitOption
-from prunegym.agents.training_options import DistillationOptions, FittingOptions
+from prunegym.agents.configuration.config import AgentOptions, PruneConfig, TrainConfig
+from prunegym.agents.configuration.option_rules import Names, Options, at_least, only_with, positive, require
+from prunegym.agents.configuration.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
+from prunegym.agents.configuration.training_options import DistillationOptions, FittingOptions
+from prunegym.agents.run_folders.time_limit import TimeLimitOption
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class CompareConfig(
         """Refuse an allowance that does not last for one update of an agent: it would be exceeded."""
         if not any(name in AGENTS for name in self.searchers):
             return
-        from prunegym.agents.settling import SETTLING
+        from prunegym.agents.policies.settling import SETTLING
 
         workers = self.workers
         least = -(-self.update_evaluations // workers) * workers + 1 + (SETTLING if self.imitation_steps else 0)
@@ -167,7 +167,7 @@ def _names(kind: type[Options]) -> list[str]:
 
 def _check_known(name: str) -> None:
     """Refuse an unknown searcher, and one whose library is missing."""
-    from prunegym.agents.searchers import SEARCHERS, check_library
+    from prunegym.agents.searching.searchers import SEARCHERS, check_library
 
     if name not in SEARCHERS and name not in AGENTS:
         raise unknown_name("--searcher", name, [*SEARCHERS, *AGENTS])

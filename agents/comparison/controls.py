@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from prunegym.agents.policy import PruningPolicy
+from prunegym.agents.policies.policy import PruningPolicy
 from prunegym.envs.actions import action_for
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem

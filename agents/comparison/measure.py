@@ -17,13 +17,13 @@ from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.fitting import CHECKPOINT
 from prunegym.agents.plan_checks import check_cost, count_macs
 from prunegym.agents.prune import fine_tune
-from prunegym.agents.runs import RunFolder, slug
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.run_folders.runs import RunFolder, slug
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
-from prunegym.pruning.latency import compare_latency
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.speed_up import speed_up
+from prunegym.pruning.timing.latency import compare_latency
+from prunegym.pruning.timing.speed_up import speed_up
 from prunegym.pruning.training import evaluate_network
 
 Row: TypeAlias = dict[str, Any]

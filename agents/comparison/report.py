@@ -14,7 +14,7 @@ from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.grid import curve_rows
 from prunegym.agents.comparison.pictures import FORMATS, draw_anytime, draw_profiles
 from prunegym.agents.comparison.summary import Pair, Table, at_seconds, fastest_seconds, summarise
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.tables import format_table, markdown_table
 from prunegym.pruning.files import plain, replacing
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
 from prunegym.agents.comparison.controls import CONTROLS
-from prunegym.agents.journal import JOURNAL, journaled
-from prunegym.agents.latency_budget import within_measured_budget
-from prunegym.agents.policy_file import load_policy
-from prunegym.agents.runs import RunFolder, slug
-from prunegym.agents.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
-from prunegym.agents.second_look import has_further_images
-from prunegym.agents.stored_search import load_search, save_search
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
-from prunegym.agents.trail import Improvement
+from prunegym.agents.policies.policy_file import load_policy
+from prunegym.agents.run_folders.journal import JOURNAL, journaled
+from prunegym.agents.run_folders.runs import RunFolder, slug
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.searching.latency_budget import within_measured_budget
+from prunegym.agents.searching.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
+from prunegym.agents.searching.second_look import has_further_images
+from prunegym.agents.searching.stored_search import load_search, save_search
+from prunegym.agents.searching.trail import Improvement
 from prunegym.agents.training.loop import CHECKPOINT, POLICY_FILE, train
 from prunegym.agents.training.result import TrainResult
 from prunegym.envs.setting import PruningProblem

@@ -15,11 +15,11 @@ from prunegym.agents.deployment.config import FinetuneOptions
 from prunegym.agents.deployment.finetune import FinetuneResult, finetune_network
 from prunegym.agents.face_options import as_task, checked_options, data_name
 from prunegym.agents.prune import PruneResult
-from prunegym.pruning.data import DataSplits
+from prunegym.pruning.datasets.data import DataSplits
+from prunegym.pruning.deployment.export import Exported, export_network
+from prunegym.pruning.deployment.recipe import NO_SOURCE, Blueprint
+from prunegym.pruning.deployment.saving import read_network
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import Exported, export_network
-from prunegym.pruning.recipe import NO_SOURCE, Blueprint
-from prunegym.pruning.saving import read_network
 from prunegym.pruning.task import Task
 
 Network: TypeAlias = PruneResult | FinetuneResult | nn.Module | str | Path

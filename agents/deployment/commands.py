@@ -12,21 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from prunegym.agents.configuration.options import DataOptions
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, SavedNetworkOptions
 from prunegym.agents.deployment.finetune import check_fits, describe, finetune_network
 from prunegym.agents.deployment.origin import data_of, origin_of
-from prunegym.agents.options import DataOptions
-from prunegym.agents.reload import EXAMPLE, save_example
-from prunegym.agents.running import RESULT, SPLITS, Launch, Reporter, Result
+from prunegym.agents.run_folders.reload import EXAMPLE, save_example
+from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result
 from prunegym.agents.setup import TRACED_EXAMPLES, build_task, network_source, seed_everything
 from prunegym.agents.tables import format_table
+from prunegym.pruning.deployment.export import check_formats, export_network
+from prunegym.pruning.deployment.recipe import Blueprint, build_from, source_sizes
+from prunegym.pruning.deployment.saving import read_network
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.export import check_formats, export_network
 from prunegym.pruning.files import plain
-from prunegym.pruning.recipe import Blueprint, build_from, source_sizes
-from prunegym.pruning.saving import read_network
+from prunegym.pruning.networks.zoo import input_shape_of
 from prunegym.pruning.training import check_training
-from prunegym.pruning.zoo import input_shape_of
 
 #: Images whose outputs are kept with a network, so that whoever loads it can compare.
 _EXAMPLES = 16
@@ -137,7 +137,7 @@ def example_of(folder: Path | None, source: Mapping[str, Any], seed: int = 0) ->
 
 
 def describe_files(files: Sequence[Mapping[str, Any]]) -> str:
-    """What was exported, as of :class:`~prunegym.pruning.export.Exported`, for a terminal."""
+    """What was exported, as of :class:`~prunegym.pruning.deployment.export.Exported`, for a terminal."""
     rows = [
         {
             "file": Path(one["path"]).name,

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from prunegym.agents.fitting import fit
-from prunegym.agents.runs import RunFolder
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.setup import example_inputs
 from prunegym.agents.tables import format_table
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.pruning.deployment.recipe import Blueprint
+from prunegym.pruning.deployment.saving import write_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.recipe import Blueprint
-from prunegym.pruning.saving import write_network
 from prunegym.pruning.task import Task, forward
 from prunegym.pruning.training import EpochRow, TrainingSettings, compare_networks
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from prunegym.agents.options import DataOptions
+from prunegym.agents.configuration.options import DataOptions
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json
 

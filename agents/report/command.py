@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.report.report import report
-from prunegym.agents.running import Reporter, Result
+from prunegym.agents.run_folders.running import Reporter, Result
 from prunegym.pruning.files import plain
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from prunegym.agents.option_rules import Options, require
+from prunegym.agents.configuration.option_rules import Options, require
 
 
 @dataclass(frozen=True, kw_only=True)

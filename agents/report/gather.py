@@ -16,11 +16,11 @@ from prunegym.agents import evaluate
 from prunegym.agents.comparison import grid
 from prunegym.agents.comparison.report import CURVES
 from prunegym.agents.comparison.search import TRAININGS
-from prunegym.agents.finished_rows import FinishedRows
-from prunegym.agents.options import DEFAULT_BUDGET
-from prunegym.agents.records import ATTENTION, NETWORKS, PLANS
-from prunegym.agents.running import RESULT, SPLITS
-from prunegym.agents.runs import RunFolder, slug
+from prunegym.agents.configuration.options import DEFAULT_BUDGET
+from prunegym.agents.run_folders.finished_rows import FinishedRows
+from prunegym.agents.run_folders.records import ATTENTION, NETWORKS, PLANS
+from prunegym.agents.run_folders.running import RESULT, SPLITS
+from prunegym.agents.run_folders.runs import RunFolder, slug
 from prunegym.agents.training.loop import METRICS
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json

@@ -17,7 +17,7 @@ from typing import Literal
 from prunegym.agents.report.gather import Record, Run
 from prunegym.agents.report.scores import LEARNED, SIMPLE, WORDS, Field, Scored, Scores, by_searcher, mean_score
 from prunegym.agents.report.words import joined, percent, plural, signed
-from prunegym.pruning.latency import drifted
+from prunegym.pruning.timing.latency import drifted
 
 #: Standard errors that a difference must exceed.
 _STANDARD_ERRORS = 1.96

@@ -9,9 +9,9 @@ import torch
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
-from prunegym.agents.policy import PruningPolicy
-from prunegym.agents.policy_file import load_policy
-from prunegym.agents.ppo import PruningPPO
+from prunegym.agents.policies.policy import PruningPolicy
+from prunegym.agents.policies.policy_file import load_policy
+from prunegym.agents.policies.ppo import PruningPPO
 from prunegym.agents.training.workers import AgentConfig
 
 

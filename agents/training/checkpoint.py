@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunegym.agents.ppo import Episode, PruningPPO
+from prunegym.agents.policies.ppo import Episode, PruningPPO
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
 

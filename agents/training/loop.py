@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from prunegym.agents.journal import JOURNAL, Clock, journaled, scorer_identity
-from prunegym.agents.policy_file import save_policy
-from prunegym.agents.ppo import Episode, PruningPPO
-from prunegym.agents.records import ATTENTION, attention_records
-from prunegym.agents.runs import RunFolder
-from prunegym.agents.searchers import own_plan
-from prunegym.agents.second_look import CONFIRMING, confirmed_plans
-from prunegym.agents.settling import SETTLING, confirm
-from prunegym.agents.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.policies.policy_file import save_policy
+from prunegym.agents.policies.ppo import Episode, PruningPPO
+from prunegym.agents.policies.settling import SETTLING, confirm
+from prunegym.agents.run_folders.journal import JOURNAL, Clock, journaled, scorer_identity
+from prunegym.agents.run_folders.records import ATTENTION, attention_records
+from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.searching.searchers import own_plan
+from prunegym.agents.searching.second_look import CONFIRMING, confirmed_plans
 from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
 from prunegym.agents.training.notes import Notes

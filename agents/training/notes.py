@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from prunegym.agents.trail import Improvement, trails_from_json, trails_to_json
+from prunegym.agents.searching.trail import Improvement, trails_from_json, trails_to_json
 from prunegym.envs.setting import plan_key
 from prunegym.pruning.plan import PruningPlan
 

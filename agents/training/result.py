@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunegym.agents.trail import Improvement, trails_from_json, trails_to_json
+from prunegym.agents.searching.trail import Improvement, trails_from_json, trails_to_json
 from prunegym.pruning.plan import PruningPlan
 
 

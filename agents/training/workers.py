@@ -12,12 +12,12 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from prunegym.agents.config import TrainConfig, TransferConfig
+from prunegym.agents.configuration.config import TrainConfig, TransferConfig
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observer, Padding
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.user_code import user_code_by_value
+from prunegym.pruning.networks.user_code import user_code_by_value
 
 AgentConfig: TypeAlias = TrainConfig | TransferConfig
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
-from prunegym.pruning.weights import read_weights
+from prunegym.pruning.networks.weights import read_weights
 
 #: Files of another version are refused.
 _VERSION = 2

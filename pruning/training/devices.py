@@ -31,7 +31,7 @@ from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.user_code import user_code_by_value
+from prunegym.pruning.networks.user_code import user_code_by_value
 
 Job = TypeVar("Job")
 

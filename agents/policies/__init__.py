@@ -1,0 +1,1 @@
+"""The agent: encoder, policy, PPO, and policies on disk."""

@@ -1,0 +1,1 @@
+"""Searchers: one protocol, from network, budget and evaluations to a plan."""

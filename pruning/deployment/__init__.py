@@ -1,0 +1,1 @@
+"""Networks on disk: tensors with a recipe, ONNX files, torch.export programs."""

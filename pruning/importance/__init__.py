@@ -1,0 +1,1 @@
+"""What each channel is worth: the pool of criteria, and the statistics they look at."""

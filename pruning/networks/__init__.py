@@ -1,0 +1,1 @@
+"""Networks by name or from users' files, and their weights."""

@@ -1,0 +1,1 @@
+"""Latency: measured, compared, and predicted by tables."""
