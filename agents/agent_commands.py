@@ -9,13 +9,13 @@ from functools import cache, partial
 from typing import Any
 
 from prunegym.agents.configuration.config import EvaluateConfig, TrainConfig, TransferConfig
+from prunegym.agents.configuration.time_limit import TimeLimit
 from prunegym.agents.evaluate import KEY, TIMED, EvaluationSettings, evaluate, measure_unpruned, plan_row
 from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.records import save_attention, save_networks
 from prunegym.agents.run_folders.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import TimeLimit
 from prunegym.agents.searching.latency_budget import within_measured_budget
 from prunegym.agents.searching.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.setup import build_model, build_problems, build_prunable, build_task, seed_everything

@@ -26,10 +26,10 @@ from prunegym.agents.configuration.config import (
     TrainConfig,
     TransferConfig,
 )
+from prunegym.agents.configuration.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.run_folders.running import Reporter, Result
-from prunegym.agents.run_folders.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import DISK_FULL, plain, write_failure
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.pruning.task import Task
 from prunegym.pruning.training import EpochRow, TrainingSettings, train_network
 

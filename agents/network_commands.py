@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prunegym.agents.configuration.config import InspectConfig, PretrainConfig, PruneConfig
+from prunegym.agents.configuration.time_limit import TimeLimit
 from prunegym.agents.inspect import inspect_network
 from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
@@ -12,7 +13,6 @@ from prunegym.agents.run_folders.records import save_attention, save_networks
 from prunegym.agents.run_folders.reload import EXAMPLE, save_example
 from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import TimeLimit
 from prunegym.agents.searching.searchers import SearchResult
 from prunegym.agents.searching.stored_search import load_search, save_search
 from prunegym.agents.setup import (

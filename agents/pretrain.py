@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.configuration.training_options import TrainingOptions
 from prunegym.agents.fitting import fit
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.pruning.files import replacing
 from prunegym.pruning.task import Task
 from prunegym.pruning.training import evaluate_network

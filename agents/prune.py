@@ -14,10 +14,10 @@ from torch import nn
 
 from prunegym.agents.configuration.config import PruneConfig
 from prunegym.agents.configuration.options import LatencyOptions
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.fitting import fit
 from prunegym.agents.plan_checks import check_cost, check_outputs
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.searching.latency_budget import within_measured_budget
 from prunegym.agents.searching.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.tables import format_table

@@ -9,11 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from prunegym.agents.configuration.config import TransferConfig
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.evaluate import KEY, TIMED, plan_row
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.records import note_plan
 from prunegym.agents.run_folders.runs import RunFolder, slug
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.searching.latency_budget import within_measured_budget
 from prunegym.agents.searching.searchers import SearchResult, SearchSettings, searcher_named
 from prunegym.agents.training.loop import train

@@ -17,9 +17,9 @@ from prunegym.agents.comparison.grid import Key, _grid, compare, compute_row
 from prunegym.agents.comparison.measure import Judge
 from prunegym.agents.comparison.search import Searches
 from prunegym.agents.configuration.config import TrainConfig
+from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.run_folders.finished_rows import ROWS
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import TimeLimit, TimeUp
 from prunegym.agents.training.loop import METRICS, Trainer, train
 from prunegym.envs.cluster import pack
 from prunegym.envs.setting import PruningProblem

@@ -15,11 +15,11 @@ from prunegym.agents.comparison.conditions import identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
 from prunegym.agents.comparison.grid import CURVE, CURVE_SCORES, KEY, TIMED, compare, curve_rows, unfinished
 from prunegym.agents.comparison.measure import Judge
+from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.run_folders.finished_rows import ROWS, FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import TimeLimit, TimeUp
 from prunegym.agents.searching.searchers import SEARCHERS, WITHOUT_EVALUATIONS, SearchResult, SearchSettings, own_plan
 from prunegym.agents.training.loop import Trainer
 from prunegym.envs.channel_pruning import ChannelPruningEnv

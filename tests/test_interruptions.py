@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from prunegym.agents.cli import REFUSED
+from prunegym.agents.configuration.time_limit import TIME_UP
 from prunegym.agents.run_folders.journal import JOURNAL
-from prunegym.agents.run_folders.time_limit import TIME_UP
 
 #: Runs a command for each line of arguments it reads, in a process of its own, and says how it ended.
 NURSERY = """

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit, TimeUp
 from prunegym.agents.run_folders import journal as journals
 from prunegym.agents.run_folders.journal import Clock, ScoreJournal, journaled
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit, TimeUp
 from prunegym.agents.searching.searchers import SEARCHERS, SearchResult, SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from prunegym.agents.policies.ppo import Episode, EpisodeMemory
-from prunegym.agents.policies.settling import confirm, replayed
 from prunegym.agents.searching.second_look import CONFIRMED, CONFIRMING, confirmed_plans
+from prunegym.agents.training.settling import confirm, replayed
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from prunegym.agents.configuration.config import TrainConfig, TransferConfig
+from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policies.policy_file import load_policy
-from prunegym.agents.policies.settling import SETTLING
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import TimeLimit, TimeUp
 from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.training import loop, workers
 from prunegym.agents.training.loop import METRICS, Trainer, train
 from prunegym.agents.training.result import TrainResult
+from prunegym.agents.training.settling import SETTLING
 from prunegym.agents.training.workers import make_envs
 from prunegym.agents.transfer import transfer
 from prunegym.envs.channel_pruning import ChannelPruningEnv

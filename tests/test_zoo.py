@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from prunegym.pruning.datasets.digits import DIGITS_NETWORKS
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.networks import zoo
 from prunegym.pruning.networks.cifar import CIFAR_NETWORKS, ZeroPadShortcut
+from prunegym.pruning.networks.digits import DIGITS_NETWORKS
 from prunegym.pruning.networks.zoo import build_network, input_shape_of, load_weights, network_names
 
 #: Millions of parameters in He et al. 2016, table 6, and blocks per stage.

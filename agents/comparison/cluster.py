@@ -22,8 +22,8 @@ from prunegym.agents.comparison.measure import FINETUNING
 from prunegym.agents.comparison.measure import folder_name as name_of_finetuning
 from prunegym.agents.comparison.search import SEARCHES, TRAININGS
 from prunegym.agents.comparison.search import folder_name as name_of_search
+from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import TimeLimit, TimeUp
 from prunegym.agents.searching.searchers import WITHOUT_SEED
 from prunegym.agents.searching.stored_search import PLAN
 from prunegym.agents.training.workers import check_device

@@ -12,8 +12,8 @@ import tyro
 from prunegym.agents.configuration.config import AgentOptions, PruneConfig, TrainConfig
 from prunegym.agents.configuration.option_rules import Names, Options, at_least, only_with, positive, require
 from prunegym.agents.configuration.options import DEFAULT_EVALUATIONS, ProblemOptions, SeveralNetworks
+from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, FittingOptions
-from prunegym.agents.run_folders.time_limit import TimeLimitOption
 from prunegym.pruning.errors import PruningError, unknown_name
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class CompareConfig(
         """Refuse an allowance that does not last for one update of an agent: it would be exceeded."""
         if not any(name in AGENTS for name in self.searchers):
             return
-        from prunegym.agents.policies.settling import SETTLING
+        from prunegym.agents.training.settling import SETTLING
 
         workers = self.workers
         least = -(-self.update_evaluations // workers) * workers + 1 + (SETTLING if self.imitation_steps else 0)

@@ -16,9 +16,9 @@ from prunegym.agents.comparison.conditions import SHARED, check_folder, identity
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.measure import STAGES, Judge
 from prunegym.agents.comparison.search import Found, Searches
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.searching.searchers import check_evaluations
 from prunegym.agents.searching.stored_search import PLAN
 from prunegym.envs.setting import PruningProblem

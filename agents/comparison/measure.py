@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from prunegym.agents.comparison.config import CompareConfig
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.fitting import CHECKPOINT
 from prunegym.agents.plan_checks import check_cost, count_macs
 from prunegym.agents.prune import fine_tune
 from prunegym.agents.run_folders.runs import RunFolder, slug
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.plan import PruningPlan

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
 from prunegym.agents.comparison.controls import CONTROLS
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.run_folders.journal import JOURNAL, journaled
 from prunegym.agents.run_folders.runs import RunFolder, slug
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.searching.latency_budget import within_measured_budget
 from prunegym.agents.searching.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
 from prunegym.agents.searching.second_look import has_further_images

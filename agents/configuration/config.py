@@ -27,9 +27,9 @@ from prunegym.agents.configuration.options import (
     check_patterns,
     parse_budgets,
 )
+from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, TrainingOptions
 from prunegym.agents.configuration.width_options import WidthOptions
-from prunegym.agents.run_folders.time_limit import TimeLimitOption
 from prunegym.pruning.errors import PruningError, unknown_name
 
 __all__ = [

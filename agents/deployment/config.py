@@ -10,8 +10,8 @@ import tyro
 
 from prunegym.agents.configuration.option_rules import Names, Options, at_least, require
 from prunegym.agents.configuration.options import DataOptions, RunOptions
+from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, TrainingOptions
-from prunegym.agents.run_folders.time_limit import TimeLimitOption
 from prunegym.pruning.errors import unknown_name
 
 #: Formats of `prunegym export`: written here too, because their module loads PyTorch. A test compares them.

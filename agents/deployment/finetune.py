@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.fitting import fit
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.setup import example_inputs
 from prunegym.agents.tables import format_table
 from prunegym.pruning.deployment.recipe import Blueprint

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.pruning.files import append, write_failure
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 
 # the command line imports this module, and `prunegym --help` should not wait for PyTorch
 if TYPE_CHECKING:

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.policies.policy_file import save_policy
 from prunegym.agents.policies.ppo import Episode, PruningPPO
-from prunegym.agents.policies.settling import SETTLING, confirm
 from prunegym.agents.run_folders.journal import JOURNAL, Clock, journaled, scorer_identity
 from prunegym.agents.run_folders.records import ATTENTION, attention_records
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.run_folders.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.searching.searchers import own_plan
 from prunegym.agents.searching.second_look import CONFIRMING, confirmed_plans
 from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
 from prunegym.agents.training.notes import Notes
 from prunegym.agents.training.result import TrainResult
+from prunegym.agents.training.settling import SETTLING, confirm
 from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem

@@ -16,9 +16,9 @@ import torch
 import torchvision.models
 from torch import nn
 
-from prunegym.pruning.datasets.digits import DIGITS_NETWORKS
 from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.networks.cifar import CIFAR_NETWORKS
+from prunegym.pruning.networks.digits import DIGITS_NETWORKS
 from prunegym.pruning.networks.timm_networks import is_timm, timm_input_shape, timm_network
 from prunegym.pruning.networks.user_code import USER_MODULES
 from prunegym.pruning.networks.weights import load_weights
