@@ -66,6 +66,21 @@ def test_package_imports_only_what_it_may(package: str) -> None:
         assert not extra, f"{source.relative_to(ROOT)} must not import {sorted(extra)}"
 
 
+@pytest.mark.parametrize("package", ALLOWED)
+def test_folders_below_a_package_do_not_import_each_other_both_ways(package: str) -> None:
+    """Of two folders one is the lower one, and can be understood without the other."""
+    arrows = set()
+    for source in sources(package):
+        folder = source.parent.relative_to(ROOT / package).as_posix()
+        for module in imported_modules(ast.parse(source.read_text(encoding="utf-8")), package):
+            parts = module.split(".")
+            if parts[:2] == [FACE, package] and len(parts) > 3 and (ROOT / package / parts[2]).is_dir():
+                arrows.add((folder, parts[2]))
+
+    mutual = {(one, other) for one, other in arrows if one < other and (other, one) in arrows}
+    assert not mutual
+
+
 @pytest.mark.parametrize("folder", [FACE, "tests", "benchmarks"])
 def test_nothing_is_imported_by_its_bare_name(folder: str) -> None:
     """`import envs` beside `import prunegym.envs` makes two copies of each class."""
