@@ -12,7 +12,13 @@ from prunegym.agents.evaluate import EvaluationSettings, evaluate, plan_row
 from prunegym.agents.run_folders.finished_rows import ROWS
 from prunegym.agents.run_folders.records import PLANS
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.searching.latency_budget import SLACK, Measure, bring_to_budget, within_measured_budget
+from prunegym.agents.searching.latency_budget import (
+    SLACK,
+    Measure,
+    _LimitSearch,
+    bring_to_budget,
+    within_measured_budget,
+)
 from prunegym.agents.searching.searchers import SearchResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -79,6 +85,30 @@ def test_measured_latency_ends_just_below_the_budget(problem: PruningProblem, na
     assert report.plans == len(seen) <= 8
     assert report.measured == pytest.approx(truth, rel=0.01 + noise)
     assert problem.widths.allow(problem.scorer.network.counts(plan)).all()
+
+
+def test_plans_that_no_limit_leads_to_are_mixed_from_those_beside_them(
+    problem: PruningProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All groups of a uniform plan may grow at once, and the step be wider than what fits."""
+    budget = Budget.parse("latency:0.6")
+    plan = uniform_plan(problem, budget)
+    narrow = problem.scorer.network.counts(plan)
+    wide = np.minimum(narrow + 1, problem.sizes)
+    turn = problem.limits[budget].fraction(narrow) + 0.01
+    monkeypatch.setattr(_LimitSearch, "project", lambda _, share: narrow if share < turn else wide)
+
+    def truth(kept: NDArray[np.float64]) -> float:
+        return 1.0 if kept.min() == 1.0 else 0.55 + 0.1 * float((kept * problem.sizes > narrow + 0.5).mean())
+
+    measure, seen = device(problem, truth)
+
+    kept, report = bring_to_budget(problem, budget, plan, measure)
+
+    grown = problem.scorer.network.counts(kept) > narrow
+    assert 0 < grown.sum() < len(narrow)
+    assert 0.6 * (1 - STEP) < report.measured <= 0.6
+    assert len(seen) <= 8
 
 
 def test_absolute_budget_is_met_in_seconds(problem: PruningProblem) -> None:

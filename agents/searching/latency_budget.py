@@ -95,7 +95,8 @@ def bring_to_budget(
     """Measure a plan, and project it again until it is as slow as its budget allows.
 
     The limit that the plan is projected onto is found as the root of a function that is measured: by proportion at
-    first, then between the nearest limits that turned out too tight and too loose.
+    first, then between the nearest limits that turned out too tight and too loose. Where no limit between leads to
+    another plan, some groups are as wide as in the one plan, and the others as in the other.
 
     Args:
         problem: what is pruned.
@@ -121,10 +122,10 @@ def bring_to_budget(
             plans += 1
         trial = replace(known or search.measured(counts, measure), share=share)
         tried.append(trial)
-        following = search.next_share(tried)
+        following = search.following(tried)
         if trial.fits or following is None:
             break
-        share, counts = following, search.project(following)
+        share, counts = following
     # the last one if it fits. Not the slowest of those that hold, which is the one whose measurement erred the most
     best = tried[-1] if tried[-1].fits else min(tried, key=lambda one: (not one.holds, abs(one.excess - _AIM)))
     return search.plan(best.counts), search.report(best, plans)
@@ -191,20 +192,38 @@ class _LimitSearch:
             excess, low = (1 / one / self.budget.value for one in (faster.ratio, faster.high))
         return _Trial(counts, before, after, excess, low)
 
-    def next_share(self, tried: list[_Trial]) -> float | None:
-        """The limit to try next; None if there is nothing left between those that were tried."""
+    def following(self, tried: list[_Trial]) -> tuple[float, Counts] | None:
+        """The limit to try next, and a plan for it; None if there is nothing left between those that were tried."""
         tight = max((one for one in tried if one.excess <= _AIM), key=lambda one: one.share, default=None)
         above = [one for one in tried if one.excess > _AIM and (tight is None or one.share > tight.share)]
         loose = min(above, key=lambda one: one.share, default=None)
         if tight is None or loose is None:
             last = tight or min(tried, key=lambda one: one.share)
             share = float(np.clip(last.share * _AIM / last.excess, self._least, 1.0))
-            return share if abs(share - last.share) > _NEAR else None
+            return (share, self.project(share)) if abs(share - last.share) > _NEAR else None
         if loose.share - tight.share < _NEAR:
             return None
-        way = (_AIM - tight.excess) / (loose.excess - tight.excess)
         # not too near an end: latency comes in steps, and the next one may lie anywhere between
-        return tight.share + float(np.clip(way, 0.1, 0.9)) * (loose.share - tight.share)
+        way = float(np.clip((_AIM - tight.excess) / (loose.excess - tight.excess), 0.1, 0.9))
+        share = tight.share + way * (loose.share - tight.share)
+        counts = self.project(share)
+        if any(np.array_equal(counts, one.counts) for one in (tight, loose)):
+            counts = self.between(tight.counts, loose.counts, way)
+        return share, counts
+
+    def between(self, tight: Counts, loose: Counts, way: float) -> Counts:
+        """Groups of the one plan as wide as in the other, one after another, until the table is that part of the way.
+
+        Returns:
+            The first plan if the two differ in one group only.
+        """
+        steps = [tight]
+        for group in np.flatnonzero(tight != loose):
+            steps.append(steps[-1].copy())
+            steps[-1][group] = loose[group]
+        seconds = np.array([self._limit.value(one) for one in steps])
+        distances = np.abs(seconds - (seconds[0] + way * (seconds[-1] - seconds[0])))
+        return steps[1 + int(distances[1:-1].argmin())] if len(steps) > 2 else tight
 
     def report(self, trial: _Trial, plans: int) -> LatencyReport:
         """What was asked, predicted and measured."""
