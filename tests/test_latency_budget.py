@@ -35,7 +35,7 @@ Truth = Callable[[NDArray[np.float64]], float]
 SETTINGS = LatencySettings(threads=1)
 FULL = 0.010
 #: How near the budget the network comes: one channel more of a narrow group is more than a percent of it.
-STEP = SLACK + 0.01
+STEP = SLACK + 0.015
 #: Devices that are slower than the table says, faster, of another shape, and in steps.
 TRUTHS: dict[str, Truth] = {
     "as the table": lambda kept: 0.002 + 0.008 * float(kept.mean()),
@@ -157,7 +157,7 @@ def test_budget_out_of_reach_ends_with_the_fastest_plan_and_says_so(problem: Pru
     ("measurements", "chosen"),
     [
         ([1.06, 0.985], 1),  # the second fits; of the first it was not shown that it is too slow
-        ([1.06, 0.95, 1.03, 0.96, 1.05, 1.04], 3),  # none fits
+        ([1.06, 0.95, 1.03, 0.97, 1.05, 1.04], 3),  # none fits
         ([1.5, 1.3, 1.2, 1.25, 1.22], 2),  # none holds
     ],
 )

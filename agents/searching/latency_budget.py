@@ -26,10 +26,10 @@ Counts: TypeAlias = NDArray[np.int64]
 Measure: TypeAlias = Callable[[PruningPlan], tuple[Latency, Latency]]
 """Latency of the unpruned network and of a plan's, side by side."""
 
-SLACK = 0.02
+SLACK = 0.015
 """A plan is widened if it is faster than the budget by more than this share: what is exported is measured again, with
 noise of its own, and should not be far from the budget then either."""
-_AIM = 0.99
+_AIM = 0.995
 #: Limits that are nearer to one another than this lead to the same plan.
 _NEAR = 1e-4
 #: Plans that are measured at most, and limits that are tried: several may lead to one plan.
