@@ -21,8 +21,9 @@ from typing import Any
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.comparison.grid import CURVE, KEY
 from prunegym.agents.comparison.measure import FINETUNING, SCORES
-from prunegym.agents.comparison.search import PLAN, SEARCH, SEARCHES
+from prunegym.agents.comparison.search import SEARCHES
 from prunegym.agents.run_folders.finished_rows import ROWS, TIMES
+from prunegym.agents.searching.stored_search import PLAN, SEARCH
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain, read_json, replacing, write_json
 

@@ -22,6 +22,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from rows import RESULTS, Table
+from torch import nn
 
 from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.run_folders.runs import RunFolder
@@ -116,7 +117,8 @@ class Work:
         plan, report = bring_to_budget(problem, budget, self._plan("latency", seed), _known(problem).beside)
         plans = {"macs": self._plan("macs", seed), "latency": plan}
         found = side_by_side(problem, plans)
-        correct = {name: _correct(problem, one) for name, one in plans.items()}
+        correct = {name: _correct(problem, problem.scorer.recovered(one)) for name, one in plans.items()}
+        unpruned = _correct(problem, problem.scorer.network.model)
         for name, one in plans.items():
             network = problem.scorer.network
             row = {
@@ -137,6 +139,7 @@ class Work:
             for split in SPLITS:
                 row[split] = round(float(correct[name][split].mean()), 4)
                 gained = correct[name][split] - correct["macs"][split]
+                row[f"unpruned_{split}"] = round(float(unpruned[split].mean()), 4)
                 row[f"{split}_gain"], row[f"{split}_gain_low"], row[f"{split}_gain_high"] = _interval(gained)
             self.table.append(row)
 
@@ -206,9 +209,9 @@ def side_by_side(problem: PruningProblem, plans: dict[str, PruningPlan]) -> dict
     return {name: speed_up(measured["unpruned"], measured[name]) for name in plans}
 
 
-def _correct(problem: PruningProblem, plan: PruningPlan) -> dict[str, NDArray[np.float64]]:
-    """Which images of each split the recovered network gets right ``(images,)``, in float32."""
-    model, task = problem.scorer.recovered(plan), problem.scorer.task
+def _correct(problem: PruningProblem, model: nn.Module) -> dict[str, NDArray[np.float64]]:
+    """Which images of each split a network gets right ``(images,)``, in float32."""
+    task = problem.scorer.task
     found: dict[str, NDArray[np.float64]] = {}
     with evaluating(model), torch.no_grad():
         for split in SPLITS:

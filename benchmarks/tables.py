@@ -122,6 +122,56 @@ def finetune() -> str:
     return markdown([*header, "torch", "ONNX Runtime"], lines)
 
 
+def latency() -> str:
+    """How far tables are off, and what exported files keep of the latency at `latency:0.5`, by network."""
+    networks = {"cifar_resnet56": "ResNet-56 (CIFAR-10)", "mobilenet_v2": "MobileNetV2 (224×224)"}
+    rows = {(one["network"], one["what"], one["allocation"]): one for one in read("latency")}
+
+    def cells(what: str, allocation: str, value: Callable[[dict[str, str]], str]) -> list[str]:
+        return [value(rows[name, what, allocation]) for name in networks]
+
+    def percent(column: str) -> Callable[[dict[str, str]], str]:
+        return lambda row: f"{100 * float(row[column]):.1f} %"
+
+    def exported(row: dict[str, str]) -> str:
+        drift = f", drift {100 * float(row['drift']):.0f} %" if float(row["drift"]) else ""
+        return f"{100 * float(row['exported_share']):.1f} ({100 * float(row['off_budget']):+.1f} %{drift})"
+
+    lines = [
+        ["unpruned", *cells("table", "", lambda row: f"{float(row['unpruned_ms']):.2f} ms")],
+        ["table off by, median", *cells("table", "", percent("median_error"))],
+        ["table off by, 95th percentile", *cells("table", "", percent("p95_error"))],
+        *(
+            [f"`latency:0.5`, {title}", *cells("budget", allocation, exported)]
+            for allocation, title in (
+                ("uniform", "uniform"),
+                ("knapsack", "knapsack"),
+                *((f"random {seed}", f"random keep ratios {seed}") for seed in range(3)),
+            )
+        ),
+    ]
+    return markdown(["", *networks.values()], lines)
+
+
+def latency_agents() -> str:
+    """Agents with MACs and with latency budgets, at the same measured latency."""
+    rows = {(one["seed"], one["agent"]): one for one in read("latency_agents")}
+
+    def kept(row: dict[str, str]) -> list[str]:
+        share, low, high = (100 * float(row[f"latency_{name}"]) for name in ("share", "low", "high"))
+        macs, test = 100 * float(row["macs_share"]), 100 * float(row["test"])
+        return [f"{macs:.1f}", f"{share:.1f} ({low:.1f} to {high:.1f})", f"{test:.1f}"]
+
+    lines = []
+    for seed in sorted({seed for seed, _ in rows}):
+        macs, latency = rows[seed, "macs"], rows[seed, "latency"]
+        gain, low, high = (100 * float(latency[f"test_gain{name}"]) for name in ("", "_low", "_high"))
+        lines.append([seed, *kept(macs), *kept(latency), f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"])
+    columns = ("MACs", "latency", "test")
+    header = ["seed", *(f"{budget} budget: {one}" for budget in ("MACs", "latency") for one in columns), "gain"]
+    return markdown(header, lines)
+
+
 def coverage() -> str:
     """How many networks are pruned, by library."""
     lines = []
@@ -149,6 +199,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfer": transfer,
     "finetune": finetune,
     "coverage": coverage,
+    "latency": latency,
+    "latency_agents": latency_agents,
 }
 
 

@@ -64,7 +64,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_rows_that_share_a_search_are_one_piece() -> None:
     """Those of one training, and all seeds of a searcher that has no use for them."""
-    found = pieces(list(_grid(replace(COMPARISON, epochs=0))))
+    found = pieces(list(_grid(replace(COMPARISON, epochs=0, finetune_repeats=3))))
 
     named = [sorted({(key[2], key[3]) for key in keys}) for keys in found]
     assert sum(map(len, found)) == 12

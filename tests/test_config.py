@@ -279,7 +279,10 @@ def test_compare_trains_agents_as_train_would() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["options", "width_options", "training_options", "config", "comparison/config", "deployment/config"],
+    [
+        *("configuration/options", "configuration/width_options", "configuration/training_options"),
+        *("configuration/config", "comparison/config", "deployment/config"),
+    ],
 )
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
@@ -295,7 +298,7 @@ def test_every_field_has_its_help(module: str) -> None:
 @pytest.mark.parametrize("kind", ["EvaluateConfig", "SearchOptions"])
 def test_help_of_the_searcher_flag_lists_every_searcher(kind: str) -> None:
     """Each by its name, among those that need evaluations or those that do not, and no other."""
-    tree = ast.parse((ROOT / "agents" / "config.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "agents" / "configuration" / "config.py").read_text(encoding="utf-8"))
     node = next(one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name == kind)
     fields_ = [getattr(getattr(one, "target", None), "id", None) for one in node.body]
     text = ast.literal_eval(node.body[fields_.index("searcher") + 1].value)
@@ -334,7 +337,7 @@ def test_shared_flag_is_on_every_command_it_makes_sense_for(flag: str, commands:
 
 def test_help_names_every_criterion_and_no_other() -> None:
     """Who reads the help knows the pool."""
-    lines = (ROOT / "agents" / "options.py").read_text(encoding="utf-8")
+    lines = (ROOT / "agents" / "configuration" / "options.py").read_text(encoding="utf-8")
     text = re.search(r'criterion: str = "taylor"\n    """(.*?)"""', lines, re.DOTALL)
     assert text is not None
     names = re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)*", text[1])

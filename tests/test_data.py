@@ -254,6 +254,7 @@ def test_train_and_test_folders_are_the_official_split(tmp_path: Path, name: str
     assert data.input_shape == (3, 8, 8)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_workers_do_not_change_the_images(tmp_path: Path) -> None:
     """Augmentation draws from a seed per image, not from the worker."""
     write_folder(tmp_path, per_class=10, size=(16, 12))

@@ -82,24 +82,6 @@ def test_speed_is_that_of_the_rows(tables: ModuleType) -> None:
         assert sentence in FLOWING
 
 
-def test_latency_is_that_of_the_rows(tables: ModuleType) -> None:
-    """How far tables are off, and budgets; with the drift of the machine."""
-    table, *budgets = (row for row in tables.read("latency") if row["network"] == "cifar_resnet56")
-    errors = [f"{100 * float(table[name]):.1f}" for name in ("median_error", "p95_error")]
-    kept = [f"{100 * float(row['exported_share']):.1f}" for row in budgets]
-    drifts = [f"{100 * abs(float(row['drift'])):.0f}" for row in budgets]
-
-    assert [row["allocation"] for row in budgets] == ["uniform", "knapsack", "random 0", "random 1", "random 2"]
-    assert [index for index, drift in enumerate(drifts) if drift != "0"] == [1, 3]
-    for sentence in (
-        f"off by {errors[0]} % in the median and {errors[1]} % at the 95th percentile; it takes "
-        f"{float(table['table_seconds']):.0f} s",
-        "they kept {} % of the latency (uniform), {} % (knapsack), {}, {} and {} % (random".format(*kept),
-        f"During the second and the fourth of these measurements the machine drifted, by {drifts[1]} and {drifts[3]} %",
-    ):
-        assert sentence in FLOWING
-
-
 def test_price_of_the_agents_is_that_of_the_rows(tables: ModuleType) -> None:
     """Their evaluations, and what they reach on the reward images."""
     agents = {
