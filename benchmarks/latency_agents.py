@@ -7,8 +7,8 @@ no search has seen, and on the test images. Intervals are bootstraps over images
 
     python benchmarks/latency_agents.py --data cifar10.npz --weights cifar10_resnet56.th
 
-Training can share the machine with other work; `match` and `measure` need it to themselves: `--stage macs` and so on do
-one of the four after the other. Each finished piece is kept, and a script that was stopped goes on.
+Training and scoring can share the machine with other work; `match` and `measure` need it to themselves: `--stage macs`,
+`match`, `latency`, `measure` and `score` do one after the other. Each finished piece is kept, and a script that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from prunegym.pruning.timing.latency import Latency, prepare, ready_to_measure, 
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.timing.speed_up import SpeedUp, speed_up
 
-STAGES = ("macs", "match", "latency", "measure")
+STAGES = ("macs", "match", "latency", "measure", "score")
 SPLITS = ("selection", "test")
 _RESAMPLES = 2000
 
@@ -59,7 +59,7 @@ class Arguments:
     evaluations: int = 100
     """Plans scored by each agent."""
     rounds: int = 1
-    stage: Literal["all", "macs", "match", "latency", "measure"] = "all"
+    stage: Literal["all", "macs", "match", "latency", "measure", "score"] = "all"
     """What to do now; later stages need what earlier ones left."""
     runs: Path = Path("runs/benchmarks/latency_agents")
     """Where the run folders, the latency table and the plans go."""
@@ -108,38 +108,55 @@ class Work:
         self._train("latency", self._latency_budget(seed), seed)
 
     def measure(self, seed: int) -> None:
-        """Bring the second plan to its budget by the clock, and measure and score both."""
-        key = {"network": self.arguments.network, "budget": self.arguments.budget, "seed": seed}
-        if self.table.has(**key, agent="latency"):
+        """Bring the second plan to its budget by the clock, and measure both."""
+        file = self._path(f"measured_s{seed}.json")
+        if file.exists():
             return
         budget = Budget.parse(self._latency_budget(seed))
         problem = self._problem(str(budget), seed)
         plan, report = bring_to_budget(problem, budget, self._plan("latency", seed), _known(problem).beside)
         plans = {"macs": self._plan("macs", seed), "latency": plan}
-        found = side_by_side(problem, plans)
+        network, known = problem.scorer.network, _known(problem)
+        content = {
+            name: {
+                "plan": plans[name].to_json(),
+                "plans_measured": report.plans if name == "latency" else 0,
+                "table_share": round(known.prediction(network.counts(plans[name])) / known.full, 4),
+                "latency_share": round(1 / found.ratio, 4),
+                "latency_low": round(1 / found.high, 4),
+                "latency_high": round(1 / found.low, 4),
+                "drift": round(found.drift, 4),
+            }
+            for name, found in side_by_side(problem, plans).items()
+        }
+        write_json(file, content)
+
+    def score(self, seed: int) -> None:
+        """Score both plans, and write their rows."""
+        key = {"network": self.arguments.network, "budget": self.arguments.budget, "seed": seed}
+        if self.table.has(**key, agent="latency"):
+            return
+        measured = read_json(self._path(f"measured_s{seed}.json"))
+        problem = self._problem(self.arguments.budget, seed)
+        network = problem.scorer.network
+        plans = {name: PruningPlan.from_json(one["plan"]) for name, one in measured.items()}
         correct = {name: _correct(problem, problem.scorer.recovered(one)) for name, one in plans.items()}
-        unpruned = _correct(problem, problem.scorer.network.model)
+        unpruned = _correct(problem, network.model)
         for name, one in plans.items():
-            network = problem.scorer.network
             row = {
                 **key,
                 "agent": name,
-                "asked": self.arguments.budget if name == "macs" else str(budget),
+                "asked": self.arguments.budget if name == "macs" else self._latency_budget(seed),
                 "macs_share": round(network.cost(one).macs / network.full_cost.macs, 4),
-                "table_share": round(_known(problem).prediction(network.counts(one)) / _known(problem).full, 4),
-                "plans_measured": report.plans if name == "latency" else 0,
-                "latency_share": round(1 / found[name].ratio, 4),
-                "latency_low": round(1 / found[name].high, 4),
-                "latency_high": round(1 / found[name].low, 4),
-                "drift": round(found[name].drift, 4),
+                **{column: value for column, value in measured[name].items() if column != "plan"},
                 "evaluations": self.arguments.evaluations,
                 "rounds": self.arguments.rounds,
                 "counts": " ".join(map(str, network.counts(one).tolist())),
             }
             for split in SPLITS:
                 row[split] = round(float(correct[name][split].mean()), 4)
-                gained = correct[name][split] - correct["macs"][split]
                 row[f"unpruned_{split}"] = round(float(unpruned[split].mean()), 4)
+                gained = correct[name][split] - correct["macs"][split]
                 row[f"{split}_gain"], row[f"{split}_gain_low"], row[f"{split}_gain_high"] = _interval(gained)
             self.table.append(row)
 
