@@ -8,7 +8,8 @@ no search has seen, and on the test images. Intervals are bootstraps over images
     python benchmarks/latency_agents.py --data cifar10.npz --weights cifar10_resnet56.th
 
 Training and scoring can share the machine with other work; `match` and `measure` need it to themselves: `--stage macs`,
-`match`, `latency`, `measure` and `score` do one after the other. Each finished piece is kept, and a script that was stopped goes on.
+`match`, `latency`, `measure` and `score` do one after the other. Each finished piece is kept, and a script that was
+stopped goes on.
 """
 
 from __future__ import annotations
