@@ -57,13 +57,13 @@ def network() -> PrunableNetwork:
     return PrunableNetwork(Mixed(), IMAGES, name="mixed")
 
 
-def probe_of(network: PrunableNetwork, counts: Any, **settings: Any) -> Probe:
+def probe_of(network: PrunableNetwork, counts: Any, images: Tensor = IMAGES, **settings: Any) -> Probe:
     """The pruned network, ready."""
     plan = PruningPlan.from_counts(network.graph, counts)
     inputs, outputs = (np.rint(one).astype(np.int64) for one in network.costs.widths(counts))
     with ready_to_measure(LatencySettings(threads=1, **settings)) as known:
         model = network.pruned(plan)
-        return make_probe(model, network.graph.operations, Widths(inputs, outputs), (IMAGES,), known)
+        return make_probe(model, network.graph.operations, Widths(inputs, outputs), (images,), known)
 
 
 def module_of(network: PrunableNetwork) -> list[str]:
@@ -76,16 +76,16 @@ def test_every_operation_is_found_and_more_work_takes_longer(network: PrunableNe
     """At full width and pruned.
 
     What a runtime drops the name of (OpenVINO that of a transposed convolution), and products of activations that no
-    module holds, count with what precedes them.
+    module holds, count with what precedes them. OpenVINO does not tell of what takes less than a microsecond.
     """
     pytest.importorskip("torch" if backend == "torch" else backend)
     rng = np.random.default_rng(0)
     for counts in (network.graph.sizes, rng.integers(network.graph.sizes // 2, network.graph.sizes, endpoint=True)):
-        profile = probe_of(network, counts, backend=backend).profile(20)
+        profile = probe_of(network, counts, IMAGES.repeat(8, 1, 1, 1), backend=backend).profile(20)
         found = dict(zip(module_of(network), profile.seconds.tolist(), strict=True))
 
         assert found["heavy"] > max(found["stem"], found["query"], found["head"])
-        named = {"stem", "heavy", "depthwise", "query", "key", "value", "head"}
+        named = {"stem", "heavy", "depthwise", "query", "key", "value"} | ({"head"} if backend != "openvino" else set())
         assert all(profile.events[number] for number, path in enumerate(module_of(network)) if path in named)
 
 

@@ -222,8 +222,10 @@ def _openvino_probe(
                 watched()
             done = [node for node in request.profiling_info if node.status == node.Status.EXECUTED]
             totals.append({one.node_name: number * block * one.real_time.total_seconds() for one in done})
+        # a node whose mean is below a microsecond so far is not said to be executed
         means = {
-            name: [max(0.0, (b[name] - a[name]) / block) for a, b in pairwise(totals)] for name in totals[-1]
+            name: [max(0.0, (b.get(name, 0.0) - a.get(name, 0.0)) / block) for a, b in pairwise(totals)]
+            for name in max(totals, key=len)
         }
         return _by_operation(list(means.items()), len(operations))
 
