@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from prunegym.pruning.timing.latency import processor_name
+
 #: Distributions whose version can change a result.
 _DISTRIBUTIONS = (
     "prunegym",
@@ -47,7 +49,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
         "versions": _versions(),
         "device": name,
         "device_name": _device_name(name),
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -78,18 +80,6 @@ def _device_name(device: str) -> str | None:
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_name(device)
-
-
-def _cpu_model() -> str:
-    """Name the processor as the system does."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def _git_state(source: Path) -> dict[str, str | bool] | None:

@@ -340,8 +340,11 @@ def device_name(device: str) -> str:
     """Name the card behind a torch device, or the processor as the system does."""
     if device.startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
-    if not device.startswith("cpu"):
-        return device
+    return processor_name() if device.startswith("cpu") else device
+
+
+def processor_name() -> str:
+    """Name the processor as the system does."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
