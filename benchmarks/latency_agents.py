@@ -23,6 +23,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from rows import RESULTS, Table
+from scipy.stats import bootstrap
 from torch import nn
 
 from prunegym.agents.configuration.config import TrainConfig
@@ -241,8 +242,10 @@ def _correct(problem: PruningProblem, model: nn.Module) -> dict[str, NDArray[np.
 
 def _interval(gained: NDArray[np.float64]) -> tuple[float, float, float]:
     """Mean, and its 95 % interval by a percentile bootstrap over images."""
-    drawn = np.random.default_rng(0).integers(len(gained), size=(_RESAMPLES, len(gained)))
-    low, high = np.quantile(gained[drawn].mean(axis=1), (0.025, 0.975))
+    if not gained.any():  # the agent that the other is compared with
+        return 0.0, 0.0, 0.0
+    found = bootstrap((gained,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
     return round(float(gained.mean()), 4), round(float(low), 4), round(float(high), 4)
 
 
