@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.layout import CHANNELS_LAST, laid_out
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import Inputs, forward
 
@@ -24,11 +25,15 @@ class InferenceForm:
     Args:
         folds: pairs (convolution, batch normalisation) of module paths that can be folded into one.
         half: convolutions and linear layers in bfloat16; the rest stays in float32.
+        layout: of images and kernels, see :func:`.layout_for`.
     """
 
-    def __init__(self, folds: Sequence[tuple[str, str]], *, half: bool) -> None:
+    def __init__(
+        self, folds: Sequence[tuple[str, str]], *, half: bool, layout: torch.memory_format = CHANNELS_LAST
+    ) -> None:
         self.folds = tuple(folds)
         self.half = half
+        self.layout = layout
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,8 +43,7 @@ class InferenceForm:
     def prepare_input(self, value: Any) -> Any:
         """An input in the form's precision and layout; anything but floating-point tensors is left alone."""
         if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.to(self.dtype)
-            return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+            return laid_out(value.to(self.dtype), self.layout)
         return value
 
     def prepare_layers(self, model: nn.Module) -> dict[str, Tensor]:
@@ -48,7 +52,7 @@ class InferenceForm:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 weights[name] = module.weight.detach()
-                _set_weight(module, module.weight.detach(), self.dtype)
+                self._set_weight(module, module.weight.detach())
                 if module.bias is not None:
                     module.bias = nn.Parameter(module.bias.detach().to(self.dtype), requires_grad=False)
         return weights
@@ -78,13 +82,16 @@ class InferenceForm:
                 shift = shift + norm.bias.detach()
             if conv.bias is not None:
                 shift = shift + conv.bias.detach().float() * scale
-            dtype = conv.weight.dtype
-            _set_weight(conv, weights[conv_name] * scale.view(-1, 1, 1, 1), dtype)
-            conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+            self._set_weight(conv, weights[conv_name] * scale.view(-1, 1, 1, 1))
+            conv.bias = nn.Parameter(shift.to(self.dtype), requires_grad=False)
             for parent in modules.values():  # it may be registered in several places
                 for leaf in [leaf for leaf, child in parent._modules.items() if child is norm]:
                     setattr(parent, leaf, nn.Identity())
         return model
+
+    def _set_weight(self, module: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
+        weight = laid_out(weight.to(self.dtype), self.layout)
+        module.weight = nn.Parameter(weight, requires_grad=False)
 
     def agrees(self, model: nn.Module, inputs: Inputs) -> bool:
         """True if the network gives in this form what it gives in its own, within ``BFLOAT16_TOLERANCE``."""
@@ -118,10 +125,3 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def _set_weight(module: nn.Linear | nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> None:
-    weight = weight.to(dtype)
-    if weight.ndim == 4:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    module.weight = nn.Parameter(weight, requires_grad=False)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.layout import laid_out, layout_for
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.task import Inputs, Task, forward
+from prunegym.pruning.task import Task, forward
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ def evaluate_network(
     device = torch.device(device)
     score = loss = 0.0
     examples = 0
+    layout: torch.memory_format | None = None
     with evaluating(model), torch.inference_mode():
         for inputs, targets in task.batches(split, batch_size=batch_size, limit=limit, device=device):
+            layout = layout or layout_for(model, inputs)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                outputs = forward(model, channels_last(inputs))
+                outputs = forward(model, laid_out(inputs, layout))
             scores = task.score(outputs, targets)
             score += float(scores.double().sum())
             loss += float(task.loss(outputs, targets)) * len(scores)
@@ -105,10 +108,3 @@ def compare_networks(
                 "data that are not finite; if it was trained, lower the learning rate."
             )
     return scores
-
-
-def channels_last(inputs: Inputs) -> Inputs:
-    """Lay out images with the channels of a pixel side by side, which convolutions on CPU and GPU prefer."""
-    if isinstance(inputs, tuple):
-        return inputs
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs

@@ -23,6 +23,18 @@ def evaluating(model: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network in training mode, and afterwards each of its modules back in its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def differentiating(model: nn.Module, parameters: Collection[str] = ()) -> Iterator[None]:
     """Let the named parameters have gradients and no others; afterwards each is as it was."""
     states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -17,10 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.importance.statistics import Statistics, reader_modules
+from prunegym.pruning.inference import to_float
+from prunegym.pruning.layout import CONTIGUOUS, laid_out, lay_out, layout_on
+from prunegym.pruning.modes import training_mode
 from prunegym.pruning.task import Inputs, Task, forward
 
 RECOVERY_BATCH = 128
@@ -167,6 +171,7 @@ def train_steps(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     seed: int = 0,
+    half: bool = False,
     device: torch.device | str = "cpu",
 ) -> float:
     """A few optimiser steps on training batches, in place: the third form of recovery.
@@ -180,6 +185,7 @@ def train_steps(
         momentum: Nesterov momentum.
         weight_decay: share of each weight taken off per unit of learning rate.
         seed: of batches and dropout, the same for every plan, so that plans are compared on equal terms.
+        half: compute in bfloat16 where autocast deems it safe; weights stay in float32.
         device: where to run.
 
     Returns:
@@ -190,19 +196,21 @@ def train_steps(
     """
     if steps <= 0:
         return float("nan")
+    layout = layout_on(model, task, "train", device)
+    lay_out(model, layout)  # before the optimiser takes its layout from the weights
     optimiser = torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, total_iters=steps)
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
     value = float("nan")
     # dropout draws from the global generator: seeded here, and left as it was
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with training_mode(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         batches = training_batches(task, batch_size, seed, device)
         for step, (inputs, targets) in enumerate(islice(batches, steps)):
-            loss = task.loss(forward(model, inputs), targets)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+                outputs = forward(model, laid_out(inputs, layout))
+            loss = task.loss(tree_map(to_float, outputs), targets)
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise PruningError(
@@ -213,8 +221,7 @@ def train_steps(
             loss.backward()
             optimiser.step()
             schedule.step()
-    for module, mode in modes:
-        module.training = mode
+    lay_out(model, CONTIGUOUS)
     return value
 
 

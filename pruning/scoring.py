@@ -24,6 +24,7 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.importance.criteria import Calibration, Context, Criterion, Scores, unit_scores
 from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
+from prunegym.pruning.layout import layout_for
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
@@ -250,6 +251,7 @@ class Scorer:
             steps=self.settings.recovery_steps,
             learning_rate=self.settings.learning_rate,
             seed=self.settings.seed,
+            half=self.form.half,
             device=self.device,
         )
 
@@ -297,10 +299,12 @@ class Scorer:
             yield tree_map(self.form.prepare_input, inputs), targets
 
     def _choose_form(self) -> InferenceForm:
-        """bfloat16 if it was asked for, or is fast here, and leaves this network's outputs as they are."""
+        """Channels last and bfloat16 (asked for, or fast here) where this network takes the one and bears the other."""
         folds, wanted = self.network.graph.folds, self.settings.precision
-        if wanted == "float32" or (wanted == "auto" and not has_fast_bfloat16(self.device)):
-            return InferenceForm(folds, half=False)
         inputs, _ = next(iter(self.task.batches("calibration", batch_size=8, limit=8, device=self.device)))
-        form = InferenceForm(folds, half=True)
-        return form if form.agrees(self.network.model, inputs) else InferenceForm(folds, half=False)
+        layout = layout_for(self.network.model, inputs)
+        exact = InferenceForm(folds, half=False, layout=layout)
+        if wanted == "float32" or (wanted == "auto" and not has_fast_bfloat16(self.device)):
+            return exact
+        form = InferenceForm(folds, half=True, layout=layout)
+        return form if form.agrees(self.network.model, inputs) else exact

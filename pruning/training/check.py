@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.measuring import channels_last
+from prunegym.pruning.layout import laid_out, layout_for
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward
 from prunegym.pruning.training.average import WeightAverage
@@ -54,12 +54,13 @@ def check_training(
         if settings.ema is not None:
             WeightAverage(twin, settings.ema)
         inputs, targets = _first_batch(task, settings, device)
+        inputs = laid_out(inputs, layout_for(twin, inputs))
         try:
-            outputs = forward(twin, channels_last(inputs))
+            outputs = forward(twin, inputs)
             loss = task.loss(outputs, targets)
             if teacher is not None:
                 imitation = Imitation(teacher.to(device), settings.distillation_weight, settings.temperature)
-                loss = imitation.mixed(loss, channels_last(inputs), outputs)
+                loss = imitation.mixed(loss, inputs, outputs)
             loss.backward()
         except PruningError:
             raise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.measuring import channels_last
+from prunegym.pruning.layout import CONTIGUOUS, laid_out, lay_out, layout_on
 from prunegym.pruning.task import Inputs, Task, forward
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import Pass, count_steps
@@ -119,12 +119,13 @@ class Training:
 
     def run(self) -> None:
         """Train from the checkpoint, if there is one, to the end of the schedule."""
-        _lay_out(self.model, torch.channels_last)  # before the optimiser takes its layout from the weights
+        self.layout = layout_on(self.model, self.task, "train", self.fabric.device)
+        lay_out(self.model, self.layout)  # before the optimiser takes its layout from the weights
         try:
             self._run()
         finally:
             self.model.eval()
-            _lay_out(self.model, torch.contiguous_format)
+            lay_out(self.model, CONTIGUOUS)
 
     def _run(self) -> None:
         """Go through the epochs that are left."""
@@ -159,7 +160,7 @@ class Training:
             last = (self.tally.batches + 1) % self.settings.accumulate == 0
             if first:
                 self._set_rate()
-            self._learn(channels_last(inputs), targets, first=first, last=last)
+            self._learn(laid_out(inputs, self.layout), targets, first=first, last=last)
             self.tally.seconds = before + time.perf_counter() - start
             if last:
                 self._show(bar)
@@ -325,9 +326,3 @@ class Training:
         everywhere = self.fabric.all_gather(tensor.to(self.fabric.device))
         assert isinstance(everywhere, Tensor)
         return everywhere.cpu().reshape(self.settings.devices, *tensor.shape)
-
-
-def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Change the memory layout of 4-D weights; networks with 5-D ones keep theirs."""
-    if all(parameter.ndim < 5 for parameter in model.parameters()):
-        model.to(memory_format=memory_format)

@@ -1,0 +1,54 @@
+"""Memory layout of images and weights: channels last, which convolutions prefer, where a network's code bears it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prunegym.pruning.modes import evaluating
+from prunegym.pruning.task import Inputs, Task
+
+CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+
+
+def layout_for(model: nn.Module, inputs: Inputs) -> torch.memory_format:
+    """The layout in which a network should run: one forward pass of one example tells.
+
+    ``x.view(len(x), -1)``, which flattens images in much code, raises on what is laid out with channels last.
+
+    Args:
+        model: The network; it is left as it is.
+        inputs: A batch in any layout.
+
+    Returns:
+        ``torch.channels_last`` for a tensor of images that the network takes so, ``torch.contiguous_format`` else.
+    """
+    if isinstance(inputs, tuple) or inputs.ndim != 4:
+        return CONTIGUOUS
+    generators = range(torch.cuda.device_count())
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=generators):
+        try:
+            model(inputs[:1].contiguous(memory_format=CHANNELS_LAST))
+        except RuntimeError:  # what else is wrong shows when the network runs in the ordinary layout
+            return CONTIGUOUS
+    return CHANNELS_LAST
+
+
+def layout_on(model: nn.Module, task: Task, split: str, device: torch.device | str) -> torch.memory_format:
+    """The layout for the inputs of a task, as :func:`layout_for`; global generators stay as they are."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        batch = next(iter(task.batches(split, batch_size=1, limit=1, device=device)), None)
+    return CONTIGUOUS if batch is None else layout_for(model, batch[0])
+
+
+def laid_out(inputs: Inputs, memory_format: torch.memory_format) -> Inputs:
+    """A tensor of images in a layout; other inputs as they are."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=memory_format)
+    return inputs
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Change the layout of 4-D weights, in place; networks with 5-D ones keep theirs."""
+    if all(parameter.ndim < 5 for parameter in model.parameters()):
+        model.to(memory_format=memory_format)

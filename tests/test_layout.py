@@ -1,0 +1,124 @@
+"""Memory layout: channels last where the code of a network bears it, and the ordinary one where it does not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunegym
+from prunegym.pruning.layout import CHANNELS_LAST, CONTIGUOUS, laid_out, layout_for, layout_on
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.recovery import train_steps
+from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.task import ClassificationTask
+
+CLASSES = 4
+
+
+class Viewing(nn.Module):
+    """Flattens images with `view`, as older code does, which channels last makes impossible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, padding=1)
+        self.head = nn.Linear(12 * 16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.max_pool2d(torch.relu(self.second(x)), 2)
+        return self.head(x.view(len(x), -1))
+
+
+class Flattening(Viewing):
+    """The same network, in code that bears any layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.max_pool2d(torch.relu(self.second(x)), 2)
+        return self.head(x.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> ClassificationTask:
+    """Small images in colour whose class is their brightest quarter."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 1000)
+    images = rng.integers(0, 120, (1000, 8, 8, 3))
+    for image, label in zip(images, labels, strict=True):
+        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
+    arrays = {"x_train": images[:800], "y_train": labels[:800], "x_test": images[800:], "y_test": labels[800:]}
+    path: Path = tmp_path_factory.mktemp("layout") / "quarters.npz"
+    np.savez(path, **{name: value.astype(np.uint8) for name, value in arrays.items()})
+    return ClassificationTask(prunegym.load_data(str(path)))
+
+
+def test_layout_is_what_the_code_of_a_network_bears() -> None:
+    """Other inputs than images have one layout only."""
+    images = torch.randn(2, 3, 8, 8)
+
+    assert layout_for(Flattening(), images) is CHANNELS_LAST
+    assert layout_for(Viewing(), images) is CONTIGUOUS
+    assert layout_for(Viewing(), laid_out(images, CHANNELS_LAST)) is CONTIGUOUS
+    assert layout_for(nn.Linear(8, 2), torch.randn(2, 8)) is CONTIGUOUS
+    assert layout_for(Flattening(), (images, images)) is CONTIGUOUS
+
+
+def test_asking_for_the_layout_leaves_network_and_generators_alone(task: ClassificationTask) -> None:
+    """Modes, running statistics and what is drawn next."""
+    network = Viewing().train()
+    before, state = {name: one.clone() for name, one in network.state_dict().items()}, torch.get_rng_state()
+
+    assert layout_on(network, task, "train", "cpu") is CONTIGUOUS
+
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one, before[name]) for name, one in network.state_dict().items())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", [Viewing, Flattening])
+def test_recovery_steps_learn_in_either_layout_and_precision(
+    task: ClassificationTask, kind: type[Viewing], half: bool
+) -> None:
+    """Weights stay in float32 and come back in the ordinary layout."""
+    torch.manual_seed(0)
+    network = kind()
+
+    first = train_steps(network, task, steps=1, batch_size=64, half=half)
+    last = train_steps(network, task, steps=30, batch_size=64, half=half)
+
+    assert last < 0.6 * first
+    assert all(one.dtype == torch.float32 and one.is_contiguous() for one in network.parameters())
+
+
+def test_scores_are_the_same_however_images_are_flattened(task: ClassificationTask) -> None:
+    """In float32; and so are those after recovery steps."""
+    torch.manual_seed(0)
+    networks = [Viewing(), Flattening()]
+    networks[1].load_state_dict(networks[0].state_dict())
+    scores = []
+    for network in networks:
+        prunable = PrunableNetwork(network, torch.randn(2, 3, 8, 8))
+        settings = ScorerSettings(precision="float32", recovery_steps=3, examples=100, batch_size=50)
+        scorer = Scorer(prunable, task, settings)
+        scores.append(scorer.unpruned().loss)
+
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_network_that_flattens_with_view_is_pruned_and_fine_tuned(task: ClassificationTask) -> None:
+    """The whole way: search in both regimes, recovery, training and measuring."""
+    torch.manual_seed(0)
+    network = Viewing()
+
+    options = {"budget": "macs:0.5", "searcher": "random", "evaluations": 3}
+
+    result = prunegym.prune(network, task.data, **options, epochs=2)
+    steps = prunegym.prune(network, task.data, **options, epochs=0, regime="finetuned", recovery_steps=5)
+
+    assert result.after.macs <= result.before.macs / 2
+    assert steps.after.macs <= steps.before.macs / 2
+    assert result.model(torch.randn(2, 3, 8, 8)).shape == (2, CLASSES)
