@@ -25,6 +25,7 @@ from prunegym.agents.run_folders.running import Reporter
 from prunegym.agents.searching.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
+ABLATIONS = ("agent:structure", "agent:random")
 TRAINED = ("uniform", "knapsack", "agent", "cmaes", "evolution")
 
 POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}
@@ -34,14 +35,17 @@ FINETUNED = {
     **{"finetune_repeats": 1, "rounds": 1},
 }
 GRIDS: dict[str, dict[str, Any]] = {
-    "resnet20_50": {"network": "cifar_resnet20", "budget": "macs:0.5", "rounds": 1, **POST_TRAINING},
+    "resnet20_50": {
+        **{"network": "cifar_resnet20", "budget": "macs:0.5", "rounds": 1},
+        **{**POST_TRAINING, "searcher": (*ALL, *ABLATIONS)},
+    },
     "resnet20_35": {"network": "cifar_resnet20", "budget": "macs:0.35", "rounds": 3, **POST_TRAINING},
     "resnet56_35": {"network": "cifar_resnet56", "budget": "macs:0.35", "rounds": 3, **SMALLER},
     "vgg16_half_20": {"network": "cifar_vgg16_half", "budget": "macs:0.2", "rounds": 3, **SMALLER},
     "resnet20_35_finetuned": {"network": "cifar_resnet20", "budget": "macs:0.35", **FINETUNED},
     "vgg16_half_15_finetuned": {"network": "cifar_vgg16_half", "budget": "macs:0.15", **FINETUNED},
 }
-"""Agents prune in one round at 50 % MACs, where three start lower (LOG.md), and in three below."""
+"""Agents' ablations are trainings of their own: they run where a training is cheapest. Agents prune in one round at 50 % MACs, where three start lower (LOG.md), and in three below."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from rows import RESULTS, Table
 
 from prunegym.agents.comparison import summary
 from prunegym.agents.comparison.bootstrap import Interval
-from prunegym.agents.run_folders.finished_rows import ROWS
+from prunegym.agents.comparison.grid import KEY, TIMED
+from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
 
 BUDGETS = ("macs:0.5", "macs:0.35")
@@ -75,8 +76,7 @@ def post_training() -> str:
 
 def compare(name: str = "resnet20_50") -> str:
     """All searchers of a grid, best first, in two columns; the agent's controls under its name."""
-    run = RunFolder(RESULTS / f"compare_{name}")
-    rows = run.read_rows(ROWS)
+    rows = FinishedRows(RunFolder(RESULTS / f"compare_{name}"), KEY, TIMED).read()
     searchers = tuple(dict.fromkeys(str(one["searcher"]) for one in rows))
     titles = {"agent": "**agent**", "shuffled": "agent, shuffled", "mean": "agent, mean action"}
     scores = {one["searcher"]: one["score"] for one in summary.summarise(summary.Table(rows, (), searchers))}
