@@ -45,7 +45,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "resnet20_35_finetuned": {"network": "cifar_resnet20", "budget": "macs:0.35", **FINETUNED},
     "vgg16_half_15_finetuned": {"network": "cifar_vgg16_half", "budget": "macs:0.15", **FINETUNED},
 }
-"""Agents' ablations are trainings of their own: they run where a training is cheapest. Agents prune in one round at 50 % MACs, where three start lower (LOG.md), and in three below."""
+"""Agents' ablations are trainings of their own: they run where a training is cheapest. Agents prune in one round at
+50 % MACs, where three start lower (LOG.md), and in three below."""
 
 
 @dataclass(frozen=True)
