@@ -93,6 +93,13 @@ class InferenceForm:
         weight = laid_out(weight.to(self.dtype), self.layout)
         module.weight = nn.Parameter(weight, requires_grad=False)
 
+    def run(self, model: nn.Module, inputs: Inputs) -> Any:
+        """Outputs, in float32, of a network that is trained: its layers are not prepared, autocast rounds them."""
+        kind = next((one.device.type for one in tensors_of(inputs)), "cpu")
+        with torch.autocast(kind, torch.bfloat16, enabled=self.half):
+            outputs = forward(model, laid_out(inputs, self.layout))
+        return tree_map(to_float, outputs)
+
     def agrees(self, model: nn.Module, inputs: Inputs) -> bool:
         """True if the network gives in this form what it gives in its own, within ``BFLOAT16_TOLERANCE``."""
         try:

@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.importance.statistics import Statistics, reader_modules
-from prunegym.pruning.inference import to_float
-from prunegym.pruning.layout import CONTIGUOUS, laid_out, lay_out, layout_on
+from prunegym.pruning.inference import InferenceForm
+from prunegym.pruning.layout import CONTIGUOUS, lay_out, layout_on
 from prunegym.pruning.modes import training_mode
 from prunegym.pruning.task import Inputs, Task, forward
 
@@ -171,7 +170,7 @@ def train_steps(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     seed: int = 0,
-    half: bool = False,
+    form: InferenceForm | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
     """A few optimiser steps on training batches, in place: the third form of recovery.
@@ -185,7 +184,7 @@ def train_steps(
         momentum: Nesterov momentum.
         weight_decay: share of each weight taken off per unit of learning rate.
         seed: of batches and dropout, the same for every plan, so that plans are compared on equal terms.
-        half: compute in bfloat16 where autocast deems it safe; weights stay in float32.
+        form: layout and precision to compute in; weights stay in float32. By default float32.
         device: where to run.
 
     Returns:
@@ -196,8 +195,8 @@ def train_steps(
     """
     if steps <= 0:
         return float("nan")
-    layout = layout_on(model, task, "train", device)
-    lay_out(model, layout)  # before the optimiser takes its layout from the weights
+    form = form or InferenceForm((), half=False, layout=layout_on(model, task, "train", device))
+    lay_out(model, form.layout)  # before the optimiser takes its layout from the weights
     optimiser = torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
     )
@@ -208,9 +207,7 @@ def train_steps(
         torch.manual_seed(seed)
         batches = training_batches(task, batch_size, seed, device)
         for step, (inputs, targets) in enumerate(islice(batches, steps)):
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-                outputs = forward(model, laid_out(inputs, layout))
-            loss = task.loss(tree_map(to_float, outputs), targets)
+            loss = task.loss(form.run(model, inputs), targets)
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise PruningError(

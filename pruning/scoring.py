@@ -251,7 +251,7 @@ class Scorer:
             steps=self.settings.recovery_steps,
             learning_rate=self.settings.learning_rate,
             seed=self.settings.seed,
-            half=self.form.half,
+            form=self.form,
             device=self.device,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import prunegym
+from prunegym.pruning.inference import InferenceForm
 from prunegym.pruning.layout import CHANNELS_LAST, CONTIGUOUS, laid_out, layout_for, layout_on
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.recovery import train_steps
@@ -86,9 +87,10 @@ def test_recovery_steps_learn_in_either_layout_and_precision(
     """Weights stay in float32 and come back in the ordinary layout."""
     torch.manual_seed(0)
     network = kind()
+    form = InferenceForm((), half=half, layout=layout_on(network, task, "train", "cpu"))
 
-    first = train_steps(network, task, steps=1, batch_size=64, half=half)
-    last = train_steps(network, task, steps=30, batch_size=64, half=half)
+    first = train_steps(network, task, steps=1, batch_size=64, form=form)
+    last = train_steps(network, task, steps=30, batch_size=64, form=form)
 
     assert last < 0.6 * first
     assert all(one.dtype == torch.float32 and one.is_contiguous() for one in network.parameters())

@@ -26,7 +26,6 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.importance.criteria import Scores
 from prunegym.pruning.recovery import training_batches
-from prunegym.pruning.task import forward
 
 ROUNDS = 3
 ROUND_EXAMPLES = 128
@@ -135,12 +134,13 @@ class AttentionGates:
         """Let attention go where the task needs it."""
         if not steps:
             return
-        task, device = self._problem.scorer.task, self._problem.scorer.device
+        scorer = self._problem.scorer
+        task, form, device = scorer.task, scorer.form, scorer.device
         with supernet(self._problem, frozen=True) as (model, masks):
             batches = islice(self._batches, steps)
             for inputs, targets in tqdm(batches, total=steps, desc="attention", unit="step", disable=not progress):
                 masks.units = torch.cat([self.opened(), torch.ones(1)]).to(device)
-                loss = task.loss(forward(model, inputs), targets)
+                loss = task.loss(form.run(model, inputs), targets)
                 # scaled, because losses of other tasks may be far from 1, where the optimiser sees nothing
                 loss = loss / loss.detach().abs().clamp(min=1e-12)
                 self._optimiser.zero_grad(set_to_none=True)

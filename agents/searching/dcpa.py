@@ -24,10 +24,10 @@ from prunegym.agents.searching.search import Counts, Search, SearchResult, Searc
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.blocks import inside, remove_blocks
 from prunegym.pruning.budget import Budget, Limit
+from prunegym.pruning.layout import lay_out
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.recovery import training_batches
 from prunegym.pruning.soft_masks import SoftMasks
-from prunegym.pruning.task import forward
 
 BATCH = 64
 HOT, COLD = 1.0, 0.1
@@ -194,7 +194,7 @@ def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
             def loss_of(units: Tensor, there: Tensor) -> Tensor:
                 masks.units = units.to(scorer.device)
                 masks.blocks.update(zip(choice.blocks, there, strict=True))
-                return scorer.task.loss(forward(model, inputs), targets)  # noqa: B023 (called at once)
+                return scorer.task.loss(scorer.form.run(model, inputs), targets)  # noqa: B023 (called at once)
 
             if step == 0:
                 worth = _worth(choice, loss_of)
@@ -228,6 +228,7 @@ def supernet(
     """A masked copy of the unpruned network, with batch normalisation by batch where there will be recalibration."""
     scorer = problem.scorer
     model = copy.deepcopy(scorer.network.model)
+    lay_out(model, scorer.form.layout)
     remove_blocks(model, problem.removed)
     masks = SoftMasks(model, scorer.network.graph, blocks)
     joint = scorer.settings.recovery_steps > 0 and not frozen

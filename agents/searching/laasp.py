@@ -160,7 +160,7 @@ class Walk:
             steps=settings.recovery_steps,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
-            half=scorer.form.half,
+            form=scorer.form,
             device=scorer.device,
         )
         put_back(smaller, self._model, self._graph, self.mask)
