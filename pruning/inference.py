@@ -90,7 +90,9 @@ class InferenceForm:
         return model
 
     def _set_weight(self, module: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
-        weight = laid_out(weight.to(self.dtype), self.layout)
+        weight = weight.to(self.dtype)
+        if weight.ndim == 4:
+            weight = weight.contiguous(memory_format=self.layout)
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     def run(self, model: nn.Module, inputs: Inputs) -> Any:
