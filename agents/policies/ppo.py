@@ -8,7 +8,7 @@ starting state (self-imitation, Oh et al., ICML 2018), weighted by rank as in th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Episode:
     actions: NDArray[np.float32]
     """``(rounds, groups)``, as sampled, before clipping."""
     value: float
+    looked: bool = False
+    """Whether the value is of a second look, on more images than the return of a rollout."""
 
 
 class EpisodeMemory:
@@ -59,6 +61,12 @@ class EpisodeMemory:
         kept.append(episode)
         kept.sort(key=lambda one: -one.value)
         del kept[self.capacity :]
+
+    def replace(self, old: Episode, new: Episode) -> None:
+        """Remember an episode instead of another of the same starting state."""
+        kept = self.episodes[self.key(old.observations[0])]
+        del kept[next(place for place, one in enumerate(kept) if one is old)]
+        self.add(new)
 
     def elites(self, count: int) -> tuple[list[Episode], NDArray[np.float32]]:
         """The best ``count`` episodes of every starting state, with rank weights that sum to 1 for each state."""
@@ -103,6 +111,8 @@ class PruningPPO(PPO):
         self.progress = 0.0
         """Share of the training that is done, set by the trainer."""
         self.memory = EpisodeMemory()
+        self.before_imitation: Callable[[], object] = lambda: None
+        """Called when the episodes of a rollout are remembered and before the best are imitated."""
         self.last_episodes: list[Episode] = []
         """Episodes of the last rollout."""
         self.policy_seconds = 0.0
@@ -118,14 +128,22 @@ class PruningPPO(PPO):
             self.memory.add(episode)
         super().train()
         if self.imitation_steps:
+            self.policy_seconds += time.perf_counter() - started
+            self.before_imitation()
+            started = time.perf_counter()
             self.imitate()
         with torch.no_grad():
             self.policy.log_std.clamp_(min=float(np.log(self.min_std)))
         self.policy_seconds += time.perf_counter() - started
 
+    @property
+    def elites_now(self) -> int:
+        """Episodes imitated per starting state at the present progress."""
+        return max(1, round(self.elites * (1 - self.progress)))
+
     def imitate(self) -> None:
         """Take ``imitation_steps`` steps towards the best episodes."""
-        episodes, weights = self.memory.elites(max(1, round(self.elites * (1 - self.progress))))
+        episodes, weights = self.memory.elites(self.elites_now)
         if not episodes:
             return
         batch = ImitationBatch(episodes, weights, self.device)

@@ -13,6 +13,7 @@ Work that is no scoring of a plan, such as training steps, is paid for in evalua
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -261,9 +262,18 @@ def evaluations_per_step(settings: ScorerSettings, batch_size: int) -> float:
     recalibration and score once, and those of its recovery steps forwards and backwards. That an unpruned network,
     which is what searchers train, takes longer for an image than a pruned one is not counted.
     """
-    images = settings.recalibration_examples + settings.examples
-    images += _RUNS_PER_STEP * RECOVERY_BATCH * settings.recovery_steps
-    return _RUNS_PER_STEP * batch_size / images
+    return _RUNS_PER_STEP * batch_size / _images(settings)
+
+
+def evaluations_on(settings: ScorerSettings, examples: int) -> int:
+    """What scoring a plan on so many examples counts for, in evaluations: by the images that run, rounded up."""
+    return max(1, math.ceil((_images(settings) + examples - settings.examples) / _images(settings)))
+
+
+def _images(settings: ScorerSettings) -> int:
+    """Images that an evaluation runs, those of its recovery steps forwards and backwards."""
+    steps = _RUNS_PER_STEP * RECOVERY_BATCH * settings.recovery_steps
+    return settings.recalibration_examples + settings.examples + steps
 
 
 def checked(name: str, searcher: Searcher) -> Searcher:

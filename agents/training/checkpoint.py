@@ -24,6 +24,7 @@ def save_checkpoint(path: Path, model: PruningPPO, state: dict[str, Any]) -> Non
             ],
             "actions": torch.from_numpy(one.actions.copy()),
             "value": one.value,
+            "looked": one.looked,
         }
         for kept in model.memory.episodes.values()
         for one in kept
@@ -69,5 +70,5 @@ def load_checkpoint(path: Path, model: PruningPPO) -> dict[str, Any]:
     for one in content["episodes"]:
         observations = [{key: value.cpu().numpy() for key, value in step.items()} for step in one["observations"]]
         actions = one["actions"].cpu().numpy().astype(np.float32)
-        model.memory.add(Episode(observations, actions, float(one["value"])))
+        model.memory.add(Episode(observations, actions, float(one["value"]), bool(one.get("looked"))))
     return dict(content["state"])

@@ -21,12 +21,11 @@ from prunegym.agents.run_folders.journal import JOURNAL, Clock, journaled, score
 from prunegym.agents.run_folders.records import ATTENTION, attention_records
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import own_plan
-from prunegym.agents.searching.second_look import CONFIRMING, confirmed_plans
 from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
 from prunegym.agents.training.notes import Notes
 from prunegym.agents.training.result import TrainResult
-from prunegym.agents.training.settling import SETTLING, confirm
+from prunegym.agents.training.settling import FEWEST, SETTLING, SecondLooks, Start
 from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
@@ -95,24 +94,41 @@ class Trainer:
         # rounded up: every worker plays the same number of whole episodes
         self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
         self.model = make_agent(config, self.envs, self.episodes, run.path("tensorboard"))
-        # an update scores its episodes and the policy's own plan for every network and budget
-        pairs, per_update = len(self.pairs), self.episodes + len(self.pairs)
-        end = SETTLING if config.imitation_steps else 0
-        self.looks = confirmed_plans(config.evaluations // pairs, end + -(-per_update // pairs)) if end else 0
-        """Plans of each network and budget that are looked at again in the end."""
-        left = config.evaluations - (end + CONFIRMING * self.looks) * pairs
-        self.updates = max(1, left // per_update)
         self.update = 0
         self.clock = clock or Clock()
         self.notes = Notes(self.clock)
         self.tick: Callable[[int], object] = lambda evaluations: None
         """Told of evaluations as they are made."""
         self._own_envs: dict[int, ChannelPruningEnv] = {}
+        self._plan_updates()
         if run.path(CHECKPOINT).exists():
             self._resume()
         # a row whose checkpoint was never finished, be it the first, is written again
         for name in (METRICS, TIMING):
             run.truncate_rows(name, self.update)
+
+    def _plan_updates(self) -> None:
+        """Decide how far the evaluations go, and whether they last for second looks."""
+        pairs = len(self.pairs)
+        # an update scores its episodes and the policy's own plan for every network and budget
+        self.per_update = self.episodes + pairs
+        """Evaluations of an update, at most."""
+        self.room = self.config.evaluations - (SETTLING * pairs if self.config.imitation_steps else 0)
+        """Evaluations of all updates, at most."""
+        self.looks: SecondLooks | None = None
+        self._looked = 0
+        if self.config.imitation_steps:
+            starts = [Start(self._env_of(problem), budget) for problem, budget in self.pairs]
+            looks = SecondLooks(starts, self.model.memory, self.notes, self.episodes)
+            with_looks = self.per_update + looks.count * looks.price
+            if looks.count and self.room // with_looks >= FEWEST:
+                self.looks, self.per_update = looks, with_looks
+                self.model.before_imitation = self._look_again
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are evaluations for another update; one there is always."""
+        return self.update == 0 or self.notes.evaluations + self.per_update <= self.room
 
     def close(self) -> None:
         """End workers."""
@@ -125,7 +141,7 @@ class Trainer:
             self.tick = bar.update
             if not self.notes.own_trail:
                 self._note_start()
-            while self.update < self.updates:
+            while self.goes_on:
                 row = self.run_update()
                 bar.set_postfix(best=f"{row['best']:.3f}", own=f"{row['own']:.3f}")
                 self.limit.check()
@@ -141,13 +157,15 @@ class Trainer:
         """One PPO update, its row of metrics, and the checkpoint."""
         self._seed_update()
         self.model._last_obs = None  # begin with a reset, from the seeds just set
-        self.model.progress = (self.update + 1) / self.updates
+        self.model.progress = self._progress()
+        self._looked = 0
         collector = _Collector(self.model, self.tick)
         self.model.learn(
             self.episodes * self.config.rounds, callback=collector, reset_num_timesteps=False, log_interval=1
         )
         self.notes.note_best(collector.infos)
         self.notes.evaluations += self.episodes
+        self._spend(self._looked)
         own = self._score_own()
         self.update += 1
         row = {
@@ -171,12 +189,31 @@ class Trainer:
         self.checkpoint()
         return row
 
+    def _progress(self) -> float:
+        """Share of the training that is done after this update: 1 in the last."""
+        spent = self.notes.evaluations + self.per_update
+        whole = max(self.room // self.per_update, 1) * self.per_update
+        return 1.0 if spent + self.per_update > self.room else min(spent / whole, 1.0)
+
+    def _look_again(self) -> None:
+        """Value what is about to be imitated on more images."""
+        assert self.looks is not None
+        self._looked += self.looks.take(self.update, self.model.elites_now)
+
+    def _spend(self, evaluations: int) -> None:
+        """Count evaluations."""
+        self.notes.evaluations += evaluations
+        self.tick(evaluations)
+
     def _settle(self) -> None:
-        """Look at the best plans again, and draw the policy to the one that stands up until it makes it."""
+        """Draw the policy to the plan that stood up best at a second look, or else scored best, until it makes it."""
         if not self.model.imitation_steps:
             return  # plain PPO was asked for
         self.model.progress = 1.0
-        self._confirm()
+        for start in [] if self.looks is None else self.looks.starts:
+            found = self.looks.choose(start)
+            if found is not None:
+                self.notes.settle(start.key, found)
         for _ in range(SETTLING):
             self.limit.check()
             self._score_own(remember=False)  # what has been chosen stays chosen
@@ -184,16 +221,6 @@ class Trainer:
                 break
             self.model.imitate()
         save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
-
-    def _confirm(self) -> None:
-        """Choose among the best plans of each network and budget on more images than the search has seen."""
-        for problem, budget in self.pairs:
-            found = confirm(self._env_of(problem), budget, self.model.memory, self.looks)
-            if found is not None:
-                self.notes.evaluations += found.evaluations
-                self.tick(found.evaluations)
-                self.notes.settle(problem.key(budget), found.best)
-            self.limit.check()
 
     def _seed_update(self) -> None:
         """Seeds of one update follow from the run's seed and the update's number alone: resuming needs no state."""
@@ -211,8 +238,7 @@ class Trainer:
             if remember:
                 self.notes.note_best([info])
                 self.model.memory.add(episode)
-            self.notes.evaluations += 1
-            self.tick(1)
+            self._spend(1)
             scores.append(float(info["score"]))
         return float(np.mean(scores))
 

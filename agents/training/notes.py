@@ -35,6 +35,8 @@ class Notes:
         self.evaluations = 0
         self.best: dict[str, Best] = {}
         """The plans with the highest rewards that were sampled."""
+        self.looked: dict[str, dict[PruningPlan, float]] = {}
+        """What plans were worth at a second look."""
         self.own_trail: dict[str, list[Improvement]] = {}
         self.best_trail: dict[str, list[Improvement]] = {}
 
@@ -64,6 +66,9 @@ class Notes:
         return {
             "evaluations": self.evaluations,
             "best": {key: [one.score, one.plan.to_json(), one.reward] for key, one in self.best.items()},
+            "looked": {
+                key: [[value, plan.to_json()] for plan, value in found.items()] for key, found in self.looked.items()
+            },
             "own_trail": trails_to_json(self.own_trail),
             "best_trail": trails_to_json(self.best_trail),
         }
@@ -74,6 +79,10 @@ class Notes:
         self.best = {
             key: Best(float(score), PruningPlan.from_json(plan), reward[0] if reward else None)
             for key, (score, plan, *reward) in content["best"].items()
+        }
+        self.looked = {
+            key: {PruningPlan.from_json(plan): float(value) for value, plan in found}
+            for key, found in content.get("looked", {}).items()  # checkpoints of earlier versions have none
         }
         self.own_trail = trails_from_json(content["own_trail"])
         self.best_trail = trails_from_json(content["best_trail"])
