@@ -210,10 +210,9 @@ class Trainer:
         if not self.model.imitation_steps:
             return  # plain PPO was asked for
         self.model.progress = 1.0
-        for start in [] if self.looks is None else self.looks.starts:
-            found = self.looks.choose(start)
-            if found is not None:
-                self.notes.settle(start.key, found)
+        if self.looks is not None:
+            for key, found in self.looks.chosen():
+                self.notes.settle(key, found)
         for _ in range(SETTLING):
             self.limit.check()
             self._score_own(remember=False)  # what has been chosen stays chosen

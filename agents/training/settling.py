@@ -9,7 +9,7 @@ policy settles on in the end. Other searchers look again once, when they are don
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,6 +105,13 @@ class SecondLooks:
             known[plan] = start.env.value(self.examples[start.key])
         self.memory.replace(episode, replace(episode, value=known[plan], looked=True))
         return int(new)
+
+    def chosen(self) -> Iterator[tuple[str, Best]]:
+        """Of each starting state where something was looked at, by its key, the plan that stood up best."""
+        for start in self.starts:
+            found = self.choose(start)
+            if found is not None:
+                yield start.key, found
 
     def choose(self, start: Start) -> Best | None:
         """The plan that stood up best, which then leads the memory; None if nothing was looked at.
