@@ -7,10 +7,12 @@ Prints Markdown; accuracies are in percent. A test compares each line with the R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean, median
+from typing import Any
 
+from proxy_table import studies_of, tau_rows
 from rows import RESULTS, Table
 
 from prunegym.agents.comparison import summary
@@ -191,6 +193,22 @@ def coverage() -> str:
         )
     header = ["", "do all of it", "reach 50 % of their MACs", "median time to trace, in forward passes"]
     return markdown([*header, "slowest trace", "pruned by torch_pruning in the same run"], lines)
+
+
+def proxy(network: str) -> str:
+    """How well what is known before fine-tuning ranks allocations of one network, best first."""
+    (study,) = [one for one in studies_of(read("proxy")) if one.network == network]
+    taus = sorted(tau_rows(study), key=lambda row: -float(row["tau"]))
+
+    def interval(row: Mapping[str, Any], which: str = "") -> str:
+        low, high = (row[f"{which}{end}"] for end in ("low", "high"))
+        return f"{row[f'{which}tau']:.2f} ({low:.2f} to {high:.2f})"
+
+    lines = [
+        [row["proxy"], interval(row), interval(row, "top_"), "" if not row["seconds"] else f"{row['seconds']:.1f}"]
+        for row in taus
+    ]
+    return markdown(["", "Kendall's tau", "among the better half", "seconds per plan"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
