@@ -54,7 +54,7 @@ def check_training(
         if settings.ema is not None:
             WeightAverage(twin, settings.ema)
         inputs, targets = _first_batch(task, settings, device)
-        inputs = laid_out(inputs, layout_for(twin, inputs))
+        inputs = laid_out(inputs, layout_for(twin, inputs, training=True))
         try:
             outputs = forward(twin, inputs)
             loss = task.loss(outputs, targets)
