@@ -40,7 +40,7 @@ def layout_for(model: nn.Module, inputs: Inputs, *, training: bool = False) -> t
 
 
 def layout_on(model: nn.Module, task: Task, split: str, device: torch.device | str) -> torch.memory_format:
-    """The layout in which a network should train on a task, as :func:`layout_for`; global generators stay as they are."""
+    """The layout in which to train a network on a task, as :func:`layout_for`; global generators stay as they are."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         batch = next(iter(task.batches(split, batch_size=2, limit=2, device=device)), None)
     return CONTIGUOUS if batch is None else layout_for(model, batch[0], training=True)

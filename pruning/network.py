@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunegym.pruning.agreement import Gap, gap_between
 from prunegym.pruning.blocks import find_blocks
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
 from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph
@@ -249,7 +249,7 @@ def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
 
 def without_constants(model: nn.Module) -> nn.Module:
     """A copy whose constant tensors (zero-initialised scales, fresh statistics) vary, so that they hide no fault."""
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*twin.parameters(), *twin.buffers()]:

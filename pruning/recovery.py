@@ -69,19 +69,21 @@ def compensated_tensors(
             continue
         kept, gone = torch.from_numpy(np.flatnonzero(keep)), torch.from_numpy(np.flatnonzero(~keep))
         covariance = moments.covariance
-        mixing = _estimate(covariance, kept, gone, ridge)
-        weight = module.weight.detach().movedim(operation.reads, 0)
+        exact = torch.promote_types(module.weight.dtype, covariance.dtype)  # half precision is rounded at the end
+        mixing = _estimate(covariance, kept, gone, ridge).to(exact)
+        weight = module.weight.detach().to(exact).movedim(operation.reads, 0)
         flat = weight.reshape(weight.shape[0], -1)  # (C_in, everything else)
         lost = flat[gone]
         folded = (flat[kept] + mixing @ lost).reshape(len(kept), *weight.shape[1:])
-        result[name] = folded.movedim(0, operation.reads).contiguous()
+        result[name] = folded.movedim(0, operation.reads).contiguous().to(module.weight.dtype)
         bias = getattr(module, "bias", None)
         if operation.bias is not None and isinstance(bias, Tensor):
-            shift = moments.mean[gone] - mixing.T @ moments.mean[kept]
+            mean = moments.mean.to(exact)
+            shift = mean[gone] - mixing.T @ mean[kept]
             summed = lost.reshape(len(gone), *weight.shape[1:]).flatten(2).sum(2) if weight.ndim > 2 else lost
             if isinstance(module, nn.modules.conv._ConvTransposeNd):
                 summed = summed / prod(module.stride)  # its taps are shared out among that many outputs
-            result[operation.bias] = bias.detach() + shift @ summed
+            result[operation.bias] = (bias.detach() + shift @ summed).to(bias.dtype)
     return result
 
 

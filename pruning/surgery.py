@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.attention import can_be_headwise, lost_channels, make_headwise
 from prunegym.pruning.blocks import emptied, remove_blocks
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.graph import ChannelGraph
 
 
@@ -67,7 +67,7 @@ def rebuilt(
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = tensors[name] if name in tensors else buffer.detach().clone()
-    smaller = copy.deepcopy(model, memo)
+    smaller = duplicate(model, memo)
     remove_blocks(smaller, removed)
     modules = dict(smaller.named_modules())
     padded = np.append(mask, True)
@@ -129,7 +129,7 @@ def masked_network(
     Only the weights that *read* a removed channel are zeroed, so this computes by other means what the
     smaller network must compute: the check of surgery.
     """
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     tensors = dict(twin.named_parameters())
     padded = np.append(mask, True)
     with torch.no_grad():

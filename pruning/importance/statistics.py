@@ -143,6 +143,8 @@ class _Observer:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            # a backbone under no_grad matters to the loss all the same; its own `with` restores what held before
+            torch.set_grad_enabled(True)
             data = args[0].detach()
             self._accumulate(name, channel_rows(module, data), len(data))
             # an alias of its own, so that the gradient is the one that comes back through this reader alone;
@@ -156,6 +158,7 @@ class _Observer:
 
     def _accumulate(self, name: str, rows: Tensor, examples: int) -> None:
         """Add a layer's input ``(channels, positions)``; batches weigh as many as their examples."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # sums of half precision lose too much
         channels, count = rows.shape
         total = rows.sum(1, dtype=torch.float64)
         product = (rows @ rows.T).double() if self.covariances and channels <= MAX_COVARIANCE else None

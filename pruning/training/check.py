@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.layout import laid_out, layout_for
 from prunegym.pruning.modes import evaluating
@@ -49,7 +48,7 @@ def check_training(
     check_smoothing(task, settings.label_smoothing)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluating(teacher):
         count_steps(task, settings)
-        twin = copy.deepcopy(model).to(device).train()
+        twin = duplicate(model).to(device).train()
         make_optimizer(twin, settings)
         if settings.ema is not None:
             WeightAverage(twin, settings.ema)
