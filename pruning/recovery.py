@@ -26,6 +26,8 @@ from prunegym.pruning.inference import to_float
 from prunegym.pruning.layout import CONTIGUOUS, laid_out, lay_out, layout_on
 from prunegym.pruning.modes import training_mode
 from prunegym.pruning.task import Inputs, Task, forward
+from prunegym.pruning.training.check import learning
+from prunegym.pruning.training.schedule import trained_parameters
 
 RECOVERY_BATCH = 128
 """Examples of each recovery step."""
@@ -194,14 +196,14 @@ def train_steps(
         The last loss.
 
     Raises:
-        PruningError: the loss became NaN or infinite, or there are no training batches.
+        PruningError: the loss became NaN or infinite, the network cannot learn, or there are no training batches.
     """
     if steps <= 0:
         return float("nan")
     layout = layout_on(model, task, "train", device)
     lay_out(model, layout)  # before the optimiser takes its layout from the weights
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
+        trained_parameters(model), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, total_iters=steps)
     value = float("nan")
@@ -210,17 +212,19 @@ def train_steps(
         torch.manual_seed(seed)
         batches = training_batches(task, batch_size, seed, device)
         for step, (inputs, targets) in enumerate(islice(batches, steps)):
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-                outputs = forward(model, laid_out(inputs, layout))
-            loss = task.loss(tree_map(to_float, outputs), targets)
-            value = float(loss.detach())
+            with learning(task, batch_size):
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+                    outputs = forward(model, laid_out(inputs, layout))
+                loss = task.loss(tree_map(to_float, outputs), targets)
+                value = float(loss.detach())
             if not np.isfinite(value):
                 raise PruningError(
                     f"`learning_rate` should keep the loss finite. Received {learning_rate}, and the loss "
                     f"became {value} at recovery step {step}. Lower it."
                 )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            with learning(task, batch_size):
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
             optimiser.step()
             schedule.step()
     lay_out(model, CONTIGUOUS)

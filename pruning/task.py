@@ -134,12 +134,17 @@ class ClassificationTask:
         return (outputs.argmax(dim=1) == targets).float()
 
     def _check_shape(self, outputs: Tensor) -> None:
-        """Refuse a network whose head belongs to other classes."""
+        """Refuse a network whose head belongs to other classes, or that gives more than logits."""
         classes = self.data.num_classes
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] != classes:
-            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        rule = f"`--network` should give one output per class: (B, {classes}) for data '{self.data.name}'."
+        if not isinstance(outputs, Tensor):
             raise PruningError(
-                f"`--network` should give one output per class: (B, {classes}) for data '{self.data.name}'. "
-                f"Received {shape}. Choose the data that the network was made for, or build it with "
-                f"num_classes={classes}."
+                f"{rule} Received {type(outputs).__name__}, perhaps in training mode only. Wrap the network in one "
+                "that gives the logits alone, or pass a task of your own (docs/segmentation.md) whose loss and score "
+                "take what it gives."
+            )
+        if outputs.ndim != 2 or outputs.shape[1] != classes:
+            raise PruningError(
+                f"{rule} Received {tuple(outputs.shape)}. Choose the data that the network was made for, or build it "
+                f"with num_classes={classes}."
             )

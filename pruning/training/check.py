@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -54,21 +57,32 @@ def check_training(
             WeightAverage(twin, settings.ema)
         inputs, targets = _first_batch(task, settings, device)
         inputs = laid_out(inputs, layout_for(twin, inputs, training=True))
-        try:
+        with learning(task, settings.batch_size):
             outputs = forward(twin, inputs)
             loss = task.loss(outputs, targets)
             if teacher is not None:
                 imitation = Imitation(teacher.to(device), settings.distillation_weight, settings.temperature)
                 loss = imitation.mixed(loss, inputs, outputs)
             loss.backward()
-        except PruningError:
-            raise
-        except Exception as fault:  # whatever a network or a task may raise
-            raise PruningError(
-                f"`batch_size` should be one that the network learns from. Received {settings.batch_size}, with which "
-                f"the network and '{task.name}' raised {type(fault).__name__}: {fault}. Choose another, or correct "
-                "what the message names."
-            ) from fault
+
+
+@contextmanager
+def learning(task: Task, batch_size: int) -> Iterator[None]:
+    """Tell of whatever a network or a task raises while the one learns from a batch of the other.
+
+    Raises:
+        PruningError: It did.
+    """
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as fault:
+        raise PruningError(
+            f"`network` should learn, in training mode, from batches of the train split. Received {batch_size} examples "
+            f"of '{task.name}', with which it raised {type(fault).__name__}: {fault}. Correct what the message names, "
+            "choose another batch_size, or do without training (epochs=0, recovery_steps=0)."
+        ) from fault
 
 
 def check_devices(device: torch.device, count: int) -> None:
