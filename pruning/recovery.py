@@ -25,8 +25,7 @@ from prunegym.pruning.importance.statistics import Statistics, reader_modules
 from prunegym.pruning.inference import to_float
 from prunegym.pruning.layout import CONTIGUOUS, laid_out, lay_out, layout_on
 from prunegym.pruning.modes import training_mode
-from prunegym.pruning.task import Inputs, Task, forward
-from prunegym.pruning.training.check import learning
+from prunegym.pruning.task import Inputs, Task, forward, running
 from prunegym.pruning.training.schedule import trained_parameters
 
 RECOVERY_BATCH = 128
@@ -212,7 +211,7 @@ def train_steps(
         torch.manual_seed(seed)
         batches = training_batches(task, batch_size, seed, device)
         for step, (inputs, targets) in enumerate(islice(batches, steps)):
-            with learning(task, batch_size):
+            with running("learn in training mode", task, batch_size):
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
                     outputs = forward(model, laid_out(inputs, layout))
                 loss = task.loss(tree_map(to_float, outputs), targets)
@@ -222,7 +221,7 @@ def train_steps(
                     f"`learning_rate` should keep the loss finite. Received {learning_rate}, and the loss "
                     f"became {value} at recovery step {step}. Lower it."
                 )
-            with learning(task, batch_size):
+            with running("learn in training mode", task, batch_size):
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
             optimiser.step()

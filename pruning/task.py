@@ -4,7 +4,8 @@ Image classification is built in (:class:`ClassificationTask`). Detection, segme
 small object with the methods of :class:`Task`; everything in the library takes either.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,30 @@ class Task(Protocol):
 def forward(model: nn.Module, inputs: Inputs) -> Any:
     """Call a network with the inputs of a task: ``model(x)``, or ``model(*inputs)`` for a tuple."""
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def running(what: str, task: Task, batch_size: int) -> Iterator[None]:
+    """Tell of whatever a network or a task raises while the one runs on a batch of the other.
+
+    Args:
+        what: What the network should do there, for the message.
+        task: Where the batch comes from.
+        batch_size: Examples in it.
+
+    Raises:
+        PruningError: One of them raised something.
+    """
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as fault:
+        raise PruningError(
+            f"`network` should {what}. Received '{task.name}' in batches of {batch_size}, with which it raised "
+            f"{type(fault).__name__}: {fault}. Correct what the message names; if training alone raises "
+            "it, choose another batch_size, or do without (epochs=0, recovery_steps=0)."
+        ) from fault
 
 
 @dataclass(frozen=True)

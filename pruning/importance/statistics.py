@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.modes import differentiating, evaluating
-from prunegym.pruning.task import Task, forward
+from prunegym.pruning.task import Task, forward, running
 
 Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
 
@@ -89,11 +89,12 @@ def collect_statistics(
     with evaluating(model), headwise(model), observer.attached(model), differentiating(model), torch.enable_grad():
         for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
             count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-            loss = task.loss(forward(model, inputs), targets)
-            observer.start_batch(count, device)
-            if loss.requires_grad:  # else no reader ran: every change is 0
-                (loss * count).backward()
-            observer.end_batch()
+            with running("run on batches of any size, and pass gradients back", task, count):
+                loss = task.loss(forward(model, inputs), targets)
+                observer.start_batch(count, device)
+                if loss.requires_grad:  # else no reader ran: every change is 0
+                    (loss * count).backward()
+                observer.end_batch()
             losses += float(loss.detach()) * count
     return observer.statistics(losses)
 

@@ -154,6 +154,7 @@ class Tracer(TorchDispatchMode):
     def note_output(self, output: Tensor, operation: int) -> None:
         """``output`` is what an operation (by number) made."""
         self._outputs[output] = operation
+        self._reads[operation] += 0
 
     def note_read(self, tensor: Tensor) -> None:
         """Something reads ``tensor``."""
@@ -163,6 +164,13 @@ class Tracer(TorchDispatchMode):
         known: TensorRecord | None = self._records.get(tensor)
         while known is not None and known.unread:
             self.book.freeze(*known.unread.pop())
+
+    def freeze_unread(self) -> None:
+        """Freeze what nothing reads, such as the outputs of an auxiliary head, which only training wants."""
+        for operation, count in self._reads.items():
+            outputs = self.operations[operation].outputs
+            if not count and outputs is not None:
+                self.book.freeze(outputs, "nothing reads these channels in evaluation mode")
 
     def note_normalisation(self, data: Tensor) -> None:
         """The running module normalises ``data``."""

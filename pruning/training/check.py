@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
@@ -12,7 +9,7 @@ from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.layout import laid_out, layout_for
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward
+from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward, running
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import count_steps
 from prunegym.pruning.training.distillation import Imitation
@@ -57,32 +54,13 @@ def check_training(
             WeightAverage(twin, settings.ema)
         inputs, targets = _first_batch(task, settings, device)
         inputs = laid_out(inputs, layout_for(twin, inputs, training=True))
-        with learning(task, settings.batch_size):
+        with running("learn in training mode", task, settings.batch_size):
             outputs = forward(twin, inputs)
             loss = task.loss(outputs, targets)
             if teacher is not None:
                 imitation = Imitation(teacher.to(device), settings.distillation_weight, settings.temperature)
                 loss = imitation.mixed(loss, inputs, outputs)
             loss.backward()
-
-
-@contextmanager
-def learning(task: Task, batch_size: int) -> Iterator[None]:
-    """Tell of whatever a network or a task raises while the one learns from a batch of the other.
-
-    Raises:
-        PruningError: It did.
-    """
-    try:
-        yield
-    except PruningError:
-        raise
-    except Exception as fault:
-        raise PruningError(
-            f"`network` should learn, in training mode, from batches of the train split. Received {batch_size} examples "
-            f"of '{task.name}', with which it raised {type(fault).__name__}: {fault}. Correct what the message names, "
-            "choose another batch_size, or do without training (epochs=0, recovery_steps=0)."
-        ) from fault
 
 
 def check_devices(device: torch.device, count: int) -> None:
