@@ -27,6 +27,7 @@ from prunegym.pruning.copies import duplicate
 from prunegym.pruning.datasets.data import DataSplits
 from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.kinds import check_kind
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
@@ -316,6 +317,7 @@ def _problem(
 ) -> PruningProblem:
     """A pruning problem around a copy of the model, which may be moved to another device."""
     known, device = as_task(task, options), options.torch_device
+    check_kind(model)
     network = build_prunable(duplicate(model).to("cpu"), known, name=name, keep=keep)
     wanted = latency or any(budget.kind == "latency" for budget in budgets)
     return assemble_problem(

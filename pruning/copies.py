@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.errors import PruningError
@@ -28,7 +29,9 @@ def duplicate(model: nn.Module, memo: Mapping[int, object] | None = None) -> nn.
     """
     known = dict(memo or {})
     for tensor in (*model.buffers(), *_kept(model)):
-        if not tensor.is_leaf:
+        if isinstance(tensor, FakeTensor):  # of a run under torch.export: it holds nothing
+            known.setdefault(id(tensor), None)
+        elif not tensor.is_leaf:
             known.setdefault(id(tensor), tensor.detach().clone())
     try:
         return copy.deepcopy(model, known)

@@ -249,8 +249,10 @@ def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, ND
 
 def _parameter_name(trace: Trace, owner: NDArray[np.int64], index: int) -> str:
     """Name of a group whose channels the outermost module makes itself: that of the parameter it makes them with."""
+    reading = {(one.weight, one.reads) for one in trace.operations}
     for name, dims in trace.tensors.items():
-        if any(labels is not None and (owner[trace.roots[labels]] == index).any() for labels in dims):
+        making = [part for dim, part in enumerate(dims) if part is not None and (name, dim) not in reading]
+        if any((owner[trace.roots[labels]] == index).any() for labels in making):
             return name
     return "network"
 

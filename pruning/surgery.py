@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunegym.pruning.attention import can_be_headwise, lost_channels, make_headwise
 from prunegym.pruning.blocks import emptied, remove_blocks
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.graph import ChannelGraph
+from prunegym.pruning.modes import evaluating
 
 
 def kept_indices(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[tuple[str, int], NDArray[np.int64]]:
@@ -99,7 +101,15 @@ def set_sizes(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) ->
 
 def refresh_sizes(module: nn.Module) -> None:
     """Make a layer's size attributes agree with the shapes of its tensors."""
-    weight = getattr(module, "weight", None)
+    if is_parametrized(module):
+        # to look at a computed weight is to compute it, which spectral normalisation remembers in training mode
+        with evaluating(module):
+            _refresh_sizes(module, getattr(module, "weight", None))
+    else:
+        _refresh_sizes(module, getattr(module, "weight", None))
+
+
+def _refresh_sizes(module: nn.Module, weight: object) -> None:
     if isinstance(module, nn.modules.conv._ConvNd) and isinstance(weight, Tensor):
         transposed = module.transposed
         first, second = weight.shape[0], weight.shape[1] * module.groups
