@@ -60,9 +60,13 @@ class HoldsGenerator(Convolutions):
 
 
 class TiesAll(Convolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 2, 3), nn.Linear(2, CLASSES)
+
     def maps(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return x + torch.cat([x[:, 1:], x[:, :1]], 1)
+        return x + x.flip(1)
 
 
 def lazy() -> nn.Module:
