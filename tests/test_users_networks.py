@@ -94,6 +94,16 @@ class Functional(nn.Module):
         return F.linear(F.relu(F.conv2d(F.relu(x), self.w2)).mean((2, 3)), self.head)
 
 
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.b1 = nn.Parameter(0.2 * torch.randn(10, 3, 3, 3)), nn.Parameter(torch.randn(10))
+        self.w2, self.b2 = nn.Parameter(0.1 * torch.randn(CLASSES, 10, 6, 6)), nn.Parameter(torch.randn(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.relu(F.conv2d(x, self.w1, self.b1)), weight=self.w2, bias=self.b2).flatten(1)
+
+
 class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -314,6 +324,21 @@ def test_channels_computed_under_no_grad_matter_to_the_loss(random_images: Class
     assert (usual > 0).any()
     np.testing.assert_allclose(fixed, usual, rtol=1e-4)
     assert torch.is_grad_enabled()
+
+
+def test_channels_that_functions_read_have_statistics(random_images: ClassificationTask) -> None:
+    """The same as those that modules read."""
+    twin, network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 4, 6), nn.Flatten()), built(ByHand)
+    with torch.no_grad():
+        for ours, theirs in zip(twin.parameters(), network.parameters(), strict=True):
+            ours.copy_(theirs)
+    both = [PrunableNetwork(one, torch.randn(2, 3, 8, 8)) for one in (twin, network)]
+
+    usual, functional = (collect_statistics(one.model, one.graph, random_images, examples=64) for one in both)
+
+    assert (usual.taylor > 0).any()
+    for name in ("taylor", "taylor_squared", "activation_mean", "activation_variance", "activation_sparsity"):
+        np.testing.assert_allclose(getattr(functional, name), getattr(usual, name), rtol=1e-4)
 
 
 def test_groups_of_functions_are_named_after_their_parameters() -> None:
