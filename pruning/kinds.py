@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 
 
@@ -29,6 +30,12 @@ def check_kind(model: nn.Module) -> None:
             f"`network` should be made of modules in Python. Received {type(module).__name__}"
             f"{f' at {path}' if path else ''}, compiled by {by}. Give {remedy}."
         )
+
+
+def in_python(model: nn.Module) -> nn.Module:
+    """The network, or a copy where its method ``compile`` was called: copies of modules are not compiled."""
+    called = any(module._compiled_call_impl is not None for module in model.modules())
+    return duplicate(model) if called else model
 
 
 def cannot_run(model: nn.Module, inputs: tuple[Any, ...], name: str, fault: Exception) -> PruningError:

@@ -19,7 +19,7 @@ from prunegym.pruning.copies import duplicate
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
 from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph
-from prunegym.pruning.kinds import cannot_run, check_kind
+from prunegym.pruning.kinds import cannot_run, check_kind, in_python
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.memory_model import MemoryModel
 from prunegym.pruning.modes import evaluating
@@ -56,11 +56,11 @@ class PrunableNetwork:
         keep: Sequence[str] = (),
         check: bool = True,
     ) -> None:
-        self.model = model
+        check_kind(model)
+        self.model = model = in_python(model)
         self.name = name
         self.keep = tuple(keep)
         self.example_inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        check_kind(model)
         try:
             self._trace = trace(model, self.example_inputs)
         except PruningError:
@@ -88,6 +88,8 @@ class PrunableNetwork:
             reasons.setdefault(group.frozen or "", []).append(group.name)
         shown = {reason: ", ".join(names[:3]) + " and others" * (len(names) > 3) for reason, names in reasons.items()}
         listed = "; ".join(f"{names}: {reason}" for reason, names in shown.items())
+        if self.graph.unknown_operations:
+            listed += f"; operations without a rule: {', '.join(self.graph.unknown_operations)}"
         return UnsupportedLayerError(
             f"`network` should have at least one channel group that can be pruned. Received {self.name}, "
             f"where all {len(self.graph.frozen)} groups are frozen ({listed}). Change what these reasons name, or "

@@ -142,6 +142,21 @@ def test_inputs_of_normalised_weights_stay_and_their_outputs_go() -> None:
     assert "normalises across channels" in frozen(build)["first"]
 
 
+def test_channels_read_by_a_weight_that_is_computed_stay() -> None:
+    """Their masked twin has no weight to set to zero, and the reason says so."""
+
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, 0.5 * self.weight, self.bias)
+
+    class Network(Convolutions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = Scaled(12, 12, 3)
+
+    assert frozen(Network)["first"] == "convolution in second reads these channels with a weight that is computed"
+
+
 def test_layer_whose_weight_is_computed_is_listed() -> None:
     """Rather than missing."""
 

@@ -250,6 +250,12 @@ class InPrecision(Convolutions):
         return super().forward(x.to(self.head.weight.dtype)).float()
 
 
+class Autocast(Convolutions):
+    def maps(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().maps(x).float()
+
+
 class ViewsImages(Convolutions):
     def maps(self, x: Tensor) -> Tensor:
         x = F.relu(self.first(x))
@@ -284,6 +290,7 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no_grad": (FixedBackbone, "macs:0.5"),
     "double": (lambda: InPrecision(torch.float64), "macs:0.5"),
     "bfloat16": (lambda: InPrecision(torch.bfloat16), "macs:0.5"),
+    "autocast": (Autocast, "macs:0.5"),
     "view in training, of all images": (ViewsImages, "macs:0.5"),
     "DataParallel": (lambda: nn.DataParallel(Convolutions()), "macs:0.5"),
 }
@@ -310,7 +317,7 @@ def test_network_is_pruned_fine_tuned_and_loaded(style: str, random_images: Clas
         loaded = prunegym.load(tmp_path / "saved", model=built(build))
 
         assert result.after.macs <= float(budget.split(":")[1]) * result.before.macs
-        assert result.network.check(result.plan) < (1e-2 if style == "bfloat16" else 1e-4)
+        assert result.network.check(result.plan) < (1e-2 if style in {"autocast", "bfloat16"} else 1e-4)
         with torch.no_grad():
             assert torch.equal(loaded(images), result.model(images))
 
@@ -339,6 +346,21 @@ def test_channels_that_functions_read_have_statistics(random_images: Classificat
     assert (usual.taylor > 0).any()
     for name in ("taylor", "taylor_squared", "activation_mean", "activation_variance", "activation_sparsity"):
         np.testing.assert_allclose(getattr(functional, name), getattr(usual, name), rtol=1e-4)
+
+
+def test_casts_of_weights_keep_no_channels() -> None:
+    """Autocast reads copies of the weights."""
+    network = PrunableNetwork(built(Autocast), torch.randn(2, 3, 8, 8))
+
+    assert [group.name for group in network.graph.groups] == ["first", "second"]
+
+
+def test_network_that_was_compiled_in_place_is_inspected() -> None:
+    """Its hooks would be compiled too; a copy is not."""
+    network = built(Convolutions)
+    network.compile(backend="eager")
+
+    assert len(prunegym.inspect(network, torch.randn(2, 3, 8, 8)).groups) == 2
 
 
 def test_groups_of_functions_are_named_after_their_parameters() -> None:

@@ -37,6 +37,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         _tie_groups(tracer, call, channels, filters, groups, source)
     else:
         feed(tracer, channels, fan_in, source, where(tracer, call))
+        keep_if_computed(tracer, channels, tracer.weight_name(weight), where(tracer, call))
     if filters is not None:
         tracer.book.produce(filters)
         unite_bias(tracer, bias, filters)
@@ -74,6 +75,12 @@ def outputs_of(
         labels = tracer.book.fresh(size)
         tracer.book.freeze(labels, f"the weight of {at} is computed: {kernel.origin}")
     return labels
+
+
+def keep_if_computed(tracer: Tracer, inputs: NDArray[np.int64] | None, weight: str | None, at: str) -> None:
+    """Freeze what is read by a weight that is no parameter: its masked twin could not leave it unread."""
+    if inputs is not None and weight is None:
+        tracer.book.freeze(inputs, f"{at} reads these channels with a weight that is computed")
 
 
 def feed(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunegym.pruning.tracing.labels import Field, along, support
-from prunegym.pruning.tracing.layer_rules import feed, outputs_of, unite_bias
+from prunegym.pruning.tracing.layer_rules import feed, keep_if_computed, outputs_of, unite_bias
 from prunegym.pruning.tracing.rule_parts import only_along, pass_on, where, whole
 from prunegym.pruning.tracing.tracer import Call, TensorRecord, TracedOperation, Tracer
 
@@ -52,6 +52,7 @@ def _linear(
     tracer.set(call.output, TensorRecord(fields, at))
     tracer.note_output(call.output, len(tracer.operations))
     name, transposed = _weight_of(tracer, weight, out_first)
+    keep_if_computed(tracer, inputs, name, at)
     tracer.operations.append(
         TracedOperation(
             module=tracer.module,

@@ -114,6 +114,7 @@ class Tracer(TorchDispatchMode):
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._reads: dict[int, int] = defaultdict(int)
         self._normalised: list[tuple[int, str]] = []
         self._norm_runs: Counter[str] = Counter()
@@ -130,8 +131,15 @@ class Tracer(TorchDispatchMode):
         return None if tensor is None else self._names.get(tensor)
 
     def weight_name(self, tensor: Tensor) -> str | None:
-        """Name of a parameter; None for anything else: only parameters are weights that a reader can lose."""
-        return self.name_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        """Name of a parameter, or of the one that a tensor is a copy of: those are weights that a reader can lose."""
+        name: str | None = self._copies.get(tensor)
+        return self.name_of(tensor) if isinstance(tensor, nn.Parameter) else name
+
+    def note_copy(self, copy: Tensor, original: Tensor) -> None:
+        """``copy`` holds the same in another precision or place, as under autocast."""
+        name = self.weight_name(original)
+        if name is not None:
+            self._copies[copy] = name
 
     def record(self, tensor: Tensor) -> TensorRecord:
         """The labels of a tensor; parameters get theirs when first met."""
