@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,14 @@ def layout_on(model: nn.Module, task: Task, split: str, device: torch.device | s
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         batch = next(iter(task.batches(split, batch_size=2, limit=2, device=device)), None)
     return CONTIGUOUS if batch is None else layout_for(model, batch[0], training=True)
+
+
+@overload
+def laid_out(inputs: Tensor, memory_format: torch.memory_format) -> Tensor: ...
+
+
+@overload
+def laid_out(inputs: Inputs, memory_format: torch.memory_format) -> Inputs: ...
 
 
 def laid_out(inputs: Inputs, memory_format: torch.memory_format) -> Inputs:

@@ -31,7 +31,7 @@ class FunctionalReads(TorchFunctionMode):
     def __init__(
         self, model: nn.Module, operations: Sequence[Operation], read: Callable[[Operation, Tensor], Tensor]
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         parameters = dict(model.named_parameters())
         self._operations = {id(parameters[str(one.weight)]): one for one in operations}
         self._read = read
