@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,9 +23,11 @@ from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.rewards import profile_named
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.datasets.data import DataSplits
 from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.kinds import check_kind
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
@@ -316,7 +317,8 @@ def _problem(
 ) -> PruningProblem:
     """A pruning problem around a copy of the model, which may be moved to another device."""
     known, device = as_task(task, options), options.torch_device
-    network = build_prunable(copy.deepcopy(model).to("cpu"), known, name=name, keep=keep)
+    check_kind(model)
+    network = build_prunable(duplicate(model).to("cpu"), known, name=name, keep=keep)
     wanted = latency or any(budget.kind == "latency" for budget in budgets)
     return assemble_problem(
         network,

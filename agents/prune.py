@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from prunegym.agents.searching.searchers import SearchResult, SearchSettings, se
 from prunegym.agents.tables import format_table
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.deployment.recipe import NO_SOURCE, Blueprint
 from prunegym.pruning.deployment.saving import save_network
@@ -171,7 +171,7 @@ def carry_out(
     scorer, network, plan = problem.scorer, problem.scorer.network, found.plan
     before, after = network.full_cost, network.cost(plan)
     recovered = scorer.recovered(plan)
-    model = copy.deepcopy(recovered)
+    model = duplicate(recovered)
     check_cost(network, model, after)
     check_outputs(network, plan)
     epochs = fine_tune(model, problem, config, run, progress=progress, limit=limit) if config.epochs else []

@@ -6,7 +6,6 @@ is then empty. Removing it replaces it by :class:`RemovedBlock`; its masked twin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.modes import evaluating
 
@@ -50,7 +50,7 @@ def find_blocks(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) 
         if any(id(one) in shared for one in module.parameters()) or path in runs:
             return
         runs.add(path)
-        twin = emptied(copy.deepcopy(module))
+        twin = emptied(duplicate(module))
         for part in twin.modules():  # copied with the hooks that brought us here
             part._forward_hooks.clear()
         if torch.equal(twin(*args, **kwargs), args[0]):

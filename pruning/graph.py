@@ -150,7 +150,7 @@ def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str,
     group_of: list[int] = []
     start = 0
     for group, roots in groups:
-        reason = group.frozen or reasons.get(group.name) or _kept_by_request(group, keep)
+        reason = group.frozen or reasons.get(group.name) or _kept_by_request(group, keep) or _all_or_nothing(group)
         if reason is not None:
             frozen.append(replace(group, frozen=reason, start=-1))
             continue
@@ -238,13 +238,27 @@ def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, ND
     seen: dict[str, int] = defaultdict(int)
     named = []
     for index, roots in enumerate(classes.groups):
-        name = next(iter(makers[index]), "network")
+        name = next(iter(makers[index]), "network") or _parameter_name(trace, owner, index)
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
         reason = next((trace.reasons[root] for root in roots.tolist() if root in trace.reasons), None)
         group = ChannelGroup(unique, len(roots), -1, reason, tuple(makers[index]), tuple(readers[index]))
         named.append((group, roots))
     return named
+
+
+def _parameter_name(trace: Trace, owner: NDArray[np.int64], index: int) -> str:
+    """Name of a group whose channels the outermost module makes itself: that of the parameter it makes them with."""
+    reading = {(one.weight, one.reads) for one in trace.operations}
+    for name, dims in trace.tensors.items():
+        making = [part for dim, part in enumerate(dims) if part is not None and (name, dim) not in reading]
+        if any((owner[trace.roots[labels]] == index).any() for labels in making):
+            return name
+    return "network"
+
+
+def _all_or_nothing(group: ChannelGroup) -> str | None:
+    return "its channels can only go all together" if group.size == 1 else None
 
 
 def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.layout import CHANNELS_LAST, laid_out
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import Inputs, forward
@@ -24,7 +24,7 @@ class InferenceForm:
 
     Args:
         folds: pairs (convolution, batch normalisation) of module paths that can be folded into one.
-        half: convolutions and linear layers in bfloat16; the rest stays in float32.
+        half: convolutions and linear layers in bfloat16; the rest stays as it is.
         layout: of images and kernels, see :func:`.layout_for`.
     """
 
@@ -35,42 +35,42 @@ class InferenceForm:
         self.half = half
         self.layout = layout
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of inputs, convolutions and linear layers."""
-        return torch.bfloat16 if self.half else torch.float32
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return tensor.bfloat16() if self.half else tensor
 
     def prepare_input(self, value: Any) -> Any:
         """An input in the form's precision and layout; anything but floating-point tensors is left alone."""
         if isinstance(value, Tensor) and value.is_floating_point():
-            return laid_out(value.to(self.dtype), self.layout)
+            return laid_out(self._rounded(value), self.layout)
         return value
 
     def prepare_layers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Give layers their layout and precision, in place; returns their float32 weights by module path."""
+        """Give layers their layout and precision, in place; returns their exact weights by module path."""
         weights = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                weights[name] = module.weight.detach()
-                self._set_weight(module, module.weight.detach())
-                if module.bias is not None:
-                    module.bias = nn.Parameter(module.bias.detach().to(self.dtype), requires_grad=False)
+            # what is computed from other parameters, such as a normalised weight, cannot be set
+            own = {key: one.detach() for key, one in module.named_parameters(recurse=False)}
+            if isinstance(module, nn.Linear | nn.Conv2d) and "weight" in own:
+                weights[name] = own["weight"]
+                self._set_weight(module, own["weight"])
+                if "bias" in own:
+                    module.bias = nn.Parameter(self._rounded(own["bias"]), requires_grad=False)
         return weights
 
     def folded(self, model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-        """A copy with batch normalisation folded into the convolution before it, from float32 weights.
+        """A copy with batch normalisation folded into the convolution before it, from exact weights.
 
         Args:
             model: a network whose layers were prepared.
-            weights: their float32 weights, from :meth:`prepare_layers`.
+            weights: their exact weights, from :meth:`prepare_layers`.
         """
         # parameters are shared: those of folded layers are replaced, not changed
-        model = copy.deepcopy(model, {id(one): one for one in [*model.parameters(), *model.buffers()]})
+        model = duplicate(model, {id(one): one for one in [*model.parameters(), *model.buffers()]})
         modules = dict(model.named_modules())
         for conv_name, norm_name in self.folds:
             conv, norm = modules.get(conv_name), modules.get(norm_name)
             # subclasses of batch normalisation may do more than that, such as an activation
-            if not isinstance(conv, nn.Conv2d) or type(norm) is not nn.BatchNorm2d:
+            if not isinstance(conv, nn.Conv2d) or conv_name not in weights or type(norm) is not nn.BatchNorm2d:
                 continue
             if norm.running_var is None or norm.running_mean is None:
                 continue
@@ -81,18 +81,16 @@ class InferenceForm:
             if norm.bias is not None:
                 shift = shift + norm.bias.detach()
             if conv.bias is not None:
-                shift = shift + conv.bias.detach().float() * scale
+                shift = shift + conv.bias.detach().to(scale.dtype) * scale
             self._set_weight(conv, weights[conv_name] * scale.view(-1, 1, 1, 1))
-            conv.bias = nn.Parameter(shift.to(self.dtype), requires_grad=False)
+            conv.bias = nn.Parameter(self._rounded(shift), requires_grad=False)
             for parent in modules.values():  # it may be registered in several places
                 for leaf in [leaf for leaf, child in parent._modules.items() if child is norm]:
                     setattr(parent, leaf, nn.Identity())
         return model
 
     def _set_weight(self, module: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
-        weight = weight.to(self.dtype)
-        if weight.ndim == 4:
-            weight = weight.contiguous(memory_format=self.layout)
+        weight = laid_out(self._rounded(weight), self.layout)
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     def run(self, model: nn.Module, inputs: Inputs) -> Any:
@@ -107,10 +105,10 @@ class InferenceForm:
         try:
             with evaluating(model), torch.no_grad():
                 exact = tensors_of(forward(model, inputs))
-                twin = copy.deepcopy(model)
+                twin = duplicate(model)
                 twin = self.folded(twin, self.prepare_layers(twin))
                 rough = tensors_of(forward(twin, tree_map(self.prepare_input, inputs)))
-        except RuntimeError:  # a layer without bfloat16 support, or float32 parameters outside layers
+        except Exception:  # a layer without bfloat16 support, or float32 parameters outside layers
             return False
         rounded = [index for index, one in enumerate(exact) if one.is_floating_point()]
         gap = gap_between([exact[index] for index in rounded], [rough[index] for index in rounded])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -12,13 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from prunegym.pruning.agreement import Gap, gap_between
 from prunegym.pruning.blocks import find_blocks
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
 from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph
+from prunegym.pruning.kinds import cannot_run, check_kind, in_python
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.memory_model import MemoryModel
 from prunegym.pruning.modes import evaluating
@@ -43,7 +44,7 @@ class PrunableNetwork:
 
     Raises:
         UnsupportedLayerError: the network has no channel group that can be pruned.
-        PruningError: the network does not run on the example input.
+        PruningError: the network does not run on the example input, is compiled, or gives other outputs each time.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class PrunableNetwork:
         keep: Sequence[str] = (),
         check: bool = True,
     ) -> None:
-        self.model = model
+        check_kind(model)
+        self.model = model = in_python(model)
         self.name = name
         self.keep = tuple(keep)
         self.example_inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -64,23 +66,35 @@ class PrunableNetwork:
         except PruningError:
             raise
         except Exception as fault:
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves(self.example_inputs) if isinstance(leaf, Tensor)]
-            raise PruningError(
-                f"`network` should run on its example input. Received {name} on inputs of shape {shapes}, "
-                f"which raised {type(fault).__name__}: {fault}. Give the shape that the network takes."
-            ) from fault
+            raise cannot_run(model, self.example_inputs, name, fault) from fault
         self.graph = build_graph(self._trace, self.keep)
         if check and self.graph.groups:
             self._freeze_what_breaks()
         if not self.graph.groups:
-            reasons = "; ".join(f"{group.name}: {group.frozen}" for group in self.graph.frozen[:3])
-            raise UnsupportedLayerError(
-                f"`network` should have at least one channel group that can be pruned. Received {name}, "
-                f"where all {len(self.graph.frozen)} groups are frozen ({reasons}). "
-                "`prunegym inspect` lists all reasons."
-            )
+            raise self._nothing_to_prune()
         self.costs = CostModel(self.graph, model)
         self._costs: dict[frozenset[str], CostModel] = {frozenset(): self.costs}
+
+    def _nothing_to_prune(self) -> PruningError:
+        """Describe a network all of whose groups are frozen; the error is returned, not raised."""
+        if not gap_between(*(self._outputs(self.model) for _ in range(2)), smallest=1e-12).relative <= CHECK_TOLERANCE:
+            return PruningError(
+                f"`network` should give the same outputs each time in evaluation mode. Received {self.name}, whose "
+                "outputs differ between two runs. Let it draw no random numbers there: "
+                "F.dropout(x, p, training=self.training), for example."
+            )
+        reasons: dict[str, list[str]] = {}
+        for group in self.graph.frozen:
+            reasons.setdefault(group.frozen or "", []).append(group.name)
+        shown = {reason: ", ".join(names[:3]) + " and others" * (len(names) > 3) for reason, names in reasons.items()}
+        listed = "; ".join(f"{names}: {reason}" for reason, names in shown.items())
+        if self.graph.unknown_operations:
+            listed += f"; operations without a rule: {', '.join(self.graph.unknown_operations)}"
+        return UnsupportedLayerError(
+            f"`network` should have at least one channel group that can be pruned. Received {self.name}, "
+            f"where all {len(self.graph.frozen)} groups are frozen ({listed}). Change what these reasons name, or "
+            "leave this network as it is."
+        )
 
     @property
     def full_cost(self) -> Cost:
@@ -249,7 +263,7 @@ def _families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
 
 def without_constants(model: nn.Module) -> nn.Module:
     """A copy whose constant tensors (zero-initialised scales, fresh statistics) vary, so that they hide no fault."""
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*twin.parameters(), *twin.buffers()]:

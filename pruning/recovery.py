@@ -24,7 +24,8 @@ from prunegym.pruning.importance.statistics import Statistics, reader_modules
 from prunegym.pruning.inference import InferenceForm
 from prunegym.pruning.layout import CONTIGUOUS, lay_out, layout_on
 from prunegym.pruning.modes import training_mode
-from prunegym.pruning.task import Inputs, Task, forward
+from prunegym.pruning.task import Inputs, Task, forward, running
+from prunegym.pruning.training.schedule import trained_parameters
 
 RECOVERY_BATCH = 128
 """Examples of each recovery step."""
@@ -68,19 +69,21 @@ def compensated_tensors(
             continue
         kept, gone = torch.from_numpy(np.flatnonzero(keep)), torch.from_numpy(np.flatnonzero(~keep))
         covariance = moments.covariance
-        mixing = _estimate(covariance, kept, gone, ridge)
-        weight = module.weight.detach().movedim(operation.reads, 0)
+        exact = torch.promote_types(module.weight.dtype, covariance.dtype)  # half precision is rounded at the end
+        mixing = _estimate(covariance, kept, gone, ridge).to(exact)
+        weight = module.weight.detach().to(exact).movedim(operation.reads, 0)
         flat = weight.reshape(weight.shape[0], -1)  # (C_in, everything else)
         lost = flat[gone]
         folded = (flat[kept] + mixing @ lost).reshape(len(kept), *weight.shape[1:])
-        result[name] = folded.movedim(0, operation.reads).contiguous()
+        result[name] = folded.movedim(0, operation.reads).contiguous().to(module.weight.dtype)
         bias = getattr(module, "bias", None)
         if operation.bias is not None and isinstance(bias, Tensor):
-            shift = moments.mean[gone] - mixing.T @ moments.mean[kept]
+            mean = moments.mean.to(exact)
+            shift = mean[gone] - mixing.T @ mean[kept]
             summed = lost.reshape(len(gone), *weight.shape[1:]).flatten(2).sum(2) if weight.ndim > 2 else lost
             if isinstance(module, nn.modules.conv._ConvTransposeNd):
                 summed = summed / prod(module.stride)  # its taps are shared out among that many outputs
-            result[operation.bias] = bias.detach() + shift @ summed
+            result[operation.bias] = (bias.detach() + shift @ summed).to(bias.dtype)
     return result
 
 
@@ -191,14 +194,14 @@ def train_steps(
         The last loss.
 
     Raises:
-        PruningError: the loss became NaN or infinite, or there are no training batches.
+        PruningError: the loss became NaN or infinite, the network cannot learn, or there are no training batches.
     """
     if steps <= 0:
         return float("nan")
     form = form or InferenceForm((), half=False, layout=layout_on(model, task, "train", device))
     lay_out(model, form.layout)  # before the optimiser takes its layout from the weights
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
+        trained_parameters(model), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, total_iters=steps)
     value = float("nan")
@@ -207,15 +210,17 @@ def train_steps(
         torch.manual_seed(seed)
         batches = training_batches(task, batch_size, seed, device)
         for step, (inputs, targets) in enumerate(islice(batches, steps)):
-            loss = task.loss(form.run(model, inputs), targets)
-            value = float(loss.detach())
+            with running("learn in training mode", task, batch_size):
+                loss = task.loss(form.run(model, inputs), targets)
+                value = float(loss.detach())
             if not np.isfinite(value):
                 raise PruningError(
                     f"`learning_rate` should keep the loss finite. Received {learning_rate}, and the loss "
                     f"became {value} at recovery step {step}. Lower it."
                 )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            with running("learn in training mode", task, batch_size):
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
             optimiser.step()
             schedule.step()
     lay_out(model, CONTIGUOUS)

@@ -9,7 +9,6 @@ float32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.importance.criteria import Calibration, Context, Criterion, Scores, unit_scores
 from prunegym.pruning.importance.statistics import Statistics, collect_statistics
@@ -159,7 +159,7 @@ class Scorer:
         """The unpruned network's score, in the same precision and on the same examples."""
         key = (split or self.settings.split, examples or self.settings.examples)
         if key not in self._unpruned:
-            model = copy.deepcopy(self.network.model)
+            model = duplicate(self.network.model)
             self.form.prepare_layers(model)
             self._unpruned[key] = self._measure(model, *key)
         return self._unpruned[key]

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.pruning.attention import headwise
-from prunegym.pruning.graph import ChannelGraph, Units
+from prunegym.pruning.graph import ChannelGraph, Operation, Units
+from prunegym.pruning.importance.functional_reads import FunctionalReads, functional_reads
 from prunegym.pruning.importance.statistics import reader_modules
 
 
 class SoftMasks:
     """Multiplies channels by a factor each, and blends residual blocks with their input.
 
-    Channels are multiplied where modules read them. Those that no module reads, such as the queries and keys of an
+    Channels are multiplied where layers read them. Those that no layer reads, such as the queries and keys of an
     attention, are multiplied where modules make them.
 
     Args:
@@ -44,9 +45,13 @@ class SoftMasks:
         with headwise(self._model), ExitStack() as stack:
             modules = dict(self._model.named_modules())
             read = np.zeros(self._graph.units + 1, dtype=np.bool_)
-            for operation, module in reader_modules(self._graph, self._model).values():
+            readers = reader_modules(self._graph, self._model)
+            for operation, module in readers.values():
                 read[operation.inputs] = True
-                stack.callback(module.register_forward_pre_hook(self._reading(operation.inputs)).remove)
+                stack.callback(module.register_forward_pre_hook(self._reading(operation)).remove)
+            if others := functional_reads(self._graph, self._model, list(readers)):
+                read[np.concatenate([operation.inputs for operation in others])] = True
+                stack.enter_context(FunctionalReads(self._model, others, self._masked_read))
             for operation in self._graph.operations:
                 maker, units = modules.get(operation.module), operation.outputs
                 unread = np.where(read[units], -1, units)
@@ -57,19 +62,17 @@ class SoftMasks:
                 stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
-    def _reading(self, units: Units) -> Any:
-        where = torch.from_numpy(units)
+    def _reading(self, operation: Operation) -> Any:
+        return lambda _, args: (self._masked_read(operation, args[0]), *args[1:])
 
-        def mask(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._masked(module, args[0], where), *args[1:])
-
-        return mask
+    def _masked_read(self, operation: Operation, data: Tensor) -> Tensor:
+        return self._masked(data, torch.from_numpy(operation.inputs), last=operation.kind == "linear")
 
     def _making(self, units: Units) -> Any:
         where = torch.from_numpy(units)
 
         def mask(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return self._masked(module, output, where)
+            return self._masked(output, where, last=isinstance(module, nn.Linear))
 
         return mask
 
@@ -81,8 +84,8 @@ class SoftMasks:
 
         return blend
 
-    def _masked(self, module: nn.Module, data: Tensor, units: Tensor) -> Tensor:
+    def _masked(self, data: Tensor, units: Tensor, *, last: bool) -> Tensor:
         """Data of a layer with its channels multiplied; unit -1 is the last factor."""
         factor = self.units.to(data)[units.to(data.device)]
-        masked: Tensor = data * (factor if isinstance(module, nn.Linear) else factor.view(-1, *[1] * (data.ndim - 2)))
+        masked: Tensor = data * (factor if last else factor.view(-1, *[1] * (data.ndim - 2)))
         return masked

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunegym.pruning.attention import can_be_headwise, lost_channels, make_headwise
 from prunegym.pruning.blocks import emptied, remove_blocks
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.graph import ChannelGraph
+from prunegym.pruning.modes import evaluating
 
 
 def kept_indices(graph: ChannelGraph, mask: NDArray[np.bool_]) -> dict[tuple[str, int], NDArray[np.int64]]:
@@ -67,7 +69,7 @@ def rebuilt(
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = tensors[name] if name in tensors else buffer.detach().clone()
-    smaller = copy.deepcopy(model, memo)
+    smaller = duplicate(model, memo)
     remove_blocks(smaller, removed)
     modules = dict(smaller.named_modules())
     padded = np.append(mask, True)
@@ -99,7 +101,15 @@ def set_sizes(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_]) ->
 
 def refresh_sizes(module: nn.Module) -> None:
     """Make a layer's size attributes agree with the shapes of its tensors."""
-    weight = getattr(module, "weight", None)
+    if is_parametrized(module):
+        # to look at a computed weight is to compute it, which spectral normalisation remembers in training mode
+        with evaluating(module):
+            _refresh_sizes(module, getattr(module, "weight", None))
+    else:
+        _refresh_sizes(module, getattr(module, "weight", None))
+
+
+def _refresh_sizes(module: nn.Module, weight: object) -> None:
     if isinstance(module, nn.modules.conv._ConvNd) and isinstance(weight, Tensor):
         transposed = module.transposed
         first, second = weight.shape[0], weight.shape[1] * module.groups
@@ -129,7 +139,7 @@ def masked_network(
     Only the weights that *read* a removed channel are zeroed, so this computes by other means what the
     smaller network must compute: the check of surgery.
     """
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     tensors = dict(twin.named_parameters())
     padded = np.append(mask, True)
     with torch.no_grad():

@@ -4,7 +4,8 @@ Image classification is built in (:class:`ClassificationTask`). Detection, segme
 small object with the methods of :class:`Task`; everything in the library takes either.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,30 @@ class Task(Protocol):
 def forward(model: nn.Module, inputs: Inputs) -> Any:
     """Call a network with the inputs of a task: ``model(x)``, or ``model(*inputs)`` for a tuple."""
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def running(what: str, task: Task, batch_size: int) -> Iterator[None]:
+    """Tell of whatever a network or a task raises while the one runs on a batch of the other.
+
+    Args:
+        what: What the network should do there, for the message.
+        task: Where the batch comes from.
+        batch_size: Examples in it.
+
+    Raises:
+        PruningError: One of them raised something.
+    """
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as fault:
+        raise PruningError(
+            f"`network` should {what}. Received '{task.name}' in batches of {batch_size}, with which it raised "
+            f"{type(fault).__name__}: {fault}. Correct what the message names; if training alone raises "
+            "it, choose another batch_size, or do without (epochs=0, recovery_steps=0)."
+        ) from fault
 
 
 @dataclass(frozen=True)
@@ -134,12 +159,17 @@ class ClassificationTask:
         return (outputs.argmax(dim=1) == targets).float()
 
     def _check_shape(self, outputs: Tensor) -> None:
-        """Refuse a network whose head belongs to other classes."""
+        """Refuse a network whose head belongs to other classes, or that gives more than logits."""
         classes = self.data.num_classes
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] != classes:
-            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        rule = f"`--network` should give one output per class: (B, {classes}) for data '{self.data.name}'."
+        if not isinstance(outputs, Tensor):
             raise PruningError(
-                f"`--network` should give one output per class: (B, {classes}) for data '{self.data.name}'. "
-                f"Received {shape}. Choose the data that the network was made for, or build it with "
-                f"num_classes={classes}."
+                f"{rule} Received {type(outputs).__name__}, perhaps in training mode only. Wrap the network in one "
+                "that gives the logits alone, or pass a task of your own (docs/segmentation.md) whose loss and score "
+                "take what it gives."
+            )
+        if outputs.ndim != 2 or outputs.shape[1] != classes:
+            raise PruningError(
+                f"{rule} Received {tuple(outputs.shape)}. Choose the data that the network was made for, or build it "
+                f"with num_classes={classes}."
             )

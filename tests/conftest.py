@@ -623,3 +623,13 @@ def pruning_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for command, folder in folders.items():
             assert main([command, *shared, *more[command], "--out", str(folder)]) == 0
     return folders
+
+
+@pytest.fixture(scope="session")
+def random_images(tmp_path_factory: pytest.TempPathFactory) -> ClassificationTask:
+    """Colour images ``(3, 8, 8)`` of four classes, with nothing to learn."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (800, 8, 8, 3)).astype(np.uint8), rng.integers(0, 4, 800)
+    path = tmp_path_factory.mktemp("random") / "images.npz"
+    np.savez(path, x_train=images[:600], y_train=labels[:600], x_test=images[600:], y_test=labels[600:])
+    return ClassificationTask(load_data(str(path)))

@@ -45,7 +45,7 @@ class Listed(nn.Module):
     ("change", "message"),
     [
         ({"accumulate": 5}, "`accumulate` times `devices` should be at most the 4 batches of an epoch. Received 5"),
-        ({"batch_size": 1}, "`batch_size` should be one that the network learns from. Received 1, .*more than 1 value"),
+        ({"batch_size": 1}, "`network` should learn.* Received 'digits' in batches of 1, .*more than 1 value"),
         ({"model": flat().requires_grad_(False)}, "`model` should have parameters that require a gradient"),
         ({"model": nn.Flatten()}, "`model` should have parameters that require a gradient"),
         ({"model": build_network("digits_vgg", num_classes=7)}, r"one output per class: \(B, 10\)"),

@@ -67,6 +67,49 @@ def test_layout_is_what_the_code_of_a_network_bears() -> None:
     assert layout_for(Flattening(), (images, images)) is CONTIGUOUS
 
 
+class ViewsInTraining(Flattening):
+    """Augments its features, in training only, in code that wants the ordinary layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x + 1).view(len(x), -1).view(x.shape) if self.training else x)
+
+
+class MergesImages(Flattening):
+    """Merges images and channels: with channels last, one image can be seen so, and two cannot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, 8, 8).view(x.shape))
+
+
+class Gray(nn.Module):
+    """Of one channel, images are the same in either layout; it is the weights that make another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).view(len(x), -1))
+
+
+@pytest.mark.parametrize(
+    ("build", "channels", "evaluates", "trains"),
+    [
+        (ViewsInTraining, 3, CHANNELS_LAST, CONTIGUOUS),
+        (MergesImages, 3, CONTIGUOUS, CONTIGUOUS),
+        (Gray, 1, CONTIGUOUS, CONTIGUOUS),
+    ],
+)
+def test_layout_is_that_of_what_will_run(
+    build: type[nn.Module], channels: int, evaluates: torch.memory_format, trains: torch.memory_format
+) -> None:
+    """In the mode asked for, on several images, with weights laid out too."""
+    images = torch.randn(4, channels, 8, 8)
+
+    assert layout_for(build(), images) is evaluates
+    assert layout_for(build(), images, training=True) is trains
+
+
 def test_asking_for_the_layout_leaves_network_and_generators_alone(task: ClassificationTask) -> None:
     """Modes, running statistics and what is drawn next."""
     network = Viewing().train()

@@ -55,6 +55,16 @@ def test_runtime_measures_a_network_and_leaves_it_as_it_was(backend: str) -> Non
     assert network.training
 
 
+def test_network_whose_code_casts_is_measured_as_it_is() -> None:
+    """In double precision its code gives what its weights would no longer take."""
+
+    class Double(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.double())
+
+    assert measured(Double(3, 4, 3).double(), LatencySettings(threads=1, repeats=5)).median > 0
+
+
 @pytest.mark.slow
 def test_compiled_networks_of_one_class_are_each_compiled() -> None:
     """Torch gives up compiling after a few versions of one piece of code; what would be timed then is no longer it."""

@@ -5,7 +5,6 @@ All scores are of float32 networks on the whole selection split, and on the test
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from prunegym.agents.prune import fine_tune
 from prunegym.agents.run_folders.runs import RunFolder, slug
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.timing.latency import compare_latency
 from prunegym.pruning.timing.speed_up import speed_up
@@ -112,7 +112,7 @@ class Judge:
             return {}
         folder = self.run.subfolder(FINETUNING).subfolder(folder_name(self.problem.scorer.network.name, plan, seed))
         if not folder.path(SCORES).exists():
-            model = copy.deepcopy(self.problem.scorer.recovered(plan))
+            model = duplicate(self.problem.scorer.recovered(plan))
             config = self.config.finetuning(self.problem.scorer.network.name, seed)
             fine_tune(model, self.problem, config, folder, progress=self.progress, limit=self.limit)
             folder.write_json(SCORES, self._scores(STAGES[2], model, self.splits))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from prunegym.agents.fitting import fit
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.setup import example_inputs
 from prunegym.agents.tables import format_table
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.deployment.recipe import Blueprint
 from prunegym.pruning.deployment.saving import write_network
 from prunegym.pruning.errors import PruningError
@@ -111,7 +111,7 @@ def finetune_network(
         TimeUp: The limit is reached.
         PruningError: Network and task do not fit, or the loss became non-finite; the last checkpoint is kept.
     """
-    tuned = copy.deepcopy(model)
+    tuned = duplicate(model)
     check_fits(tuned, task)
     rows = fit(
         tuned,
@@ -120,12 +120,12 @@ def finetune_network(
         run=run,
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
-        teacher=copy.deepcopy(teacher),
+        teacher=None if teacher is None else duplicate(teacher),
         device=device,
         progress=progress,
         limit=limit,
     )
-    both = (copy.deepcopy(model), tuned)
+    both = (duplicate(model), tuned)
     scores = compare_networks(dict(zip(STAGES, both, strict=True)), task, device=device)
     return FinetuneResult(
         model=tuned,

@@ -5,7 +5,6 @@ The example file holds inputs and the outputs of the network before it was saved
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.files import replacing
 
@@ -28,7 +28,7 @@ def save_example(path: Path, model: nn.Module, inputs: Tensor) -> None:
     Raises:
         PruningError: The file could not be written.
     """
-    outputs = _outputs(copy.deepcopy(model).cpu(), inputs.cpu())
+    outputs = _outputs(duplicate(model).cpu(), inputs.cpu())
     with replacing(path) as temporary:
         save_file({"inputs": inputs.cpu().contiguous(), "outputs": outputs.contiguous()}, temporary)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -24,6 +23,7 @@ from prunegym.agents.searching.search import Counts, Search, SearchResult, Searc
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.blocks import inside, remove_blocks
 from prunegym.pruning.budget import Budget, Limit
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.layout import lay_out
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.recovery import training_batches
@@ -227,7 +227,7 @@ def supernet(
 ) -> Iterator[tuple[nn.Module, SoftMasks]]:
     """A masked copy of the unpruned network, with batch normalisation by batch where there will be recalibration."""
     scorer = problem.scorer
-    model = copy.deepcopy(scorer.network.model)
+    model = duplicate(scorer.network.model)
     lay_out(model, scorer.form.layout)
     remove_blocks(model, problem.removed)
     masks = SoftMasks(model, scorer.network.graph, blocks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from math import isqrt
 
@@ -15,6 +14,7 @@ from prunegym.agents.searching.netadapt import proposals
 from prunegym.agents.searching.search import Counts, Search, SearchResult, SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.importance.criteria import Context, Scores, unit_scores
 from prunegym.pruning.plan import PruningPlan
@@ -99,7 +99,7 @@ class Walk:
         self._scores: Mapping[str, Scores] = {name: scorer.criterion_scores(name) for name in POOL}
         self._gone = np.zeros(self._graph.units)  # in which step each unit went; later = higher
         self._step = 0
-        self._model = copy.deepcopy(scorer.network.model) if retrains else scorer.network.model
+        self._model = duplicate(scorer.network.model) if retrains else scorer.network.model
 
     @property
     def counts(self) -> Counts:

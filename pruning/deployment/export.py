@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.deployment.onnx_export import export_onnx, require_onnx, with_batch
 from prunegym.pruning.deployment.program import check_exportable, export_program
 from prunegym.pruning.deployment.recipe import RECIPE, WEIGHTS, Blueprint
@@ -87,14 +87,14 @@ def export_network(
             file differ. Files that were written before are kept.
     """
     check_formats(formats, dtype)
-    model = copy.deepcopy(model).cpu().eval()
+    model = duplicate(model).cpu().eval()
     inputs: tuple[Any, ...] = tree_map_only(Tensor, Tensor.cpu, example_inputs)
     twin = model if dtype == "float32" else in_dtype(model, dtype)
     rounding = _difference(model, twin, inputs)
     metadata = metadata or {}
 
     def safetensors() -> dict[str, Any]:
-        bare = copy.deepcopy(model).to(DTYPES[dtype])
+        bare = duplicate(model).to(DTYPES[dtype])
         difference = write_network(folder, blueprint, bare, example_inputs=inputs, metadata=metadata)
         size = sum((folder / name).stat().st_size for name in (WEIGHTS, RECIPE))
         load = f"prunegym.load('{folder}'{_needed(blueprint.source)})"
@@ -154,7 +154,7 @@ def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
                 f"`dtype` should be a type that holds the network's numbers. Received {dtype}, whose largest is "
                 f"{largest:g}, and '{name}' with {float(tensor.abs().max()):g}. Choose bfloat16 or float32."
             )
-    twin = copy.deepcopy(model).to(kind)
+    twin = duplicate(model).to(kind)
     twin.register_forward_pre_hook(lambda _, inputs: _cast(inputs, kind))
     twin.register_forward_hook(lambda _, inputs, outputs: _cast(outputs, torch.float32))
     return twin

@@ -1,6 +1,5 @@
 """ONNX files and ONNX Runtime sessions; both are an optional extra."""
 
-import copy
 import io
 import warnings
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
 
@@ -108,7 +108,7 @@ def export_onnx(
             file cannot be written.
     """
     require_onnx()
-    twin = copy.deepcopy(model).cpu().eval()
+    twin = duplicate(model).cpu().eval()
     inputs = tree_map_only(Tensor, Tensor.cpu, _as_tuple(example_inputs))
     data = onnx_bytes(twin, inputs, dynamic_batch=dynamic_batch)
     difference = float("nan")
@@ -145,7 +145,7 @@ def on_cpu(
         return leaf.cpu().to(dtype) if leaf.is_floating_point() else leaf.cpu()
 
     placed: tuple[Any, ...] = tree_map_only(Tensor, place, inputs)
-    return copy.deepcopy(model).to(dtype).cpu().eval(), placed
+    return duplicate(model).to(dtype).cpu().eval(), placed
 
 
 def onnx_bytes(

@@ -6,7 +6,6 @@ which PyTorch would write along, are left out.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -25,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only
 
 from prunegym.pruning.agreement import gap_between
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.deployment.onnx_export import batch_shapes, with_batch
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
@@ -155,7 +155,7 @@ def load_program(path: str | Path) -> Program:
 def _on_cpu(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of a network in evaluation mode, and inputs for it."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return copy.deepcopy(model).cpu().eval(), tree_map_only(Tensor, Tensor.cpu, inputs)
+    return duplicate(model).cpu().eval(), tree_map_only(Tensor, Tensor.cpu, inputs)
 
 
 def _checked(model: nn.Module, inputs: tuple[Any, ...], *, dynamic: bool) -> tuple[bytes, float]:

@@ -6,7 +6,6 @@ few attributes and modules. A recipe may come from anywhere: it can only do to a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.attention import HeadwiseAttention, can_be_headwise, make_headwise
 from prunegym.pruning.blocks import in_any, remove_blocks
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain, read_json
 from prunegym.pruning.network import PrunableNetwork
@@ -108,7 +108,7 @@ class Blueprint:
 
     def build(self) -> nn.Module:
         """A new unpruned network, with any weights."""
-        return original_network(self.source, allow_code=True) if self.template is None else copy.deepcopy(self.template)
+        return original_network(self.source, allow_code=True) if self.template is None else duplicate(self.template)
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:

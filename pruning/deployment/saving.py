@@ -6,7 +6,6 @@ code from the files runs. A network that was not pruned is saved in the same for
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.blocks import in_any
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.deployment.recipe import (
     FORMAT,
     RECIPE,
@@ -176,7 +176,7 @@ def read_network(folder: Path, *, model: nn.Module | None = None, allow_code: bo
     """
     recipe = read_recipe(folder)
     tensors = _read_tensors(folder / WEIGHTS, recipe["sha256"])
-    original = original_network(recipe["source"], allow_code) if model is None else copy.deepcopy(model).cpu()
+    original = original_network(recipe["source"], allow_code) if model is None else duplicate(model).cpu()
     restored = _restored(original, tensors, recipe).eval()
     return SavedNetwork(
         model=restored, blueprint=Blueprint.of_recipe(recipe, model), metadata=recipe["metadata"]
@@ -309,7 +309,7 @@ def _check_outputs(model: nn.Module, restored: nn.Module, inputs: tuple[Any, ...
     """Compare a network with what would be loaded from its files; return the largest difference."""
     inputs = _inputs_for(model, inputs)
     with torch.no_grad():
-        pairs = [one.eval()(*inputs) for one in (copy.deepcopy(model).cpu(), restored.cpu())]
+        pairs = [one.eval()(*inputs) for one in (duplicate(model).cpu(), restored.cpu())]
     gap = gap_between(*pairs)
     if not gap.relative <= _CHECK_TOLERANCE:
         raise PruningError(

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
+from prunegym.pruning.importance.functional_reads import FunctionalReads, functional_reads
 from prunegym.pruning.modes import differentiating, evaluating
-from prunegym.pruning.task import Task, forward
+from prunegym.pruning.task import Task, forward, running
 
 Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
 
@@ -89,11 +90,12 @@ def collect_statistics(
     with evaluating(model), headwise(model), observer.attached(model), differentiating(model), torch.enable_grad():
         for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
             count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-            loss = task.loss(forward(model, inputs), targets)
-            observer.start_batch(count, device)
-            if loss.requires_grad:  # else no reader ran: every change is 0
-                (loss * count).backward()
-            observer.end_batch()
+            with running("run on batches of any size, and pass gradients back", task, count):
+                loss = task.loss(forward(model, inputs), targets)
+                observer.start_batch(count, device)
+                if loss.requires_grad:  # else no reader ran: every change is 0
+                    (loss * count).backward()
+                observer.end_batch()
             losses += float(loss.detach()) * count
     return observer.statistics(losses)
 
@@ -134,28 +136,37 @@ class _Observer:
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, (operation, module) in reader_modules(self.graph, model).items():
+            readers = reader_modules(self.graph, model)
+            others = functional_reads(self.graph, model, list(readers))
+            for operation in (*(one for one, _ in readers.values()), *others):
                 units = operation.inputs[self._padded[operation.inputs]]
-                self._units[name] = torch.from_numpy(np.where(units < 0, self.graph.units, units))
-                handle = module.register_forward_pre_hook(self._hook(name))
-                stack.callback(handle.remove)
+                self._units[str(operation.weight)] = torch.from_numpy(np.where(units < 0, self.graph.units, units))
+            for operation, module in readers.values():
+                stack.callback(module.register_forward_pre_hook(self._hook(operation)).remove)
+            if others:
+                stack.enter_context(FunctionalReads(model, others, self._read))
             yield
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def observe(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            data = args[0].detach()
-            self._accumulate(name, channel_rows(module, data), len(data))
-            # an alias of its own, so that the gradient is the one that comes back through this reader alone;
-            # where nothing behind it is differentiated (the first readers), the graph starts here
-            source = args[0] if args[0].requires_grad else data.detach().requires_grad_()
-            alias = source.view_as(source)
-            alias.register_hook(lambda gradient: self._add_change(name, module, data, gradient))
-            return (alias, *args[1:])
+    def _hook(self, operation: Operation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, args: (self._read(operation, args[0]), *args[1:])
 
-        return observe
+    def _read(self, operation: Operation, source: Tensor) -> Tensor:
+        """Look at what an operation reads; what it should read instead is an alias."""
+        name, last = str(operation.weight), operation.kind == "linear"
+        # a backbone under no_grad matters to the loss all the same; its own `with` restores what held before
+        torch.set_grad_enabled(True)
+        data = source.detach()
+        self._accumulate(name, channel_rows(data, last), len(data))
+        # an alias of its own, so that the gradient is the one that comes back through this reader alone;
+        # where nothing behind it is differentiated (the first readers), the graph starts here
+        source = source if source.requires_grad else data.detach().requires_grad_()
+        alias = source.view_as(source)
+        alias.register_hook(lambda gradient: self._add_change(name, last, data, gradient))
+        return alias
 
     def _accumulate(self, name: str, rows: Tensor, examples: int) -> None:
         """Add a layer's input ``(channels, positions)``; batches weigh as many as their examples."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # sums of half precision lose too much
         channels, count = rows.shape
         total = rows.sum(1, dtype=torch.float64)
         product = (rows @ rows.T).double() if self.covariances and channels <= MAX_COVARIANCE else None
@@ -173,9 +184,9 @@ class _Observer:
         ):
             store.index_add_(0, units.cpu(), values.cpu().float(), alpha=examples)
 
-    def _add_change(self, name: str, module: nn.Module, data: Tensor, gradient: Tensor) -> None:
+    def _add_change(self, name: str, last: bool, data: Tensor, gradient: Tensor) -> None:
         product = data * gradient
-        if isinstance(module, nn.Linear):
+        if last:
             change = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
         else:
             change = product.flatten(2).sum(2)
@@ -218,8 +229,6 @@ class _Observer:
         )
 
 
-def channel_rows(module: nn.Module, data: Tensor) -> Tensor:
-    """A layer's input as ``(channels, examples * positions)``."""
-    if isinstance(module, nn.Linear):
-        return data.reshape(-1, data.shape[-1]).T
-    return data.transpose(0, 1).reshape(data.shape[1], -1)
+def channel_rows(data: Tensor, last: bool) -> Tensor:
+    """A layer's input as ``(channels, examples * positions)``; channels are its last dimension or its second."""
+    return data.reshape(-1, data.shape[-1]).T if last else data.transpose(0, 1).reshape(data.shape[1], -1)

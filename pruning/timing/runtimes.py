@@ -7,7 +7,6 @@ that returns runs it once and waits until it is done. To add a runtime, write su
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.deployment.onnx_export import (
     check_provider,
     deployed_bytes,
@@ -134,9 +134,12 @@ def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) 
 def on_device(
     model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings
 ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of a network and its inputs on the device, in the data type asked for."""
+    """A copy of a network and its inputs on the device, in the data type asked for; ``float32`` casts no weights.
+
+    They are float32 then, or the network's code casts to the precision that they have.
+    """
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    twin = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    twin = duplicate(model).to(device=device, dtype=None if dtype == torch.float32 else dtype).eval()
     moved: tuple[Any, ...] = tree_map_only(
         Tensor, lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype), inputs
     )

@@ -25,6 +25,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     channels = only_along(tracer, source, 1, reshaped)
     fan_in = only_along(tracer, kernel, reads, f"{where(tracer, call)} slides over a reshaped weight")
     filters = only_along(tracer, kernel, makes, f"{where(tracer, call)} slides over a reshaped weight")
+    filters = outputs_of(tracer, filters, weight.shape[makes], kernel, where(tracer, call))
     if groups > 1:
         if transposed:  # its weight holds the outputs of one group only
             for part in (labels for labels in (filters, fan_in) if labels is not None):
@@ -36,6 +37,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         _tie_groups(tracer, call, channels, filters, groups, source)
     else:
         feed(tracer, channels, fan_in, source, where(tracer, call))
+        keep_if_computed(tracer, channels, tracer.weight_name(weight), where(tracer, call))
     if filters is not None:
         tracer.book.produce(filters)
         unite_bias(tracer, bias, filters)
@@ -63,6 +65,22 @@ def convolution(tracer: Tracer, call: Call) -> None:
             stride=tuple(call.args[3]),
         )
     )
+
+
+def outputs_of(
+    tracer: Tracer, labels: NDArray[np.int64] | None, size: int, kernel: TensorRecord, at: str
+) -> NDArray[np.int64] | None:
+    """Labels of a layer's outputs: those of its weight, or frozen ones, so that nobody wonders where the layer is."""
+    if labels is None and size > 1:
+        labels = tracer.book.fresh(size)
+        tracer.book.freeze(labels, f"the weight of {at} is computed: {kernel.origin}")
+    return labels
+
+
+def keep_if_computed(tracer: Tracer, inputs: NDArray[np.int64] | None, weight: str | None, at: str) -> None:
+    """Freeze what is read by a weight that is no parameter: its masked twin could not leave it unread."""
+    if inputs is not None and weight is None:
+        tracer.book.freeze(inputs, f"{at} reads these channels with a weight that is computed")
 
 
 def feed(

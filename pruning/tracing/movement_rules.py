@@ -17,6 +17,8 @@ def same(tracer: Tracer, call: Call) -> None:
     """Copies and casts."""
     source = tracer.record(call.args[0])
     pass_on(tracer, call, source.fields, source)
+    if call.output is not call.args[0]:
+        tracer.note_copy(call.output, call.args[0])
 
 
 def restride(tracer: Tracer, call: Call) -> None:

@@ -64,6 +64,18 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     pass_on(tracer, call, [*others, *alone], source)
 
 
+def weight_norm(tracer: Tracer, call: Call) -> None:
+    """A weight is its direction, scaled along one dimension: the others are normalised over."""
+    direction, scale, dim = call.args[0], call.args[1], int(call.arg(2, "dim", 0))
+    source = tracer.record(direction)
+    channels, scales = labels_along(source, dim), labels_along(tracer.record(scale), dim)
+    at = f"{where(tracer, call)} normalises across channels"
+    if channels is not None and scales is not None:
+        tracer.book.unite(channels, scales)
+    tracer.freeze([one for one in source.fields if support(one) != {dim}], at)
+    pass_on(tracer, call, source.fields, source)
+
+
 def reduction(tracer: Tracer, call: Call) -> None:
     """Mean, sum, maximum: the dimensions reduced over must stay whole."""
     data = call.args[0]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunegym.pruning.tracing.labels import Field, along, support
-from prunegym.pruning.tracing.layer_rules import feed, unite_bias
+from prunegym.pruning.tracing.layer_rules import feed, keep_if_computed, outputs_of, unite_bias
 from prunegym.pruning.tracing.rule_parts import only_along, pass_on, where, whole
 from prunegym.pruning.tracing.tracer import Call, TensorRecord, TracedOperation, Tracer
 
@@ -40,6 +40,7 @@ def _linear(
     inputs = only_along(tracer, source, last, f"{at} reads a reshaped channel dimension")
     fan_in = only_along(tracer, kernel, reads, f"{at} multiplies by a reshaped weight")
     outputs = only_along(tracer, kernel, makes, f"{at} multiplies by a reshaped weight")
+    outputs = outputs_of(tracer, outputs, weight.shape[makes], kernel, at)
     feed(tracer, inputs, fan_in, source, at)
     # a field that varies along the inputs was cut down to them; what varies along rows only stays
     rows = [one for one in source.fields if last not in support(one)]
@@ -51,6 +52,7 @@ def _linear(
     tracer.set(call.output, TensorRecord(fields, at))
     tracer.note_output(call.output, len(tracer.operations))
     name, transposed = _weight_of(tracer, weight, out_first)
+    keep_if_computed(tracer, inputs, name, at)
     tracer.operations.append(
         TracedOperation(
             module=tracer.module,

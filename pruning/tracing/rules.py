@@ -30,7 +30,15 @@ from prunegym.pruning.tracing.movement_rules import (
     unfold,
     view,
 )
-from prunegym.pruning.tracing.norm_rules import batch_norm, group_norm, layer_norm, reduction, softmax, spatial
+from prunegym.pruning.tracing.norm_rules import (
+    batch_norm,
+    group_norm,
+    layer_norm,
+    reduction,
+    softmax,
+    spatial,
+    weight_norm,
+)
 from prunegym.pruning.tracing.product_rules import attention, linear, matrix_product
 from prunegym.pruning.tracing.rule_parts import met
 from prunegym.pruning.tracing.tracer import Call, TensorRecord, Tracer
@@ -149,6 +157,7 @@ RULES: dict[str, Rule] = {
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
     "_fused_rms_norm": layer_norm,
+    "_weight_norm_interface": weight_norm,
     "index": index,
     "repeat": repeat,
     "flip": flip,

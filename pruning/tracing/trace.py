@@ -72,6 +72,7 @@ def trace(
                 tracer.freeze(tracer.record(leaf).fields, "network output")
                 tracer.note_read(leaf)
             tracer.at_end(outputs)
+            tracer.freeze_unread()
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     roots, reasons, produced = _resolved(tracer)

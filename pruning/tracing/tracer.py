@@ -114,6 +114,7 @@ class Tracer(TorchDispatchMode):
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._reads: dict[int, int] = defaultdict(int)
         self._normalised: list[tuple[int, str]] = []
         self._norm_runs: Counter[str] = Counter()
@@ -130,8 +131,15 @@ class Tracer(TorchDispatchMode):
         return None if tensor is None else self._names.get(tensor)
 
     def weight_name(self, tensor: Tensor) -> str | None:
-        """Name of a parameter; None for anything else: only parameters are weights that a reader can lose."""
-        return self.name_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        """Name of a parameter, or of the one that a tensor is a copy of: those are weights that a reader can lose."""
+        name: str | None = self._copies.get(tensor)
+        return self.name_of(tensor) if isinstance(tensor, nn.Parameter) else name
+
+    def note_copy(self, copy: Tensor, original: Tensor) -> None:
+        """``copy`` holds the same in another precision or place, as under autocast."""
+        name = self.weight_name(original)
+        if name is not None:
+            self._copies[copy] = name
 
     def record(self, tensor: Tensor) -> TensorRecord:
         """The labels of a tensor; parameters get theirs when first met."""
@@ -154,6 +162,7 @@ class Tracer(TorchDispatchMode):
     def note_output(self, output: Tensor, operation: int) -> None:
         """``output`` is what an operation (by number) made."""
         self._outputs[output] = operation
+        self._reads[operation] += 0
 
     def note_read(self, tensor: Tensor) -> None:
         """Something reads ``tensor``."""
@@ -163,6 +172,13 @@ class Tracer(TorchDispatchMode):
         known: TensorRecord | None = self._records.get(tensor)
         while known is not None and known.unread:
             self.book.freeze(*known.unread.pop())
+
+    def freeze_unread(self) -> None:
+        """Freeze what nothing reads, such as the outputs of an auxiliary head, which only training wants."""
+        for operation, count in self._reads.items():
+            outputs = self.operations[operation].outputs
+            if not count and outputs is not None:
+                self.book.freeze(outputs, "nothing reads these channels in evaluation mode")
 
     def note_normalisation(self, data: Tensor) -> None:
         """The running module normalises ``data``."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.layout import laid_out, layout_for
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward
+from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward, running
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import count_steps
 from prunegym.pruning.training.distillation import Imitation
@@ -49,27 +48,19 @@ def check_training(
     check_smoothing(task, settings.label_smoothing)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluating(teacher):
         count_steps(task, settings)
-        twin = copy.deepcopy(model).to(device).train()
+        twin = duplicate(model).to(device).train()
         make_optimizer(twin, settings)
         if settings.ema is not None:
             WeightAverage(twin, settings.ema)
         inputs, targets = _first_batch(task, settings, device)
-        inputs = laid_out(inputs, layout_for(twin, inputs))
-        try:
+        inputs = laid_out(inputs, layout_for(twin, inputs, training=True))
+        with running("learn in training mode", task, settings.batch_size):
             outputs = forward(twin, inputs)
             loss = task.loss(outputs, targets)
             if teacher is not None:
                 imitation = Imitation(teacher.to(device), settings.distillation_weight, settings.temperature)
                 loss = imitation.mixed(loss, inputs, outputs)
             loss.backward()
-        except PruningError:
-            raise
-        except Exception as fault:  # whatever a network or a task may raise
-            raise PruningError(
-                f"`batch_size` should be one that the network learns from. Received {settings.batch_size}, with which "
-                f"the network and '{task.name}' raised {type(fault).__name__}: {fault}. Choose another, or correct "
-                "what the message names."
-            ) from fault
 
 
 def check_devices(device: torch.device, count: int) -> None:

@@ -53,10 +53,23 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizer:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Divide the parameters into those that decay and those that do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise PruningError("`model` should have parameters that require a gradient. Received one without. Unfreeze it.")
+    trained = trained_parameters(model)
     return [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What a training changes.
+
+    Raises:
+        PruningError: There is nothing.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise PruningError(
+            "`model` should have parameters that require a gradient. Received one without. Unfreeze it, or do without "
+            "training (epochs=0, recovery_steps=0)."
+        )
+    return trained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from prunegym.pruning.copies import duplicate
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.training.check import check_devices, check_smoothing
@@ -84,7 +84,7 @@ def _train(fabric: Fabric, job: Job) -> Training:
     """Do the job on one of the devices."""
     if fabric.world_size > 1:
         # tensors come to other processes in shared memory, and each should train a network of its own
-        job = replace(job, model=copy.deepcopy(job.model))
+        job = replace(job, model=duplicate(job.model))
     # dropout can only draw from the global generators: seeded here, left as they were afterwards
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluating(job.teacher):
         torch.manual_seed(job.settings.seed + fabric.global_rank * _SEED_STRIDE)
