@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = "macs:0.5"
 DEFAULT_EVALUATIONS = 300
 #: Steps of recovery before scoring in the fine-tuned regime, unless asked for.
-FINETUNED_STEPS = 50
+FINETUNED_STEPS = 20
 
 
 def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
@@ -205,7 +205,7 @@ class ScoringOptions(Options):
     reward_examples: int = 1000
     """Images of the reward split that a plan is scored on while searching."""
     recovery_steps: int | None = None
-    """Training steps before a plan is scored; by default 0 in the post-training regime and 50 in the
+    """Training steps before a plan is scored; by default 0 in the post-training regime and 20 in the
     fine-tuned."""
     recovery_rate: float = 0.02
     """Learning rate of those steps."""
