@@ -8,11 +8,12 @@ Prints Markdown; accuracies are in percent. A test compares each line with the R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from statistics import fmean, median
 from typing import Any
 
-from proxy_table import studies_of, tau_rows
+from proxy_table import Study, studies_of, tau_rows
 from rows import RESULTS, Table
 
 from prunegym.agents.comparison import summary
@@ -195,10 +196,15 @@ def coverage() -> str:
     return markdown([*header, "slowest trace", "pruned by torch_pruning in the same run"], lines)
 
 
+def study_of(network: str) -> Study:
+    """Allocations of one network that were fine-tuned, and what was known of them before."""
+    (study,) = [one for one in studies_of(read("proxy")) if one.network == network]
+    return study
+
+
 def proxy(network: str) -> str:
     """How well what is known before fine-tuning ranks allocations of one network, best first."""
-    (study,) = [one for one in studies_of(read("proxy")) if one.network == network]
-    taus = sorted(tau_rows(study), key=lambda row: -float(row["tau"]))
+    taus = sorted(tau_rows(study_of(network)), key=lambda row: -float(row["tau"]))
 
     def interval(row: Mapping[str, Any], which: str = "") -> str:
         low, high = (row[f"{which}{end}"] for end in ("low", "high"))
@@ -219,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "latency": latency,
     "latency_agents": latency_agents,
+    "proxy": partial(proxy, "cifar_resnet20"),
 }
 
 

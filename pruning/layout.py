@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import overload
 
 import torch
@@ -46,6 +47,11 @@ def layout_on(model: nn.Module, task: Task, split: str, device: torch.device | s
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         batch = next(iter(task.batches(split, batch_size=2, limit=2, device=device)), None)
     return CONTIGUOUS if batch is None else layout_for(model, batch[0], training=True)
+
+
+def common(layouts: Iterable[torch.memory_format]) -> torch.memory_format:
+    """The layout that suits all: channels last if that is what each should run in."""
+    return CHANNELS_LAST if all(one is CHANNELS_LAST for one in layouts) else CONTIGUOUS
 
 
 @overload

@@ -24,7 +24,7 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.importance.criteria import Calibration, Context, Criterion, Scores, unit_scores
 from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
-from prunegym.pruning.layout import layout_for
+from prunegym.pruning.layout import common, layout_for
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
@@ -302,7 +302,8 @@ class Scorer:
         """Channels last and bfloat16 (asked for, or fast here) where this network takes the one and bears the other."""
         folds, wanted = self.network.graph.folds, self.settings.precision
         inputs, _ = next(iter(self.task.batches("calibration", batch_size=8, limit=8, device=self.device)))
-        layout = layout_for(self.network.model, inputs)
+        modes = (False, True) if self.settings.recovery_steps else (False,)
+        layout = common(layout_for(self.network.model, inputs, training=mode) for mode in modes)
         exact = InferenceForm(folds, half=False, layout=layout)
         if wanted == "float32" or (wanted == "auto" and not has_fast_bfloat16(self.device)):
             return exact

@@ -11,9 +11,11 @@ import prunegym
 from prunegym.pruning.inference import InferenceForm
 from prunegym.pruning.layout import CHANNELS_LAST, CONTIGUOUS, laid_out, layout_for, layout_on
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import train_steps
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
+from prunegym.pruning.training import TrainingSettings, check_training, train_network
 
 CLASSES = 4
 
@@ -137,6 +139,25 @@ def test_recovery_steps_learn_in_either_layout_and_precision(
 
     assert last < 0.6 * first
     assert all(one.dtype == torch.float32 and one.is_contiguous() for one in network.parameters())
+
+
+def test_recovery_steps_run_in_a_layout_that_training_bears(task: ClassificationTask) -> None:
+    """Scores of other regimes may be of another."""
+    prunable = PrunableNetwork(ViewsInTraining(), torch.randn(2, 3, 8, 8))
+
+    forms = [Scorer(prunable, task, ScorerSettings(recovery_steps=steps, examples=50)) for steps in (0, 2)]
+
+    assert [one.form.layout for one in forms] == [CHANNELS_LAST, CONTIGUOUS]
+    assert np.isfinite(forms[1].score(PruningPlan.from_mask(prunable.graph, np.ones(prunable.graph.units, bool))).loss)
+
+
+def test_network_and_teacher_run_in_a_layout_that_both_bear(task: ClassificationTask) -> None:
+    """Whichever of them has code that wants the ordinary one."""
+    settings = TrainingSettings(epochs=1)
+    for network, teacher in ((Flattening(), Viewing()), (Viewing(), Flattening())):
+        check_training(network, task, settings, teacher=teacher)
+        (row,) = train_network(network, task, settings, teacher=teacher)
+        assert np.isfinite(row.loss)
 
 
 def test_scores_are_the_same_however_images_are_flattened(task: ClassificationTask) -> None:

@@ -63,6 +63,8 @@ def test_network_whose_code_casts_is_measured_as_it_is() -> None:
             return super().forward(x.double())
 
     assert measured(Double(3, 4, 3).double(), LatencySettings(threads=1, repeats=5)).median > 0
+    exact = runtimes.on_device(nn.Linear(4, 2).double(), (torch.randn(1, 4, dtype=torch.float64),), LatencySettings())
+    assert exact[0](*exact[1]).dtype == torch.float64
 
 
 @pytest.mark.slow

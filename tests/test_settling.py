@@ -122,6 +122,22 @@ def test_starting_states_are_looked_at_in_turn(small: PruningProblem, rng: np.ra
     assert seen == [2, 1]
 
 
+def test_what_leads_in_the_end_is_looked_at(small: PruningProblem, rng: np.random.Generator) -> None:
+    """Where updates have no look for every starting state; else that is done, and nothing is kept for it."""
+    looks = remembered(small, rng, 6, budgets=(BUDGET, OTHER))
+    looks.take(0, leading=1)
+    plans = [start.replay(start.remembered(looks.memory)[0]) for start in looks.starts]
+
+    spent = looks.at_the_end()
+
+    assert looks.kept == 2 * looks.price
+    assert 0 < spent <= looks.kept
+    for start, plan in zip(looks.starts, plans, strict=True):
+        assert plan in looks.notes.looked[start.key]
+    assert remembered(small, rng, 1, budgets=(BUDGET, OTHER), episodes=20).kept == 0
+    assert remembered(small, rng, 1).kept == 0
+
+
 def test_looks_have_a_share_of_an_update(small: PruningProblem, rng: np.random.Generator) -> None:
     """Half its evaluations, but one at least."""
     assert [remembered(small, rng, 1, episodes=count).count for count in (1, 12, 30)] == [1, 2, 5]

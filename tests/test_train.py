@@ -142,6 +142,23 @@ def test_training_spends_its_allowance_on_updates_looks_and_the_end(
     assert trainer.model.progress == 1.0
 
 
+def test_every_budget_settles_on_a_plan_that_was_looked_at(scorer: Scorer, tmp_path: Path) -> None:
+    """Updates have fewer looks than there are budgets: what leads in the end is looked at, within the allowance."""
+    few = Scorer(scorer.network, scorer.task, replace(scorer.settings, examples=30), statistics=scorer.statistics)
+    problem = PruningProblem(few, (HALF, Budget.parse("macs:0.7")))
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([problem], replace(CONFIG, evaluations=100, update_evaluations=4, imitation_steps=1), run)
+
+    result = trainer.run_all(progress=False)
+
+    assert trainer.looks is not None
+    assert trainer.looks.kept > 0
+    assert result.evaluations <= 100
+    for key, plan in result.best.items():
+        looked = trainer.notes.looked[key]
+        assert looked[plan] == max(looked.values())
+
+
 @pytest.mark.parametrize(("ray", "rows"), [(None, 0), ("auto", 1)])
 def test_time_limit_waits_for_updates_whose_scores_are_in_no_journal(
     half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: str | None, rows: int

@@ -104,6 +104,24 @@ class ByHand(nn.Module):
         return F.conv2d(F.relu(F.conv2d(x, self.w1, self.b1)), weight=self.w2, bias=self.b2).flatten(1)
 
 
+class ByKeyword(ByHand):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(input=x, weight=self.w1, bias=self.b1)
+        return F.conv2d(input=F.relu(x), weight=self.w2, bias=self.b2).flatten(1)
+
+
+class AddedProducts(ByHand):
+    """Weights of `addmm`, as language models have them, stand the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w2 = nn.Parameter(self.w2.detach().flatten(1).T.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.w1, self.b1)).flatten(1)
+        return torch.addmm(self.b2, x, self.w2)
+
+
 class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -333,12 +351,16 @@ def test_channels_computed_under_no_grad_matter_to_the_loss(random_images: Class
     assert torch.is_grad_enabled()
 
 
-def test_channels_that_functions_read_have_statistics(random_images: ClassificationTask) -> None:
+@pytest.mark.parametrize("kind", [ByHand, ByKeyword, AddedProducts])
+def test_channels_that_functions_read_have_statistics(kind: type[ByHand], random_images: ClassificationTask) -> None:
     """The same as those that modules read."""
-    twin, network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 4, 6), nn.Flatten()), built(ByHand)
+    layers = [nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Flatten(), nn.Linear(360, 4)]
+    if kind is not AddedProducts:
+        layers[2:] = [nn.Conv2d(10, 4, 6), nn.Flatten()]
+    twin, network = nn.Sequential(*layers), built(kind)
     with torch.no_grad():
         for ours, theirs in zip(twin.parameters(), network.parameters(), strict=True):
-            ours.copy_(theirs)
+            ours.copy_(theirs if theirs.shape == ours.shape else theirs.T)
     both = [PrunableNetwork(one, torch.randn(2, 3, 8, 8)) for one in (twin, network)]
 
     usual, functional = (collect_statistics(one.model, one.graph, random_images, examples=64) for one in both)

@@ -2,7 +2,7 @@
 
 The best of hundreds of scores is partly luck with the reward images. So the best few plans are scored again on twice as
 many images of the reward split, and the best on those is the result. Every searcher that chooses among plans ends so,
-the agent too (:mod:`prunegym.agents.training.settling`), and pays for it out of its allowance.
+and pays for it out of its allowance. Agents look again while they train (:mod:`prunegym.agents.training.settling`).
 """
 
 from __future__ import annotations

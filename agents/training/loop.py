@@ -121,8 +121,9 @@ class Trainer:
             starts = [Start(self._env_of(problem), budget) for problem, budget in self.pairs]
             looks = SecondLooks(starts, self.model.memory, self.notes, self.episodes)
             with_looks = self.per_update + looks.count * looks.price
-            if looks.count and self.room // with_looks >= FEWEST:
-                self.looks, self.per_update = looks, with_looks
+            turns = FEWEST * -(-pairs // max(looks.count, 1))
+            if looks.count and (self.room - looks.kept) // with_looks >= turns:
+                self.looks, self.per_update, self.room = looks, with_looks, self.room - looks.kept
                 self.model.before_imitation = self._look_again
 
     @property
@@ -211,6 +212,7 @@ class Trainer:
             return  # plain PPO was asked for
         self.model.progress = 1.0
         if self.looks is not None:
+            self._spend(self.looks.at_the_end())
             for key, found in self.looks.chosen():
                 self.notes.settle(key, found)
         for _ in range(SETTLING):

@@ -28,7 +28,7 @@ MORE = 5
 SHARE = 2
 """Second looks of an update count for at most one in so many evaluations of its episodes, but there is one at least."""
 FEWEST = 4
-"""Updates that there must be with second looks, else there are none."""
+"""Updates in which each starting state has its turn that there must be, else there are no second looks."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,33 @@ class SecondLooks:
         Returns:
             The evaluations that this counts for.
         """
-        left = self.count
-        for place in range(len(self.starts)):
-            start = self.starts[(update + place) % len(self.starts)]
-            while left and (episode := _unlooked(start.remembered(self.memory)[:leading])) is not None:
-                left -= self._look(start, episode)
+        turns = [self.starts[(update + place) % len(self.starts)] for place in range(len(self.starts))]
+        left, before = self.count, -1
+        while left != before:  # one look for each in turn, then a second one
+            before = left
+            for start in turns:
+                left -= self._look_at_first(start, leading) if left else 0
         return (self.count - left) * self.price
+
+    def at_the_end(self) -> int:
+        """Look at what leads each starting state now, where updates have not had a look for every one.
+
+        Returns:
+            The evaluations that this counts for, at most :attr:`kept`.
+        """
+        return sum(self._look_at_first(start, 1) for start in self.starts if self.kept) * self.price
+
+    @property
+    def kept(self) -> int:
+        """Evaluations to keep for the end."""
+        return self.price * len(self.starts) if 0 < self.count < len(self.starts) else 0
+
+    def _look_at_first(self, start: Start, leading: int) -> int:
+        """Value the first of the leading episodes whose plan has not been looked at; how many looks that took."""
+        while (episode := _unlooked(start.remembered(self.memory)[:leading])) is not None:
+            if self._look(start, episode):
+                return 1
+        return 0
 
     def _look(self, start: Start, episode: Episode) -> int:
         """Value an episode on more images; how many looks that took: none if its plan has been looked at before."""

@@ -12,11 +12,19 @@ from torch.overrides import TorchFunctionMode
 
 from prunegym.pruning.graph import ChannelGraph, Operation
 
-_READING = {
-    *(torch.conv1d, torch.conv2d, torch.conv3d),
-    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-    *(F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__),
+_READING: dict[Any, tuple[str, str, int]] = {
+    **dict.fromkeys(
+        (
+            *(torch.conv1d, torch.conv2d, torch.conv3d),
+            *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, F.linear),
+        ),
+        ("input", "weight", 0),
+    ),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ("input", "other", 0)),
+    **dict.fromkeys((torch.mm, Tensor.mm), ("input", "mat2", 0)),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), ("mat1", "mat2", 1)),
 }
+"""What a function calls its input and its weight, and the place among its arguments of the input, which goes before."""
 
 
 class FunctionalReads(TorchFunctionMode):
@@ -33,18 +41,26 @@ class FunctionalReads(TorchFunctionMode):
     ) -> None:
         super().__init__()
         parameters = dict(model.named_parameters())
-        self._operations = {id(parameters[str(one.weight)]): one for one in operations}
+        self._operations = {_identity(parameters[str(one.weight)]): one for one in operations}
         self._read = read
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the function, on another input where it is one of the reads."""
-        kwargs = kwargs or {}
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if func in _READING and args and isinstance(weight, Tensor):
-            operation = self._operations.get(id(weight if weight._base is None else weight._base))
-            if operation is not None:
-                args = (self._read(operation, args[0]), *args[1:])
+        kwargs = dict(kwargs or {})
+        if func in _READING:
+            input_name, weight_name, place = _READING[func]
+            weight = args[place + 1] if len(args) > place + 1 else kwargs.get(weight_name)
+            operation = self._operations.get(_identity(weight)) if isinstance(weight, Tensor) else None
+            if operation is not None and len(args) > place:
+                args = (*args[:place], self._read(operation, args[place]), *args[place + 1 :])
+            elif operation is not None:
+                kwargs[input_name] = self._read(operation, kwargs[input_name])
         return func(*args, **kwargs)
+
+
+def _identity(weight: Tensor) -> int:
+    """By which a weight is known, a view of it too."""
+    return id(weight if weight._base is None else weight._base)
 
 
 def functional_reads(graph: ChannelGraph, model: nn.Module, modules: Sequence[str | None]) -> list[Operation]:

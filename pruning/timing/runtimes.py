@@ -134,14 +134,16 @@ def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) 
 def on_device(
     model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings
 ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of a network and its inputs on the device, in the data type asked for; ``float32`` casts no weights.
+    """A copy of a network and its inputs on the device, in the data type asked for; ``float32`` leaves them alone.
 
-    They are float32 then, or the network's code casts to the precision that they have.
+    They are float32 then, or of another precision in which the network runs.
     """
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    twin = duplicate(model).to(device=device, dtype=None if dtype == torch.float32 else dtype).eval()
+    device = torch.device(settings.device)
+    dtype: torch.dtype | None = getattr(torch, settings.dtype)
+    dtype = None if dtype == torch.float32 else dtype
+    twin = duplicate(model).to(device=device, dtype=dtype).eval()
     moved: tuple[Any, ...] = tree_map_only(
-        Tensor, lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype), inputs
+        Tensor, lambda leaf: leaf.to(device, dtype if dtype and leaf.is_floating_point() else leaf.dtype), inputs
     )
     return twin, moved
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.layout import laid_out, layout_for
+from prunegym.pruning.layout import common, laid_out, layout_for
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward, running
 from prunegym.pruning.training.average import WeightAverage
@@ -53,12 +53,13 @@ def check_training(
         if settings.ema is not None:
             WeightAverage(twin, settings.ema)
         inputs, targets = _first_batch(task, settings, device)
-        inputs = laid_out(inputs, layout_for(twin, inputs, training=True))
+        networks = [twin] if teacher is None else [twin, teacher.to(device)]
+        inputs = laid_out(inputs, common(layout_for(one, inputs, training=True) for one in networks))
         with running("learn in training mode", task, settings.batch_size):
             outputs = forward(twin, inputs)
             loss = task.loss(outputs, targets)
             if teacher is not None:
-                imitation = Imitation(teacher.to(device), settings.distillation_weight, settings.temperature)
+                imitation = Imitation(teacher, settings.distillation_weight, settings.temperature)
                 loss = imitation.mixed(loss, inputs, outputs)
             loss.backward()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.layout import CONTIGUOUS, laid_out, lay_out, layout_on
+from prunegym.pruning.layout import CONTIGUOUS, common, laid_out, lay_out, layout_on
 from prunegym.pruning.task import Inputs, Task, forward
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import Pass, count_steps
@@ -119,7 +119,8 @@ class Training:
 
     def run(self) -> None:
         """Train from the checkpoint, if there is one, to the end of the schedule."""
-        self.layout = layout_on(self.model, self.task, "train", self.fabric.device)
+        networks = [self.model] if self.imitation is None else [self.model, self.imitation.teacher]
+        self.layout = common(layout_on(one, self.task, "train", self.fabric.device) for one in networks)
         lay_out(self.model, self.layout)  # before the optimiser takes its layout from the weights
         try:
             self._run()
