@@ -29,6 +29,7 @@ from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.kinds import check_kind
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.task import ClassificationTask, Task
 from prunegym.pruning.widths import bound_texts
 
@@ -42,6 +43,7 @@ def inspect(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
     *,
+    plan: PruningPlan | None = None,
     keep: Sequence[str] = (),
     align: int = 1,
     min_channels: int = 1,
@@ -53,6 +55,7 @@ def inspect(
     Args:
         model: Any network; it is not changed.
         example_inputs: A tensor with a batch dimension, or a tuple for ``model(*inputs)``.
+        plan: A plan of this network, such as that of a :class:`PruneResult`: tell what it keeps and leaves out too.
         keep: Regular expressions of module paths whose channels are not to be pruned.
         align: See :func:`prune`.
         min_channels: See :func:`prune`.
@@ -67,7 +70,7 @@ def inspect(
     """
     options = WidthOptions(align=align, min_channels=min_channels, bound=bound_texts(bounds))
     network = PrunableNetwork(model, example_inputs, name=name or type(model).__name__, keep=texts_of(keep))
-    return inspect_network(network, rules=options.width_rules)
+    return inspect_network(network, plan=plan, rules=options.width_rules)
 
 
 def prune(

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunegym.agents.tables import format_table
+from prunegym.pruning.blocks import inside
 from prunegym.pruning.budget import LatencyModel
 from prunegym.pruning.files import plain
 from prunegym.pruning.graph import ChannelGroup
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.timing.latency_table import LatencyTable, TableError
 from prunegym.pruning.widths import WidthRules
 
@@ -41,6 +44,8 @@ class GroupRow:
     """Most channels that it may keep."""
     step: int
     """Between these it may keep multiples of this."""
+    kept: int | None = None
+    """Channels that the plan keeps; 0 where all that make or read them are in blocks that it leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,20 @@ class BlockRow:
     """Share of the network's MACs that leaving it out saves."""
     parameters_share: float
     """Share of its parameters."""
+    left_out: bool | None = None
+    """Whether the plan leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCost:
+    """What is left of a network by a plan."""
+
+    macs: int
+    parameters: int
+    macs_share: float
+    """Of the unpruned network's."""
+    parameters_share: float
+    blocks_left_out: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +114,8 @@ class Inspection:
     """How far the latency table was off on plans that it was not learned from."""
     width_rules: str = ""
     """Alignment, fewest channels and bounds that shares and budgets are under; empty where there are none."""
+    plan: PlanCost | None = None
+    """What the plan that was given leaves."""
 
     def to_json(self) -> dict[str, Any]:
         """The inspection in what JSON holds."""
@@ -118,6 +139,7 @@ class Inspection:
                 "MACs share": row.macs_share,
                 "parameters share": row.parameters_share,
                 **({"may keep": _allowed(row)} if self.width_rules else {}),
+                **({} if row.kept is None else {"kept": row.kept}),
             }
             for row in self.groups
         ]
@@ -130,12 +152,19 @@ class Inspection:
             f"Channel groups that can be pruned: {len(self.groups)} (share: what one group alone can save)",
             format_table(rows),
         ]
+        if self.plan is not None:
+            parts.insert(1, self._plan_text(self.plan))
         if self.frozen:
             frozen = [{"group": row.name, "channels": row.channels, "why": row.reason} for row in self.frozen]
             parts += [f"Frozen groups: {len(self.frozen)}", format_table(frozen)]
         if self.blocks:
             blocks = [
-                {"block": row.name, "MACs share": row.macs_share, "parameters share": row.parameters_share}
+                {
+                    "block": row.name,
+                    "MACs share": row.macs_share,
+                    "parameters share": row.parameters_share,
+                    **({} if row.left_out is None else {"plan": "left out" if row.left_out else "stays"}),
+                }
                 for row in self.blocks
             ]
             parts += [f"Residual blocks that can be left out: {len(self.blocks)}", format_table(blocks)]
@@ -147,9 +176,19 @@ class Inspection:
         return "\n\n".join(parts)
 
 
+    def _plan_text(self, plan: PlanCost) -> str:
+        gone = [row.name for row in self.blocks if row.left_out]
+        blocks = f" It leaves out {len(gone)} of {len(self.blocks)} blocks: {', '.join(gone)}." if gone else ""
+        return (
+            f"The plan leaves {plan.macs:,} MACs ({plan.macs_share:.1%}) and {plan.parameters:,} parameters "
+            f"({plan.parameters_share:.1%}).{blocks}"
+        )
+
+
 def inspect_network(
     network: PrunableNetwork,
     *,
+    plan: PruningPlan | None = None,
     latency: LatencyModel | None = None,
     latency_error: TableError | None = None,
     rules: WidthRules | None = None,
@@ -158,16 +197,18 @@ def inspect_network(
 
     Args:
         network: The network, traced.
+        plan: Of this network: what it keeps and leaves out is told too.
         latency: Its latency model, for the least latency within reach; a latency table has measured the unpruned one.
         latency_error: How far that is off.
         rules: How wide pruned layers may be; by default any width.
 
     Raises:
-        PruningError: The rules leave a group no width, or a bound matches no group.
+        PruningError: The rules leave a group no width, a bound matches no group, or the plan is of another network.
     """
     graph, costs = network.graph, network.costs
     rules = rules or WidthRules()
     sizes, widths = graph.sizes, rules.apply(graph)
+    kept = None if plan is None else _kept(network, plan)
     rows = []
     for index, group in enumerate(graph.groups):
         counts = sizes.copy()
@@ -184,6 +225,7 @@ def inspect_network(
                 smallest=int(widths.smallest[index]),
                 largest=int(widths.largest[index]),
                 step=int(widths.step[index]),
+                kept=None if kept is None else int(kept[index]),
             )
         )
     least = costs.cost(widths.smallest)
@@ -200,7 +242,7 @@ def inspect_network(
         memory=peak_memory(network.model, network.example_inputs),
         groups=tuple(rows),
         frozen=tuple(_frozen_row(group) for group in graph.frozen),
-        blocks=tuple(_block_row(network, block) for block in network.blocks),
+        blocks=tuple(_block_row(network, block, plan) for block in network.blocks),
         unknown_operations=dict(graph.unknown_operations),
         layers=tuple(dict.fromkeys(one.module for one in graph.operations)),
         reachable=reachable,
@@ -208,6 +250,33 @@ def inspect_network(
         latency_measured=isinstance(latency, LatencyTable),
         latency_error=latency_error,
         width_rules=str(rules),
+        plan=None if plan is None else _plan_cost(network, plan),
+    )
+
+
+def _kept(network: PrunableNetwork, plan: PruningPlan) -> NDArray[np.int64]:
+    """Channels of each group ``(groups,)`` that are there once the plan is carried out."""
+    graph = network.graph
+    counts = np.bincount(graph.group_of[plan.mask(graph)], minlength=len(graph.groups))
+    gone = [_within(group, plan.removed) for group in graph.groups]
+    return np.where(gone, 0, counts)
+
+
+def _within(group: ChannelGroup, blocks: Sequence[str]) -> bool:
+    """Whether all layers that make or read the channels of a group are in these blocks."""
+    layers = (*group.producers, *group.consumers)
+    return bool(layers) and all(any(inside(layer, block) for block in blocks) for layer in layers)
+
+
+def _plan_cost(network: PrunableNetwork, plan: PruningPlan) -> PlanCost:
+    counts = np.bincount(network.graph.group_of[plan.mask(network.graph)], minlength=len(network.graph.groups))
+    left, full = network.costs_without(plan.removed).cost(counts), network.full_cost
+    return PlanCost(
+        macs=left.macs,
+        parameters=left.parameters,
+        macs_share=left.macs / max(full.macs, 1),
+        parameters_share=left.parameters / max(full.parameters, 1),
+        blocks_left_out=len(plan.removed),
     )
 
 
@@ -218,12 +287,13 @@ def _seconds(latency: LatencyModel | None) -> float | None:
     return None if latency is None else latency.full
 
 
-def _block_row(network: PrunableNetwork, block: str) -> BlockRow:
+def _block_row(network: PrunableNetwork, block: str, plan: PruningPlan | None) -> BlockRow:
     left, full = network.costs_without((block,)).cost(network.graph.sizes), network.full_cost
     return BlockRow(
         name=block,
         macs_share=_saved(left.macs, full.macs),
         parameters_share=_saved(left.parameters, full.parameters),
+        left_out=None if plan is None else block in plan.removed,
     )
 
 

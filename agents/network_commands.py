@@ -30,6 +30,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.deployment.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.training import check_devices, check_training
 
@@ -40,6 +41,7 @@ _EXAMPLES = 16
 def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
     """List channel groups, costs and reachable budgets; only ``--out`` makes a folder of it."""
     network = _network_to_inspect(config)
+    plan = None if config.plan is None else PruningPlan.load(config.plan)
     table = None
     if config.latency:
         settings, cache = config.latency_settings(config.torch_device), latency_cache(config.data_root)
@@ -47,7 +49,9 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
             network, settings, progress=reporter.progress, cache=cache, held_out=config.latency_plans
         )
     error = None if table is None or not config.latency_plans else table.error
-    inspection = inspect_network(network, latency=table, latency_error=error, rules=config.width_rules)
+    inspection = inspect_network(
+        network, plan=plan, latency=table, latency_error=error, rules=config.width_rules
+    )
     content = inspection.to_json()
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()

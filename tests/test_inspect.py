@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.pruning.budget import Budget, apply_budget
-from prunegym.pruning.errors import InfeasibleBudgetError
+from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.networks.zoo import build_network
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.timing.latency_samples import Sample
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.widths import WidthRules, Widths
@@ -97,6 +98,39 @@ def test_rules_of_widths_change_what_is_within_reach(toys: Toys) -> None:
     )
     assert "4 to 12 by 4" in ruled.to_text()
     assert "may keep" not in free.to_text()
+
+
+def test_plan_is_told_of_groups_blocks_and_cost() -> None:
+    """What it keeps, what it leaves out, and the cost of the network that is left, as PyTorch counts it."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(build_network("cifar_resnet20"), torch.randn(1, 3, 32, 32), name="cifar_resnet20")
+    graph, block = network.graph, network.blocks[-1]
+    mask = np.arange(graph.units) % 3 > 0
+    plan = PruningPlan.from_mask(graph, mask).without([block])
+    smaller = network.pruned(plan)
+
+    found = inspect_network(network, plan=plan)
+
+    assert found.plan is not None
+    assert found.plan.parameters == sum(one.numel() for one in smaller.parameters())
+    assert found.plan.macs == PrunableNetwork(smaller, torch.randn(1, 3, 32, 32)).full_cost.macs
+    assert [row.name for row in found.blocks if row.left_out] == [block]
+    assert {row.name: row.kept for row in found.groups} == {
+        group.name: 0 if group.name.startswith(block) else mask[group.units].sum() for group in graph.groups
+    }
+    text = found.to_text()
+    assert f"It leaves out 1 of {len(network.blocks)} blocks: {block}." in text
+    assert f"({found.plan.macs_share:.1%})" in text
+    assert "left out" in found.to_html()
+
+
+def test_plan_of_another_network_is_refused(toys: Toys) -> None:
+    """Its groups have other names."""
+    network, other = toys("residual"), toys("sequential")
+    plan = PruningPlan.from_mask(other.graph, np.ones(other.graph.units, dtype=np.bool_))
+
+    with pytest.raises(PruningError, match="`plan` should name exactly the network's"):
+        inspect_network(network, plan=plan)
 
 
 def test_latency_is_told_where_it_is_known(toys: Toys) -> None:

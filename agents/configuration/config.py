@@ -124,6 +124,9 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     one."""
     latency_plans: int = 10
     """Random plans that are measured beside the table's predictions, with --latency; 0 leaves them out."""
+    plan: Path | None = None
+    """Plan file (plan.json of a run): show what it keeps of each group, which blocks it leaves out, and what is
+    left."""
     html: Path | None = None
     """Write a page with the channel graph to this file."""
 

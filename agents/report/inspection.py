@@ -96,6 +96,7 @@ def _groups(content: Record) -> Section:
                 "parameters": percent(group["parameters_share"], 2),
                 "made by": joined(group["made_by"], _NAMED),
                 "read by": joined(group["read_by"], _NAMED),
+                **({} if group["kept"] is None else {"kept": str(group["kept"])}),
             }
         )
     text = (
@@ -131,6 +132,7 @@ def _blocks(content: Record) -> Section:
             "block": block["name"],
             "MACs": percent(block["macs_share"], 2),
             "parameters": percent(block["parameters_share"], 2),
+            **({} if block["left_out"] is None else {"plan": "left out" if block["left_out"] else "stays"}),
         }
         for block in content["blocks"]
     ]
