@@ -197,7 +197,7 @@ def test_networks_are_paired_with_their_weights() -> None:
     ("changes", "steps"),
     [
         ({}, 0),
-        ({"regime": "finetuned"}, 50),
+        ({"regime": "finetuned"}, 20),
         ({"regime": "finetuned", "recovery_steps": 7}, 7),
         ({"recovery_steps": 3}, 3),
     ],
