@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from statistics import stdev
 from types import ModuleType
 
 import pytest
@@ -94,6 +95,39 @@ def test_price_of_the_agents_is_that_of_the_rows(tables: ModuleType) -> None:
     spent = f"spent {half[0]} or {half[-1]} evaluations (plans scored) at 50 % and {third[0]} to {third[-1]} at 35 %"
     assert spent in FLOWING
     assert f"the agents at 50 % reach {reward} and the knapsack 77.2" in FLOWING
+
+
+def test_depth_is_that_of_the_rows(tables: ModuleType) -> None:
+    """How many blocks went, and what was left."""
+    rows = tables.read("depth")
+    found = [one for one in rows if one["searcher"] == "dcpa"]
+    gone = [len(one["blocks_left_out"].split()) for one in found]
+    scores = [100 * float(one["selection_score"]) for one in found]
+    (knapsack,) = {f"{100 * float(one['selection_score']):.1f}" for one in rows if one["searcher"] == "knapsack"}
+
+    assert f"25 blocks at 35 % MACs it leaves out {gone[0]}, {gone[1]} and {gone[2]} (three seeds)" in FLOWING
+    assert f"{min(scores):.1f} to {max(scores):.1f} without training, below the knapsack's {knapsack}" in FLOWING
+
+
+def test_proxies_are_those_of_the_rows(tables: ModuleType) -> None:
+    """Spread, noise, and what uniform and the knapsack end at."""
+    study = tables.study_of("cifar_resnet20")
+    target = sorted(100 * study.target, reverse=True)
+    ends: dict[str, list[float]] = {}
+    for one in tables.read("proxy"):
+        if (one["network"], one["measure"]) == ("cifar_resnet20", "finetuned"):
+            ends.setdefault(one["allocation"], []).append(100 * float(one["score"]))
+    uniform, knapsack = (sum(ends[name]) / len(ends[name]) for name in ("uniform", "knapsack"))
+
+    for sentence in (
+        f"{len(target)} allocations of ResNet-20 at 35 % MACs",
+        f"They end at {target[-1]:.1f} to {target[0]:.1f} %, with a standard deviation of {stdev(target):.1f}",
+        f"between seeds of one allocation it is {100 * study.noise:.1f}",
+        f"Uniform ends at {uniform:.1f} (mean of {len(ends['uniform'])} seeds)",
+        f"at {knapsack:.1f}: the best of all, {target[0] - target[1]:.1f} points above the next",
+        f"uniform is {knapsack - uniform:.1f} points below the knapsack after 3 epochs",
+    ):
+        assert sentence in FLOWING
 
 
 def test_pages_that_show_commands_are_known() -> None:
