@@ -70,7 +70,6 @@ class PlanCost:
     macs_share: float
     """Of the unpruned network's."""
     parameters_share: float
-    blocks_left_out: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +174,6 @@ class Inspection:
         parts += [f"Latency table: {self.latency_error.describe()}"] if self.latency_error else []
         return "\n\n".join(parts)
 
-
     def _plan_text(self, plan: PlanCost) -> str:
         gone = [row.name for row in self.blocks if row.left_out]
         blocks = f" It leaves out {len(gone)} of {len(self.blocks)} blocks: {', '.join(gone)}." if gone else ""
@@ -276,7 +274,6 @@ def _plan_cost(network: PrunableNetwork, plan: PruningPlan) -> PlanCost:
         parameters=left.parameters,
         macs_share=left.macs / max(full.macs, 1),
         parameters_share=left.parameters / max(full.parameters, 1),
-        blocks_left_out=len(plan.removed),
     )
 
 

@@ -110,8 +110,9 @@ class PruningPlan:
         """
         if content.get("format") != FORMAT or not isinstance(content.get("kept"), Mapping):
             raise PruningError(
-                f"`plan` should be a plan of format {FORMAT}. Received format {content.get('format')!r}. "
-                "Write it with this version of prunegym."
+                f"`plan` should be a plan of format {FORMAT}. Received format {content.get('format')!r}. Give the "
+                "plan.json of `prunegym prune`, of this version; that of a training holds several plans, its policy "
+                "makes one (`prunegym prune --policy`)."
             )
         for name, indices in content["kept"].items():
             if not isinstance(indices, list) or not all(type(index) is int for index in indices):

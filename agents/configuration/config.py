@@ -125,8 +125,8 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     latency_plans: int = 10
     """Random plans that are measured beside the table's predictions, with --latency; 0 leaves them out."""
     plan: Path | None = None
-    """Plan file (plan.json of a run): show what it keeps of each group, which blocks it leaves out, and what is
-    left."""
+    """Plan file (plan.json of `prunegym prune`): show what it keeps of each group, which blocks it leaves out, and
+    what is left."""
     html: Path | None = None
     """Write a page with the channel graph to this file."""
 
@@ -251,7 +251,7 @@ class SearchOptions(Options):
     policy: Path | None = None
     """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""
     plan: Path | None = None
-    """Plan file (plan.json of another run) to carry out instead of searching."""
+    """Plan file (plan.json of another `prunegym prune`) to carry out instead of searching."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
     rounds: int | None = None

@@ -117,7 +117,8 @@ class Trainer:
         """Evaluations of all updates, at most."""
         self.looks: SecondLooks | None = None
         self._looked = 0
-        if self.config.imitation_steps:
+        # where they cannot last, nothing is run to learn how many further images there are
+        if self.config.imitation_steps and self.room // (self.per_update + 1) >= FEWEST:
             starts = [Start(self._env_of(problem), budget) for problem, budget in self.pairs]
             looks = SecondLooks(starts, self.model.memory, self.notes, self.episodes)
             with_looks = self.per_update + looks.count * looks.price
