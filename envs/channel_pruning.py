@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from prunegym.envs.actions import action_for, keep_ratios
 from prunegym.envs.observation import EpisodeState, Observation, Observer, Padding, observation_space
+from prunegym.envs.prior import KNAPSACK
 from prunegym.envs.rewards import Outcome, RewardProfile, profile_named, reward
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import KINDS, Budget, Limit
@@ -48,10 +49,10 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
     | `edge_mask` | `(edges,)` | 1 for real edges | 0 | 1 |
     | `groups` | `(groups, 25)` | geometry, cost shares, quantiles of criteria, what is left | -Inf | Inf |
     | `group_mask` | `(groups,)` | 1 for real groups | 0 | 1 |
-    | `prior` | `(groups,)` | the action that gives the knapsack allocation of the round | -1 | 1 |
+    | `prior` | `(groups,)` | the action that gives the allocation to start from, by default the knapsack | -1 | 1 |
     | `state` | `(11,)` | budget, round, cost left, score of the unpruned network | -Inf | Inf |
 
-    The features are listed in `prunegym.envs.observation`.
+    The features are listed in `prunegym.envs.observation`; `prunegym.envs.prior.choose_prior` tries what to start from.
 
     ## Rewards
 
@@ -235,7 +236,8 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         # the observation after the last round is never acted on: its allocations are those of that round
         limit = self._round_limits[min(self._round, self.rounds - 1)]
         largest = self._counts
-        knapsack = self._counts if done else self.problem.knapsack_counts(limit, self._statistics, largest)
+        share = self.problem.priors.get(self._budget, KNAPSACK)
+        prior = self._counts if done else self.problem.prior_counts(limit, share, self._statistics, largest)
         uniform = self._counts if done else self.problem.uniform_counts(limit, largest)
         sizes = self.problem.sizes
         return self._observer.observe(
@@ -244,7 +246,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
                 counts=self._counts,
                 statistics=self._statistics,
                 cost_slope=self._cost_slope(),
-                prior=action_for(knapsack / sizes),
+                prior=action_for(prior / sizes),
                 uniform=action_for(uniform / sizes),
                 state=self._global_features(limit),
             ),

@@ -69,7 +69,7 @@ GROUP_FEATURES = (
     "norm_q50",
     "norm_q90",
     "sparsity",
-    "prior",  # the knapsack allocation, as an action
+    "prior",  # the allocation to start from, by default the knapsack, as an action
     "uniform",  # the uniform allocation, as an action
 )
 GROUP_DATA_COLUMNS = (13, 14, 15, 16, 17, 18, 22, 23)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from prunegym.envs.prior import KNAPSACK, UNIFORM, between
 from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
 from prunegym.pruning.cost import CostModel
@@ -42,6 +43,9 @@ class PruningProblem:
     """Alignment, fewest channels and bounds; by default groups may keep any count."""
     removed: tuple[str, ...] = ()
     """Paths of residual blocks that every plan leaves out."""
+    priors: dict[Budget, float] = field(default_factory=dict)
+    """Where policies start from: the share of the way from the uniform allocation to the knapsack's, by budget. By
+    default the knapsack; see :func:`.choose_prior`."""
     limits: dict[Budget, Limit] = field(init=False)
     widths: Widths = field(init=False)
     """Counts that each group may keep."""
@@ -60,12 +64,12 @@ class PruningProblem:
 
     def only(self, budget: Budget) -> PruningProblem:
         """The same problem with one of its budgets; the scorer and its memory are shared."""
-        return PruningProblem(self.scorer, (budget,), self.latency, self.rules, self.removed)
+        return PruningProblem(self.scorer, (budget,), self.latency, self.rules, self.removed, dict(self.priors))
 
     def without(self, blocks: Iterable[str]) -> PruningProblem:
         """The same problem for plans that leave some residual blocks out."""
         removed = tuple(sorted({*self.removed, *blocks}))
-        return PruningProblem(self.scorer, self.budgets, self.latency, self.rules, removed)
+        return PruningProblem(self.scorer, self.budgets, self.latency, self.rules, removed, dict(self.priors))
 
     def key(self, budget: Budget) -> str:
         """What plans for a budget are kept under, see :func:`plan_key`."""
@@ -110,6 +114,22 @@ class PruningProblem:
         scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
         group_of = scorer.network.graph.group_of
         return knapsack(scores, group_of, limit, self._within(largest))
+
+    def prior_counts(
+        self,
+        limit: Limit,
+        share: float,
+        statistics: Statistics | None = None,
+        largest: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """The allocation that is so far from the uniform one (0) to the knapsack's (1)."""
+        if share == UNIFORM:
+            return self.uniform_counts(limit, largest)
+        knapsack = self.knapsack_counts(limit, statistics, largest)
+        if share == KNAPSACK:
+            return knapsack
+        keep = between(self.uniform_counts(limit, largest), knapsack, self.sizes, share)
+        return self.project(keep, limit, largest)
 
     def threshold_counts(
         self, scores: NDArray[np.float64], limit: Limit, widths: Widths | None = None

@@ -274,7 +274,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(
     half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first update is not made twice."""
-    settings = config(searcher=("agent",), repeats=1, evaluations=11)
+    settings = config(searcher=("agent",), repeats=1, evaluations=9)
     whole, _ = go(half, tmp_path / "whole", settings)
     update = Trainer.run_update
     made: list[str] = []

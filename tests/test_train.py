@@ -21,10 +21,10 @@ from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_p
 from prunegym.agents.training import loop, workers
 from prunegym.agents.training.loop import METRICS, Trainer, train
 from prunegym.agents.training.result import TrainResult
-from prunegym.agents.training.settling import SETTLING
 from prunegym.agents.training.workers import make_envs
 from prunegym.agents.transfer import transfer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.prior import KNAPSACK, TRIALS
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -64,6 +64,7 @@ def test_untrained_policy_makes_exactly_the_knapsack_plan(problem: PruningProble
     one = problem.only(Budget.parse(budget))
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     trainer = Trainer([one], CONFIG, run)
+    one.priors[one.budgets[0]] = KNAPSACK
 
     plan = own_plan(trainer.model.policy, ChannelPruningEnv(one, rounds=1), one.budgets[0])
 
@@ -103,14 +104,14 @@ def test_training_spends_no_more_evaluations_than_allowed(half: PruningProblem, 
     """What was asked for is an upper bound, the settling at the end included."""
     result = go([half], tmp_path / "run")
 
-    assert CONFIG.evaluations - 5 - SETTLING <= result.evaluations <= CONFIG.evaluations
+    assert CONFIG.evaluations - CONFIG.update_evaluations - TRIALS <= result.evaluations <= CONFIG.evaluations
 
 
 @pytest.mark.parametrize(
     ("evaluations", "update_evaluations", "imitation_steps", "examples", "updates", "looks"),
     [
         (38, 4, 1, 30, 4, 1),  # of 5 + 3 for a look
-        (30, 4, 1, 150, 5, 0),  # the reward split has no further images
+        (29, 4, 1, 150, 5, 0),  # they would leave fewer than 4 updates, at this price
         (22, 4, 1, 30, 3, 0),  # fewer than 4 updates with looks
         (10, 9, 1, 30, 1, 0),  # one update there is always
         (22, 4, 0, 30, 4, 0),  # plain PPO keeps nothing for the end
@@ -138,7 +139,7 @@ def test_training_spends_its_allowance_on_updates_looks_and_the_end(
 
     assert (0 if trainer.looks is None else trainer.looks.count) == looks
     assert trainer.update >= updates
-    assert result.evaluations <= max(evaluations, update_evaluations + 1 + SETTLING)
+    assert result.evaluations <= max(evaluations, update_evaluations + 1 + TRIALS)
     assert trainer.model.progress == 1.0
 
 

@@ -112,10 +112,10 @@ class CompareConfig(
         """Refuse an allowance that does not last for one update of an agent: it would be exceeded."""
         if not any(name in AGENTS for name in self.searchers):
             return
-        from prunegym.agents.training.settling import SETTLING
+        from prunegym.envs.prior import TRIALS
 
         workers = self.workers
-        least = -(-self.update_evaluations // workers) * workers + 1 + (SETTLING if self.imitation_steps else 0)
+        least = -(-self.update_evaluations // workers) * workers + 1 + TRIALS
         remedy = "Allow more, or lower --update-evaluations."
         rule = f"at least {least}, for one update of the agent"
         require(self.evaluations >= least, "evaluations", rule, self.evaluations, remedy)

@@ -22,6 +22,7 @@ from prunegym.agents.searching.stored_search import load_search, save_search
 from prunegym.agents.searching.trail import Improvement
 from prunegym.agents.training.loop import CHECKPOINT, POLICY_FILE, train
 from prunegym.agents.training.result import TrainResult
+from prunegym.envs.prior import take_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -118,7 +119,8 @@ class Searches:
         if searcher == "agent best":
             plan, trail = trained.best[key], trained.best_trail[key]
         elif searcher in CONTROLS:
-            policy, _ = load_policy(folder.path(POLICY_FILE), device=problem.scorer.device)
+            policy, metadata = load_policy(folder.path(POLICY_FILE), device=problem.scorer.device)
+            take_prior(problem, budget, metadata)
             plan, trail = CONTROLS[searcher](policy, problem, budget, self.config.rounds, seed), []
         return SearchResult(
             plan=plan, evaluations=trained.evaluations, seconds=trained.seconds, improvements=trail

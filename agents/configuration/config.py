@@ -163,7 +163,8 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     """
 
     policy: Path | None = None
-    """Policy file to start from; by default a new policy, whose plan is the knapsack allocation."""
+    """Policy file to start from; by default a new policy, whose plan is the best of knapsack, uniform
+    and halfway."""
     evaluations: int = DEFAULT_EVALUATIONS
     """Plans scored in all, at most: the price of the training."""
     rounds: int = 3
@@ -191,7 +192,8 @@ class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNet
     global_magnitude, lamp, global_taylor, knapsack. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt,
     amc, dcpa, laasp, attention."""
     evaluations: int = 100
-    """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
+    """Plans that a searcher such as random may score; those that need no evaluations score none,
+    and policies at most two, on a network that is new to them."""
     test: bool = False
     """Measure every plan on the test images too. For the end: what was chosen by looking at them is no
     longer an honest result."""
@@ -253,7 +255,8 @@ class SearchOptions(Options):
     plan: Path | None = None
     """Plan file (plan.json of another `prunegym prune`) to carry out instead of searching."""
     evaluations: int = 100
-    """Plans that a searcher such as random may score; those that need no evaluations, and policies, score none."""
+    """Plans that a searcher such as random may score; those that need no evaluations score none,
+    and policies at most two, on a network that is new to them."""
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with."""
     leave_out: Names = ()

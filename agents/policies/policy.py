@@ -1,6 +1,6 @@
 """The pruning policy: the graph encoder as an actor-critic policy of stable-baselines3.
 
-The mean action of a group is that of the knapsack allocation, which comes with the observation, plus a
+The mean action of a group is that of a plain allocation, which comes with the observation as `prior`, plus a
 learned correction that starts at zero: an untrained policy is the baseline itself. The letters of shapes are
 those of :mod:`prunegym.agents.policies.encoder`.
 """

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from prunegym.agents.searching.second_look import CONFIRMING, best_on_twice, confirmed_plans, has_further_images
 from prunegym.agents.searching.trail import Improvement, Trail
+from prunegym.envs.prior import TRIALS
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -306,6 +307,8 @@ def check_result(
     further = removed - set(problem.removed)
     known = not further or (problem.latency is None and further <= set(network.blocks))
     limit = problem.limit_of(result.plan, budget) if known else problem.limits[budget]
+    # what a policy starts from on a network that is new to it is tried even where nothing is searched
+    most = max(settings.evaluations, TRIALS) if name == "policy" else settings.evaluations
     scores = [score for _, score in result.history]
     spent = [count for count, _ in result.history]
     fault = ""
@@ -316,8 +319,8 @@ def check_result(
         fault = f"leave out the blocks {list(problem.removed)}, and {others}. Received {sorted(removed)}"
     elif not limit.holds(counts):
         fault = f"return a plan within {budget}. Received one that keeps {limit.fraction(counts):.2%} of the cost"
-    elif result.evaluations > settings.evaluations:
-        fault = f"score at most {settings.evaluations} plans. Received a result that took {result.evaluations}"
+    elif result.evaluations > most:
+        fault = f"score at most {most} plans. Received a result that took {result.evaluations}"
     elif not np.isfinite(scores).all() or sorted(scores) != scores:
         fault = f"report finite best scores that never fall. Received {scores[:8]}"
     elif sorted(set(spent)) != spent or max(spent, default=0) > result.evaluations:

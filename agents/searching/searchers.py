@@ -1,7 +1,8 @@
 """All searchers by name, and the searcher `policy`. Their protocol is in :mod:`prunegym.agents.searching.search`.
 
 Searchers of the literature start where their papers start: uniform, random or unpruned. None is given the knapsack
-allocation to start from; only policies are, and an untrained policy makes exactly that plan, so it is in every table.
+allocation to start from; only policies are, where it scores better than the uniform one (:mod:`prunegym.envs.prior`),
+and both are in every table.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from prunegym.agents.searching.search import (
 from prunegym.agents.searching.sensitivity import least_evaluations as least_of_sensitivity
 from prunegym.agents.searching.sensitivity import sensitivity
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.prior import take_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError, unknown_name
@@ -57,7 +59,11 @@ __all__ = [
 
 
 def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
-    """The own plan of a trained policy: one deterministic pass, no evaluation."""
+    """The own plan of a trained policy: one deterministic pass.
+
+    It scores no plan on networks that it was trained on; on another, two decide what it starts from
+    (:mod:`prunegym.envs.prior`).
+    """
     if settings.policy is None:
         raise PruningError(
             "`--policy` should name a policy file for searcher policy. Received none. Train one with `prunegym train`."
@@ -65,12 +71,13 @@ def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) ->
     started = time.perf_counter()
     agent, metadata = load_policy(settings.policy, device=problem.scorer.device)
     rounds = settings.rounds or int(metadata.get("rounds", 1))
+    evaluations = take_prior(problem, budget, metadata)
     plan = own_plan(agent, ChannelPruningEnv(problem, rounds=rounds), budget)
-    return SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - started)
+    return SearchResult(plan=plan, evaluations=evaluations, seconds=time.perf_counter() - started)
 
 
 def own_plan(agent: PruningPolicy | None, env: ChannelPruningEnv, budget: Budget) -> PruningPlan:
-    """The plan a policy makes by itself, without noise; that of an untrained policy (the knapsack) for None.
+    """The plan a policy makes by itself, without noise; that of an untrained policy (the prior) for None.
 
     Args:
         agent: The policy.

@@ -28,6 +28,7 @@ from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.settling import FEWEST, SETTLING, SecondLooks, Start
 from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.prior import PRIORS, choose_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -90,6 +91,8 @@ class Trainer:
         self.folder = run
         self.limit = limit
         self.padding = shared_padding(self.problems)
+        # before environments are made, which start from what is chosen; a resumed run chooses the same
+        trials = sum(choose_prior(problem, budget) for problem, budget in self.pairs)
         self.envs = make_envs(self.problems, config, self.padding)
         # rounded up: every worker plays the same number of whole episodes
         self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
@@ -97,6 +100,7 @@ class Trainer:
         self.update = 0
         self.clock = clock or Clock()
         self.notes = Notes(self.clock)
+        self.notes.evaluations = self.trials = trials
         self.tick: Callable[[int], object] = lambda evaluations: None
         """Told of evaluations as they are made."""
         self._own_envs: dict[int, ChannelPruningEnv] = {}
@@ -113,17 +117,18 @@ class Trainer:
         # an update scores its episodes and the policy's own plan for every network and budget
         self.per_update = self.episodes + pairs
         """Evaluations of an update, at most."""
-        self.room = self.config.evaluations - (SETTLING * pairs if self.config.imitation_steps else 0)
-        """Evaluations of all updates, at most."""
+        self.room = self.config.evaluations
+        """Evaluations when the last update has ended, at most."""
         self.looks: SecondLooks | None = None
         self._looked = 0
+        room = self.room - self.trials
         # where they cannot last, nothing is run to learn how many further images there are
-        if self.config.imitation_steps and self.room // (self.per_update + 1) >= FEWEST:
+        if self.config.imitation_steps and room // (self.per_update + 1) >= FEWEST:
             starts = [Start(self._env_of(problem), budget) for problem, budget in self.pairs]
             looks = SecondLooks(starts, self.model.memory, self.notes, self.episodes)
             with_looks = self.per_update + looks.count * looks.price
             turns = FEWEST * -(-pairs // max(looks.count, 1))
-            if looks.count and (self.room - looks.kept) // with_looks >= turns:
+            if looks.count and (room - looks.kept) // with_looks >= turns:
                 self.looks, self.per_update, self.room = looks, with_looks, self.room - looks.kept
                 self.model.before_imitation = self._look_again
 
@@ -193,9 +198,10 @@ class Trainer:
 
     def _progress(self) -> float:
         """Share of the training that is done after this update: 1 in the last."""
-        spent = self.notes.evaluations + self.per_update
-        whole = max(self.room // self.per_update, 1) * self.per_update
-        return 1.0 if spent + self.per_update > self.room else min(spent / whole, 1.0)
+        spent = self.notes.evaluations - self.trials + self.per_update
+        room = self.room - self.trials
+        whole = max(room // self.per_update, 1) * self.per_update
+        return 1.0 if spent + self.per_update > room else min(spent / whole, 1.0)
 
     def _look_again(self) -> None:
         """Value what is about to be imitated on more images."""
@@ -218,8 +224,7 @@ class Trainer:
                 self.notes.settle(key, found)
         for _ in range(SETTLING):
             self.limit.check()
-            self._score_own(remember=False)  # what has been chosen stays chosen
-            if all(self.notes.own_trail[key][-1].plan == plan for key, (_, plan, _) in self.notes.best.items()):
+            if self._makes_its_best():
                 break
             self.model.imitate()
         save_policy(self.folder.path(POLICY_FILE), self.model.policy, metadata=self._metadata())
@@ -232,14 +237,23 @@ class Trainer:
         # one seed per worker (SB3 would give them consecutive ones)
         self.envs._seeds = [int(value) % 2**31 for value in streams[1:]]
 
-    def _score_own(self, remember: bool = True) -> float:
+    def _makes_its_best(self) -> bool:
+        """Note the policy's own plans, and tell whether they are its best ones; nothing needs to be scored for that."""
+        same = True
+        for problem, budget in self.pairs:
+            key, plan = problem.key(budget), self._own_plan(problem, budget)
+            best = self.notes.best[key]
+            self.notes.note_own(key, plan, best.score if plan == best.plan else None)
+            same = same and plan == best.plan
+        return same
+
+    def _score_own(self) -> float:
         """Score the policy's own plans on the reward split; they are evaluations too, and are remembered."""
         scores = []
         for problem, budget in self.pairs:
             episode, info = self._own_episode(problem, budget)
-            if remember:
-                self.notes.note_best([info])
-                self.model.memory.add(episode)
+            self.notes.note_best([info])
+            self.model.memory.add(episode)
             self._spend(1)
             scores.append(float(info["score"]))
         return float(np.mean(scores))
@@ -293,6 +307,7 @@ class Trainer:
     def _metadata(self) -> dict[str, Any]:
         return {
             "networks": [problem.scorer.network.name for problem in self.problems],
+            PRIORS: {problem.key(budget): problem.priors[budget] for problem, budget in self.pairs},
             "budgets": sorted({str(budget) for problem in self.problems for budget in problem.budgets}),
             "rounds": self.config.rounds,
             "regime": self.config.regime,

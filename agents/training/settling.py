@@ -21,8 +21,8 @@ from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.plan import PruningPlan
 
-SETTLING = 5
-"""Evaluations kept for the end, for each network and budget: the policy is drawn to its best plan until it makes it."""
+SETTLING = 10
+"""How many times the policy is drawn to its best plan in the end, at most, until it makes it."""
 MORE = 5
 """How many times the reward images a second look takes, if the split has so many."""
 SHARE = 2
