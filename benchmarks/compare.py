@@ -26,7 +26,8 @@ from prunegym.agents.searching.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
 ABLATIONS = ("agent:structure", "agent:random")
-TRAINED = ("uniform", "knapsack", "agent", "cmaes", "evolution")
+TRAINED = ("uniform", "knapsack", "agent", "cmaes", "netadapt")
+"""Of the others, the two that came highest without training on ResNet-20 at 50 % and 35 %."""
 
 POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}
 SMALLER = {**POST_TRAINING, "evaluations": 100, "repeats": 3}

@@ -44,6 +44,10 @@ class Table:
         """All seeds of searches."""
         return list(dict.fromkeys(row["seed"] for row in self.rows))
 
+    def seeds_of(self, pair: Pair) -> list[int]:
+        """Seeds of the searches on one pair: all of them, unless rows of several grids stand together."""
+        return list(dict.fromkeys(row["seed"] for row in self.rows if (row["network"], row["budget"]) == pair))
+
     @property
     def stage(self) -> str:
         """The score that decides: the last stage that was measured."""
@@ -61,7 +65,7 @@ class Table:
             if row["searcher"] == searcher:
                 key = ((row["network"], row["budget"]), row["seed"])
                 found.setdefault(key, []).append(float(row[column]))
-        return [[float(np.mean(found[pair, seed])) for seed in self.seeds] for pair in self.pairs]
+        return [[float(np.mean(found[pair, seed])) for seed in self.seeds_of(pair)] for pair in self.pairs]
 
     def repeats_itself(self, *searchers: str) -> bool:
         """Whether all runs of these searchers are copies of one: an allocator's on the only pair."""
@@ -96,7 +100,9 @@ class Table:
                 points.setdefault(((row["network"], row["budget"]), row["seed"]), []).append(row)
         result: list[list[float | None]] = []
         for pair in self.pairs:
-            by_then = [[one for one in points[pair, seed] if one["seconds"] <= marks[pair]] for seed in self.seeds]
+            by_then = [
+                [one for one in points[pair, seed] if one["seconds"] <= marks[pair]] for seed in self.seeds_of(pair)
+            ]
             result.append([float(one[-1]["after_recovery_score"]) if one else None for one in by_then])
         return result
 
