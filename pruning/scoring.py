@@ -9,6 +9,7 @@ float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_map
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.importance.criteria import Calibration, Context, Criterion, Scores, unit_scores
-from prunegym.pruning.importance.statistics import Statistics, collect_statistics
+from prunegym.pruning.importance.statistics import Statistics, collect_statistics, without_gradient
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
 from prunegym.pruning.layout import common, layout_for
 from prunegym.pruning.modes import evaluating
@@ -119,9 +120,7 @@ class Scorer:
         self.given = dict(given or {})
         self.device = torch.device(device)
         network.model.to(self.device)
-        self.statistics = statistics or collect_statistics(
-            network.model, network.graph, task, examples=self.settings.statistics_examples, device=self.device
-        )
+        self.statistics = statistics or self._collect()
         self.unit_scores = self.criterion_scores(self.settings.criterion)
         self._prepared: dict[tuple[str, int], list[tuple[Any, Any]]] = {}
         self.form = self._choose_form()
@@ -132,6 +131,21 @@ class Scorer:
         """Plans run so far; cached ones do not count."""
         self.journal: Journal | None = None
         """Where scores are kept, and looked up, beyond the life of this process."""
+
+    def _collect(self) -> Statistics:
+        """Statistics of the unpruned network, with a warning where they do not tell what they seem to."""
+        network, examples = self.network, self.settings.statistics_examples
+        found = collect_statistics(network.model, network.graph, self.task, examples=examples, device=self.device)
+        blind = without_gradient(network.graph, found)
+        if blind:
+            names = f"{', '.join(blind[:3])}{f' and {len(blind) - 3} more' if len(blind) > 3 else ''}"
+            warnings.warn(
+                f"no gradient reaches the channel groups {names}, so that Taylor criteria, the knapsack and policies "
+                "take them for worthless. Look for a detach() after them, or for a last layer of zeros; "
+                f"`--bound '{blind[0]}=1..1'` leaves a group as it is",
+                stacklevel=3,
+            )
+        return found
 
     def criterion_scores(self, criterion: str) -> Scores:
         """Scores of all units ``(units,)`` of the unpruned network by a criterion."""

@@ -335,3 +335,30 @@ def test_units_are_scored_by_the_chosen_criterion(
     scorer = Scorer(trained, digits, settings, statistics=statistics)
 
     np.testing.assert_array_equal(scorer.unit_scores, statistics.activation_mean)
+
+
+class Detached(nn.Module):
+    """No gradient comes back to where the second layer reads the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.last = nn.Linear(6, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores ``(images, 10)``."""
+        pooled: Tensor = self.second(self.first(images).relu()).relu().mean((2, 3)).detach()
+        classes: Tensor = self.last(pooled)
+        return classes
+
+
+def test_group_that_no_gradient_reaches_is_told(digits: ClassificationTask) -> None:
+    """Its channels score 0, and would be the first to go."""
+    inputs, _ = next(iter(digits.batches("calibration", batch_size=2, limit=2)))
+    network = PrunableNetwork(Detached().eval(), inputs)
+
+    with pytest.warns(UserWarning, match="no gradient reaches the channel groups first, so that .*'first=1..1'"):
+        scorer = Scorer(network, digits, ScorerSettings(**SMALL))
+
+    group = next(one for one in network.graph.groups if one.name == "first")
+    assert not scorer.unit_scores[group.units].any()

@@ -100,6 +100,18 @@ def collect_statistics(
     return observer.statistics(losses)
 
 
+def without_gradient(graph: ChannelGraph, statistics: Statistics) -> list[str]:
+    """Names of groups whose channels are active, and yet all change the loss by exactly 0: no gradient came through.
+
+    A ``detach()`` after them does that, or a last layer of zeros.
+    """
+    return [
+        group.name
+        for group in graph.groups
+        if statistics.activation_mean[group.units].any() and not statistics.taylor[group.units].any()
+    ]
+
+
 def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, Reader]]:
     """Mixing layers that are modules of their own and read prunable channels, by weight name."""
     modules = dict(model.named_modules())
