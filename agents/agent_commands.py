@@ -23,6 +23,7 @@ from prunegym.agents.tables import format_table
 from prunegym.agents.training.loop import train
 from prunegym.agents.training.result import TrainResult
 from prunegym.agents.transfer import transfer
+from prunegym.envs.prior import NAMES, PRIORS
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -65,11 +66,13 @@ def run_train(config: TrainConfig, reporter: Reporter) -> Result:
             "policy": str(trained.policy),
             "evaluations": trained.evaluations,
             "seconds": trained.seconds,
+            PRIORS: {problem.key(one): NAMES[problem.priors[one]] for problem in problems for one in problem.budgets},
             "rows": plain(rows),
         }
         run.write_json(RESULT, content)
     table = format_table(content["rows"], PLAN_COLUMNS)
-    return Result(content, f"{table}\nuse it with --policy {content['policy']}")
+    starts = "".join(f"{key}: started from {name}\n" for key, name in content.get(PRIORS, {}).items())
+    return Result(content, f"{table}\n{starts}use it with --policy {content['policy']}")
 
 
 def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:

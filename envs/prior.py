@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KNAPSACK, HALFWAY, UNIFORM = 1.0, 0.5, 0.0
 """Shares of the way from the uniform allocation to the knapsack's; of equal ones the earlier is taken."""
+NAMES = {KNAPSACK: "knapsack", HALFWAY: "halfway from uniform to the knapsack", UNIFORM: "uniform"}
 TRIALS = 2
 """Evaluations that trying counts for, at most: the uniform plan is what rewards are compared with in any case."""
 

@@ -181,6 +181,7 @@ def test_train_leaves_policy_curve_and_plans(agent: Path) -> None:
     result = json.loads((agent / "result.json").read_text())
 
     assert [row["searcher"] for row in result["rows"]] == ["uniform", "knapsack", "policy", "best sampled"]
+    assert set(result["priors"].values()) <= {"knapsack", "uniform", "halfway from uniform to the knapsack"}
     assert all(row["cost"] <= 0.5 for row in result["rows"])
     assert result["evaluations"] >= 2
     assert (agent / "policy.safetensors").is_file()

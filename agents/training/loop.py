@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
 from prunegym.agents.policies.policy_file import save_policy
-from prunegym.agents.policies.ppo import Episode, PruningPPO
+from prunegym.agents.policies.ppo import Episode
 from prunegym.agents.run_folders.journal import JOURNAL, Clock, journaled, scorer_identity
 from prunegym.agents.run_folders.records import ATTENTION, attention_records
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import own_plan
 from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
+from prunegym.agents.training.collector import Collector
 from prunegym.agents.training.notes import Notes
 from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.settling import FEWEST, SETTLING, SecondLooks, Start
@@ -166,7 +167,7 @@ class Trainer:
         self.model._last_obs = None  # begin with a reset, from the seeds just set
         self.model.progress = self._progress()
         self._looked = 0
-        collector = _Collector(self.model, self.tick)
+        collector = Collector(self.model, self.tick)
         self.model.learn(
             self.episodes * self.config.rounds, callback=collector, reset_num_timesteps=False, log_interval=1
         )
@@ -336,25 +337,3 @@ class Trainer:
             own_trail=notes.own_trail,
             best_trail=notes.best_trail,
         )
-
-
-class _Collector:
-    """Keeps the infos of finished episodes and the returns of the rollout."""
-
-    def __init__(self, model: PruningPPO, tick: Callable[[int], object]) -> None:
-        self.model = model
-        self.tick = tick
-        self.infos: list[dict[str, Any]] = []
-
-    def __call__(self, variables: dict[str, Any], _globals: dict[str, Any]) -> bool:
-        """SB3 calls this after every step of the environments."""
-        for info, done in zip(variables["infos"], variables["dones"], strict=True):
-            if done:
-                self.infos.append(info)
-                self.tick(1)
-        return True
-
-    @property
-    def returns(self) -> list[float]:
-        """Return of each episode of the last rollout."""
-        return [episode.value for episode in self.model.last_episodes]
