@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KNAPSACK, HALFWAY, UNIFORM = 1.0, 0.5, 0.0
 """Shares of the way from the uniform allocation to the knapsack's; of equal ones the earlier is taken."""
+SHARES = (KNAPSACK, HALFWAY, UNIFORM)
 NAMES = {KNAPSACK: "knapsack", HALFWAY: "halfway from uniform to the knapsack", UNIFORM: "uniform"}
 TRIALS = 2
 """Evaluations that trying counts for, at most: the uniform plan is what rewards are compared with in any case."""
@@ -50,12 +51,11 @@ def choose_prior(problem: PruningProblem, budget: Budget) -> int:
     Returns:
         The evaluations that this counts for, at most :data:`TRIALS`. The uniform plan does not count.
     """
-    shares = (KNAPSACK, HALFWAY, UNIFORM)
     limit = problem.limits[budget]
-    plans = {share: problem.plan(problem.prior_counts(limit, share)) for share in shares}
+    plans = {share: problem.plan(problem.prior_counts(limit, share)) for share in SHARES}
     scores = {share: problem.scorer.score(plan) for share, plan in plans.items()}
     # by accuracy, as rewards are; by the loss where it cannot tell
-    problem.priors[budget] = max(shares, key=lambda share: (scores[share].score, -scores[share].loss))
+    problem.priors[budget] = max(SHARES, key=lambda share: (scores[share].score, -scores[share].loss))
     return len(set(plans.values()) - {plans[UNIFORM]})
 
 

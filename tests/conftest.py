@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -515,6 +516,7 @@ class KnownScorer:
         self.network, self.best = network, best
         self.settings = ScorerSettings(criterion="l2")
         self.unit_scores = self.criterion_scores("l2")
+        self.statistics = SimpleNamespace(taylor_squared=np.square(self.unit_scores))  # for the knapsack
         self.plans: list[PruningPlan] = []
 
     def criterion_scores(self, criterion: str) -> NDArray[np.float64]:

@@ -217,7 +217,8 @@ def test_reward_follows_the_mode() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "knapsack"),
+        ({}, "prior"),
+        ({"evaluations": 2}, "knapsack"),
         ({"policy": Path("p")}, "policy"),
         ({"searcher": "uniform"}, "uniform"),
         ({"plan": Path("plan.json")}, "plan"),

@@ -13,14 +13,15 @@ from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.training.loop import Trainer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
-from prunegym.envs.prior import HALFWAY, KNAPSACK, PRIORS, TRIALS, UNIFORM, between, choose_prior, take_prior
+from prunegym.envs.prior import HALFWAY, KNAPSACK, PRIORS, SHARES, TRIALS, UNIFORM, between, choose_prior, take_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
 
 HALF = Budget.parse("macs:0.5")
-SHARES = (KNAPSACK, HALFWAY, UNIFORM)
+
 CONFIG = TrainConfig(
     network=("digits_resnet",),
     data="digits",
@@ -160,3 +161,15 @@ def test_resumed_training_goes_on_from_the_same_start(scorer: Scorer, tmp_path: 
         counts.append(trainer.notes.evaluations)
 
     assert counts == [TRIALS + 6, TRIALS + 12]
+
+
+def test_searcher_returns_the_best_of_the_three(half: PruningProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One evaluation each; two are too few."""
+    scores_by_share(half, monkeypatch, HALFWAY)
+
+    found = SEARCHERS["prior"](half, HALF, SearchSettings(evaluations=3))
+
+    assert found.evaluations == 3
+    assert found.plan == half.plan(half.prior_counts(half.limits[HALF], HALFWAY))
+    with pytest.raises(PruningError, match="at least 3 for searcher prior"):
+        SEARCHERS["prior"](half, HALF, SearchSettings(evaluations=2))

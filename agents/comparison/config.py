@@ -63,7 +63,7 @@ class CompareConfig(
     """Rounds of pruning in an episode of the agents."""
     repeats: int = 3
     """Seeds of each search: --seed and those that follow. What has no use for a seed (allocators, policies,
-    sensitivity, netadapt) runs once, and its plan stands for every seed."""
+    prior, sensitivity, netadapt) runs once, and its plan stands for every seed."""
     seconds: Marks = ()
     """Seconds at which searches are compared too, by what each would have returned by then. By default those of the
     fastest search of each network and budget."""

@@ -189,8 +189,8 @@ class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNet
     """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
     """Searcher to put beside the policy, by default uniform and knapsack. Without evaluations: uniform,
-    global_magnitude, lamp, global_taylor, knapsack. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt,
-    amc, dcpa, laasp, attention."""
+    global_magnitude, lamp, global_taylor, knapsack. With: prior, sensitivity, random, tpe, cmaes, evolution, legr,
+    netadapt, amc, dcpa, laasp, attention."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
     and policies at most two, on a network that is new to them."""
@@ -247,9 +247,10 @@ class SearchOptions(Options):
     """Cost kept: a share of the unpruned network's MACs, parameters or latency (macs:0.5, params:0.3,
     latency:0.7), or a latency in milliseconds (latency:12ms)."""
     searcher: str | None = None
-    """Who makes the plan; policy if --policy is given, else knapsack. Without evaluations: uniform, global_magnitude,
-    lamp, global_taylor, knapsack, policy. With: sensitivity, random, tpe, cmaes, evolution, legr, netadapt, amc, dcpa,
-    laasp, attention. dcpa may leave residual blocks out; laasp and attention choose channels themselves."""
+    """Who makes the plan; policy if --policy is given, else prior, the best of knapsack, uniform and halfway.
+    Without evaluations: uniform, global_magnitude, lamp, global_taylor, knapsack, policy. With: prior, sensitivity,
+    random, tpe, cmaes, evolution, legr, netadapt, amc, dcpa, laasp, attention. dcpa may leave residual blocks out;
+    laasp and attention choose channels themselves."""
     policy: Path | None = None
     """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""
     plan: Path | None = None
@@ -289,7 +290,11 @@ class SearchOptions(Options):
         """Who makes the plan: a searcher, or ``plan`` for a file."""
         if self.plan is not None:
             return "plan"
-        return self.searcher or ("policy" if self.policy is not None else "knapsack")
+        if self.searcher is not None or self.policy is not None:
+            return self.searcher or "policy"
+        from prunegym.envs.prior import SHARES
+
+        return "prior" if self.evaluations >= len(SHARES) else "knapsack"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""All searchers by name, and the searcher `policy`. Their protocol is in :mod:`prunegym.agents.searching.search`.
+"""All searchers by name, and the searchers `policy` and `prior`.
+
+Their protocol is in :mod:`prunegym.agents.searching.search`.
 
 Searchers of the literature start where their papers start: uniform, random or unpruned. None is given the knapsack
 allocation to start from; only policies are, where it scores better than the uniform one (:mod:`prunegym.envs.prior`),
@@ -28,6 +30,7 @@ from prunegym.agents.searching.netadapt import netadapt
 from prunegym.agents.searching.search import (
     ONE_PLAN,
     LeastEvaluations,
+    Search,
     Searcher,
     SearchResult,
     SearchSettings,
@@ -37,7 +40,7 @@ from prunegym.agents.searching.search import (
 from prunegym.agents.searching.sensitivity import least_evaluations as least_of_sensitivity
 from prunegym.agents.searching.sensitivity import sensitivity
 from prunegym.envs.channel_pruning import ChannelPruningEnv
-from prunegym.envs.prior import take_prior
+from prunegym.envs.prior import SHARES, take_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError, unknown_name
@@ -54,6 +57,7 @@ __all__ = [
     "check_library",
     "own_plan",
     "policy",
+    "prior",
     "searcher_named",
 ]
 
@@ -76,6 +80,18 @@ def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) ->
     return SearchResult(plan=plan, evaluations=evaluations, seconds=time.perf_counter() - started)
 
 
+def prior(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
+    """What policies start from: the best of the knapsack, the uniform allocation and halfway between them.
+
+    Importances that are summed do not see a bottleneck, so on plain networks the knapsack may be far below uniform;
+    on residual ones it is mostly above (:mod:`prunegym.envs.prior`). Three evaluations tell.
+    """
+    search = Search("prior", problem, budget, settings, least=LEAST_OF_PRIOR, choosing=False)
+    for share in SHARES:
+        search.score(problem.prior_counts(search.limit, share))
+    return search.result()
+
+
 def own_plan(agent: PruningPolicy | None, env: ChannelPruningEnv, budget: Budget) -> PruningPlan:
     """The plan a policy makes by itself, without noise; that of an untrained policy (the prior) for None.
 
@@ -92,12 +108,15 @@ def own_plan(agent: PruningPolicy | None, env: ChannelPruningEnv, budget: Budget
     return env.plan
 
 
+LEAST_OF_PRIOR = LeastEvaluations(len(SHARES), " (one for each allocation that is tried)")
+
 SEARCHERS: dict[str, Searcher] = {
     "uniform": uniform,
     "global_magnitude": global_magnitude,
     "lamp": lamp,
     "global_taylor": global_taylor,
     "knapsack": knapsack,
+    "prior": prior,
     "sensitivity": sensitivity,
     "random": random,
     "tpe": tpe,
@@ -115,13 +134,14 @@ SEARCHERS: dict[str, Searcher] = {
 WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_taylor", "knapsack", "policy"})
 """Searchers that score no plan."""
 
-WITHOUT_SEED = WITHOUT_EVALUATIONS | {"sensitivity", "netadapt"}
+WITHOUT_SEED = WITHOUT_EVALUATIONS | {"prior", "sensitivity", "netadapt"}
 """Searchers that draw no random number: another seed makes no difference."""
 
 ONE_ROUND = frozenset(SEARCHERS) - {"policy", "attention"}
 """Searchers of this package that have no use for a number of rounds."""
 
 LEAST: dict[str, Callable[[PruningProblem], LeastEvaluations]] = {
+    "prior": lambda problem: LEAST_OF_PRIOR,
     "sensitivity": least_of_sensitivity,
     "netadapt": least_of_netadapt,
 }
