@@ -29,6 +29,8 @@ LEVEL = 0.95
 _FEWEST = 4
 """Allocations below which nothing can be ranked."""
 _EDGE = 0.01
+RECOVERED = "accuracy, compensated and recalibrated"
+"""The score of the post-training regime: what training steps cost is spent for what they rank better than this."""
 #: Readings of a row as a proxy, higher is better: what it is called by measure, and what is read.
 _READINGS = {
     "pruned": "right after pruning",
@@ -166,12 +168,16 @@ def leave_one_out(keep: Array, target: Array) -> Array:
 
 
 def tau_rows(study: Study) -> list[dict[str, Any]]:
-    """Kendall's tau of every proxy with its bootstrap interval, over all allocations and the better half."""
+    """Kendall's tau of every proxy with its bootstrap interval, over all allocations and the better half.
+
+    Beside it what it is above that of :data:`RECOVERED`, paired: on the same resampled allocations.
+    """
     top = np.argsort(-study.target, kind="stable")[: max(_FEWEST, (len(study.target) + 1) // 2)]
     rows = []
     for name, values in study.proxies.items():
         tau, low, high = tau_interval(values, study.target)
         top_tau, top_low, top_high = tau_interval(values[top], study.target[top])
+        gain, gain_low, gain_high = tau_gain(values, study.proxies[RECOVERED], study.target)
         rows.append(
             {
                 "network": study.network,
@@ -186,6 +192,9 @@ def tau_rows(study: Study) -> list[dict[str, Any]]:
                 "top_tau": top_tau,
                 "top_low": top_low,
                 "top_high": top_high,
+                "gain": gain,
+                "gain_low": gain_low,
+                "gain_high": gain_high,
                 "seconds": study.seconds.get(name),
             }
         )
@@ -197,11 +206,29 @@ def tau_interval(values: Array, target: Array, *, seed: int = 0) -> tuple[float,
 
     A constant ranks nothing: its tau is taken to be 0.
     """
-    count = len(target)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    low, high = np.quantile(weighted_taus(values, target, drawn), ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
-    tau = kendalltau(values, target).statistic if np.ptp(values) > 0 and np.ptp(target) > 0 else 0.0
-    return float(tau), low, high
+    low, high = _quantiles(weighted_taus(values, target, _drawn(len(target), seed)))
+    return _tau(values, target), low, high
+
+
+def tau_gain(values: Array, others: Array, target: Array, *, seed: int = 0) -> tuple[float, float, float]:
+    """What tau of ``values`` with the target is above that of ``others``, with a paired bootstrap interval."""
+    drawn = _drawn(len(target), seed)
+    low, high = _quantiles(weighted_taus(values, target, drawn) - weighted_taus(others, target, drawn))
+    return _tau(values, target) - _tau(others, target), low, high
+
+
+def _tau(values: Array, target: Array) -> float:
+    return float(kendalltau(values, target).statistic) if np.ptp(values) > 0 and np.ptp(target) > 0 else 0.0
+
+
+def _drawn(count: int, seed: int) -> NDArray[np.int64]:
+    """How often each is drawn in each sample ``(samples, count)``."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def _quantiles(sampled: Array) -> tuple[float, float]:
+    low, high = np.quantile(sampled, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    return low, high
 
 
 def weighted_taus(values: Array, target: Array, counts: NDArray[np.int64]) -> Array:
@@ -243,6 +270,9 @@ def section(study: Study, taus: Sequence[Mapping[str, Any]]) -> str:
             "proxy": row["proxy"],
             "Kendall's tau": f"{row['tau']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
             "among the better half": f"{row['top_tau']:.2f} ({row['top_low']:.2f} to {row['top_high']:.2f})",
+            "minus recovery": ""
+            if row["proxy"] == RECOVERED
+            else f"{row['gain']:+.2f} ({row['gain_low']:+.2f} to {row['gain_high']:+.2f})",
             "seconds per plan": "" if row["seconds"] is None else f"{row['seconds']:.3g}",
         }
         for row in sorted(taus, key=lambda row: -float(row["tau"]))
@@ -251,7 +281,8 @@ def section(study: Study, taus: Sequence[Mapping[str, Any]]) -> str:
         [
             f"## {study.network}, {study.budget} (setup {study.setup})",
             f"{spread} {noise} Fine-tuning takes {study.seconds['fine-tuning']:.3g} seconds per plan.",
-            f"Intervals: {LEVEL:.0%} percentile bootstrap over allocations.",
+            f"Intervals: {LEVEL:.0%} percentile bootstrap over allocations. Differences are to "
+            f"\"{RECOVERED}\", paired.",
             markdown_table(lines),
         ]
     )
