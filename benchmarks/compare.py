@@ -26,14 +26,14 @@ from prunegym.agents.searching.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
 ABLATIONS = ("agent:structure", "agent:random")
-TRAINED = ("uniform", "knapsack", "agent", "cmaes", "netadapt")
-"""Of the others, the two that came highest without training on ResNet-20 at 50 % and 35 %."""
+TRAINED = ("uniform", "knapsack", "agent")
+"""With training; beside them of the others the two that came highest without training on the same network."""
 
 POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}
 SMALLER = {**POST_TRAINING, "evaluations": 100, "repeats": 3}
 FINETUNED = {
-    **{"evaluations": 60, "repeats": 3, "searcher": TRAINED, "test": True, "regime": "finetuned", "epochs": 3},
-    **{"finetune_repeats": 1, "rounds": 1},
+    **{"evaluations": 60, "repeats": 3, "test": True, "regime": "finetuned", "epochs": 3},
+    **{"finetune_repeats": 1, "rounds": 1, "amp": True},
 }
 GRIDS: dict[str, dict[str, Any]] = {
     "resnet20_50": {
@@ -43,8 +43,14 @@ GRIDS: dict[str, dict[str, Any]] = {
     "resnet20_35": {"network": "cifar_resnet20", "budget": "macs:0.35", "rounds": 3, **POST_TRAINING},
     "resnet56_35": {"network": "cifar_resnet56", "budget": "macs:0.35", "rounds": 3, **SMALLER},
     "vgg16_half_20": {"network": "cifar_vgg16_half", "budget": "macs:0.2", "rounds": 3, **SMALLER},
-    "resnet20_35_finetuned": {"network": "cifar_resnet20", "budget": "macs:0.35", **FINETUNED},
-    "vgg16_half_15_finetuned": {"network": "cifar_vgg16_half", "budget": "macs:0.15", **FINETUNED},
+    "resnet20_35_finetuned": {
+        **{"network": "cifar_resnet20", "budget": "macs:0.35", **FINETUNED},
+        "searcher": (*TRAINED, "cmaes", "netadapt"),
+    },
+    "vgg16_half_15_finetuned": {
+        **{"network": "cifar_vgg16_half", "budget": "macs:0.15", **FINETUNED},
+        "searcher": (*TRAINED, "cmaes", "tpe"),
+    },
 }
 """Agents' ablations are trainings of their own: they run where a training is cheapest. Agents prune in one round at
 50 % MACs, where three start lower (LOG.md), and in three below."""

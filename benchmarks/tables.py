@@ -8,7 +8,6 @@ Prints Markdown; accuracies are in percent. A test compares each line with the R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from itertools import zip_longest
 from statistics import fmean, median
 from typing import Any
@@ -23,6 +22,7 @@ from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
 
 BUDGETS = ("macs:0.5", "macs:0.35")
+STUDIED = {"cifar_resnet20": "ResNet-20, 35 % MACs", "cifar_vgg16_half": "half-width VGG-16, 15 % MACs"}
 _HEADER = ("MACs kept", "50 %", "35 %")
 
 
@@ -202,19 +202,24 @@ def study_of(network: str) -> Study:
     return study
 
 
-def proxy(network: str) -> str:
-    """How well what is known before fine-tuning ranks allocations of one network, best first."""
-    taus = sorted(tau_rows(study_of(network)), key=lambda row: -float(row["tau"]))
+def proxy() -> str:
+    """How well what is known before fine-tuning ranks allocations of two networks, best on average first."""
+    taus = [{row["proxy"]: row for row in tau_rows(study_of(network))} for network in STUDIED]
+    names = sorted(taus[0], key=lambda name: -fmean(float(rows[name]["tau"]) for rows in taus))
 
     def interval(row: Mapping[str, Any], which: str = "") -> str:
         low, high = (row[f"{which}{end}"] for end in ("low", "high"))
         return f"{row[f'{which}tau']:.2f} ({low:.2f} to {high:.2f})"
 
+    def seconds(name: str) -> str:
+        return " and ".join(f"{rows[name]['seconds']:.1f}" for rows in taus if rows[name]["seconds"])
+
     lines = [
-        [row["proxy"], interval(row), interval(row, "top_"), "" if not row["seconds"] else f"{row['seconds']:.1f}"]
-        for row in taus
+        [name, *(interval(rows[name], which) for rows in taus for which in ("", "top_")), seconds(name)]
+        for name in names
     ]
-    return markdown(["", "Kendall's tau", "among the better half", "seconds per plan"], lines)
+    header = [cell for title in STUDIED.values() for cell in (title, "its better half")]
+    return markdown(["", *header, "seconds per plan"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -225,7 +230,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "latency": latency,
     "latency_agents": latency_agents,
-    "proxy": partial(proxy, "cifar_resnet20"),
+    "proxy": proxy,
 }
 
 
