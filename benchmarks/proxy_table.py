@@ -177,7 +177,8 @@ def tau_rows(study: Study) -> list[dict[str, Any]]:
     for name, values in study.proxies.items():
         tau, low, high = tau_interval(values, study.target)
         top_tau, top_low, top_high = tau_interval(values[top], study.target[top])
-        gain, gain_low, gain_high = tau_gain(values, study.proxies[RECOVERED], study.target)
+        others = study.proxies.get(RECOVERED)
+        gain = (None,) * 3 if others is None else tau_gain(values, others, study.target)
         rows.append(
             {
                 "network": study.network,
@@ -192,9 +193,7 @@ def tau_rows(study: Study) -> list[dict[str, Any]]:
                 "top_tau": top_tau,
                 "top_low": top_low,
                 "top_high": top_high,
-                "gain": gain,
-                "gain_low": gain_low,
-                "gain_high": gain_high,
+                **dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True)),
                 "seconds": study.seconds.get(name),
             }
         )
@@ -271,7 +270,7 @@ def section(study: Study, taus: Sequence[Mapping[str, Any]]) -> str:
             "Kendall's tau": f"{row['tau']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
             "among the better half": f"{row['top_tau']:.2f} ({row['top_low']:.2f} to {row['top_high']:.2f})",
             "minus recovery": ""
-            if row["proxy"] == RECOVERED
+            if row["proxy"] == RECOVERED or row["gain"] is None
             else f"{row['gain']:+.2f} ({row['gain_low']:+.2f} to {row['gain_high']:+.2f})",
             "seconds per plan": "" if row["seconds"] is None else f"{row['seconds']:.3g}",
         }

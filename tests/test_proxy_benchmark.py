@@ -153,6 +153,17 @@ def test_proxies_are_ranked(figures: ModuleType) -> None:
     assert taus["accuracy, right after pruning"]["seconds"] == 2.0
 
 
+def test_gain_over_recovery_is_paired(figures: ModuleType) -> None:
+    """On the same samples: a proxy has nothing over itself, and what falls behind recovery everywhere is below it."""
+    target = np.array([0.8, 0.82, 0.9, 0.7, 0.85, 0.6])
+    worse = np.array([0.82, 0.8, 0.9, 0.85, 0.7, 0.6])
+
+    assert figures.tau_gain(target, target, target) == (0.0, 0.0, 0.0)
+    gain, low, high = figures.tau_gain(worse, target, target)
+    assert gain == pytest.approx(kendalltau(worse, target).statistic - 1)
+    assert low <= gain <= high <= 0
+
+
 def test_unfinished_allocations_are_left_out(figures: ModuleType) -> None:
     """Tables can be written at any time."""
     rows = rows_of({"pruned": [0.1, 0.2, 0.3, 0.4, 0.5], "finetuned": [0.8, 0.82, 0.9, 0.7]}, {})
