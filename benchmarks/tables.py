@@ -7,21 +7,30 @@ Prints Markdown; accuracies are in percent. A test compares each line with the R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from statistics import fmean, median
 from typing import Any
 
+from formats import markdown, with_interval, with_range
 from proxy_table import Study, studies_of, tau_rows
 from rows import RESULTS, Table
+from together import lines
+from together import together as grids_together
 
 from prunegym.agents.comparison import summary
-from prunegym.agents.comparison.bootstrap import Interval
 from prunegym.agents.comparison.grid import KEY, TIMED
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
 
 BUDGETS = ("macs:0.5", "macs:0.35")
+CONTROLLED = {"agent": "**agent**", "shuffled": "agent, shuffled", "mean": "agent, mean action"}
+TITLES = {
+    "resnet20_50": "ResNet-20, 50 %",
+    "resnet20_35": "ResNet-20, 35 %",
+    "vgg16_half_20": "VGG-16/2, 20 %",
+}
+"""Grids of the README's table."""
 STUDIED = {"cifar_resnet20": "ResNet-20, 35 % MACs", "cifar_vgg16_half": "half-width VGG-16, 15 % MACs"}
 _HEADER = ("MACs kept", "50 %", "35 %")
 
@@ -35,28 +44,6 @@ def main() -> None:
 def read(name: str) -> list[dict[str, str]]:
     """Rows of a table."""
     return Table(RESULTS / f"{name}.csv", ()).rows
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-
-    def row(cells: Sequence[object]) -> str:
-        return "|" + "".join(f" {cell} |" if cell != "" else " |" for cell in cells)
-
-    return "\n".join([row(header), "|" + "---|" * len(header), *map(row, lines)])
-
-
-def with_range(values: Iterable[float]) -> str:
-    """Mean with range over seeds, in percent."""
-    scores = [100 * one for one in values]
-    spread = f" ({min(scores):.1f} to {max(scores):.1f})" if min(scores) < max(scores) else ""
-    return f"{fmean(scores):.1f}{spread}"
-
-
-def with_interval(found: Interval) -> str:
-    """Mean with its interval, in percent."""
-    low, high = (found.mean if one is None else one for one in (found.low, found.high))
-    return f"{100 * found.mean:.1f}" + (f" ({100 * low:.1f} to {100 * high:.1f})" if low < high else "")
 
 
 def post_training() -> str:
@@ -81,13 +68,19 @@ def compare(name: str = "resnet20_50") -> str:
     """All searchers of a grid, best first, in two columns; the agent's controls under its name."""
     rows = FinishedRows(RunFolder(RESULTS / f"compare_{name}"), KEY, TIMED).read()
     searchers = tuple(dict.fromkeys(str(one["searcher"]) for one in rows))
-    titles = {"agent": "**agent**", "shuffled": "agent, shuffled", "mean": "agent, mean action"}
     scores = {one["searcher"]: one["score"] for one in summary.summarise(summary.Table(rows, (), searchers))}
     ranked = sorted(scores, key=lambda one: -scores[one].mean)
-    cells = [(titles.get(one, one), with_interval(scores[one])) for one in ranked]
+    cells = [(CONTROLLED.get(one, one), with_interval(scores[one])) for one in ranked]
     half = -(-len(cells) // 2)
     pairs = zip_longest(cells[:half], cells[half:], fillvalue=("", ""))
     return markdown(("", "score", "", "score"), ([*left, *right] for left, right in pairs))
+
+
+def together() -> str:
+    """All post-training grids, by the mean over their pairs of network and budget."""
+    rows = lines(grids_together(RESULTS, tuple(TITLES)))
+    cells = ([CONTROLLED.get(name, name), *rest] for name, *rest in rows)
+    return markdown(["", "mean", "minus agent", *TITLES.values()], cells)
 
 
 def transfer() -> str:
@@ -225,6 +218,7 @@ def proxy() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "post_training": post_training,
     "compare": compare,
+    "together": together,
     "transfer": transfer,
     "finetune": finetune,
     "coverage": coverage,

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
+from formats import markdown, with_interval
 from rows import RESULTS
-from tables import with_interval
 
 from prunegym.agents.comparison.bootstrap import LEVEL, Runs, performance_profiles
 from prunegym.agents.comparison.grid import KEY, TIMED
@@ -23,7 +23,6 @@ from prunegym.agents.comparison.pictures import draw_profiles
 from prunegym.agents.comparison.summary import Table, summarise
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.tables import markdown_table
 
 GRIDS = ("resnet20_50", "resnet20_35", "resnet56_35", "vgg16_half_20")
 NAME = "compare_together"
@@ -46,8 +45,7 @@ def together(results: Path, grids: Sequence[str] = GRIDS) -> Table:
 
 def write(table: Table, results: Path) -> str:
     """The page, which is written with its picture."""
-    summary = sorted(summarise(table), key=lambda one: -one["score"].mean)
-    runs = {one["searcher"]: table.runs(one["searcher"], table.stage) for one in summary}
+    runs = {name: table.runs(name, table.stage) for name in table.searchers}
     title = f"after recovery, selection split, {len(table.pairs)} pairs"
     with TemporaryDirectory() as folder:
         draw_profiles(Path(folder) / NAME, performance_profiles(runs), title=title)
@@ -59,18 +57,24 @@ def write(table: Table, results: Path) -> str:
         f"{LEVEL:.0%} bootstrap interval over pairs, which is too narrow for so few; paired differences to the agent; "
         f"mean of each pair with the place in it. Seeds: {seeds}."
     )
-    lines = [
-        {
-            "searcher": one["searcher"],
-            "mean over pairs": with_interval(one["score"]),
-            "minus agent": "" if one["difference"] is None else with_interval(one["difference"]),
-            **{" ".join(pair): _with_place(runs, index, one["searcher"]) for index, pair in enumerate(table.pairs)},
-        }
-        for one in summary
-    ]
-    page = f"{head}\n\n{markdown_table(lines)}\n\n![performance profiles]({NAME}.png)\n"
+    header = ["", "mean over pairs", "minus agent", *map(" ".join, table.pairs)]
+    page = f"{head}\n\n{markdown(header, lines(table))}\n\n![performance profiles]({NAME}.png)\n"
     (results / f"{NAME}.md").write_text(page, encoding="utf-8")
     return page
+
+
+def lines(table: Table) -> list[list[str]]:
+    """Searcher, mean over pairs, difference to the agent, and mean and place of each pair; the best first."""
+    runs = {name: table.runs(name, table.stage) for name in table.searchers}
+    return [
+        [
+            one["searcher"],
+            with_interval(one["score"]),
+            "" if one["difference"] is None else with_interval(one["difference"]),
+            *(_with_place(runs, index, one["searcher"]) for index in range(len(table.pairs))),
+        ]
+        for one in sorted(summarise(table), key=lambda one: -one["score"].mean)
+    ]
 
 
 def _with_place(runs: Mapping[str, Runs], index: int, searcher: str) -> str:

@@ -45,7 +45,7 @@ def test_pairs_count_equally_whatever_their_seeds(script: ModuleType, tmp_path: 
 
     assert table.searchers == ("agent", "random")
     assert "| random | 65.0 (60.0 to 70.0) | 5.0 (-20.0 to 30.0) | 60.0 (2) | 70.0 (1) |" in page
-    assert "| agent | 60.0 (40.0 to 80.0) |  | 80.0 (1) | 40.0 (2) |" in page
+    assert "| agent | 60.0 (40.0 to 80.0) | | 80.0 (1) | 40.0 (2) |" in page
     assert "net macs:0.5: 3, net macs:0.2: 2" in page
     assert (tmp_path / "compare_together.md").read_text() == page
     assert (tmp_path / "compare_together.png").stat().st_size > 0
