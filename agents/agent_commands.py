@@ -103,7 +103,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> Result:
         rows = evaluate(problems, settings, run, limit=reporter.limit) if problems else unpruned
         if config.policy is not None:
             policy, metadata = load_policy(config.policy, device=config.torch_device)
-            save_attention(policy, problems, int(metadata.get("rounds", 1)), run)
+            save_attention(policy, metadata, problems, run)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))
@@ -115,7 +115,7 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
     launch = Launch(config, reporter, config.network, "transfer", joined(config.budgets))
     content = launch.finished()
     if content is None:
-        policy, _ = load_policy(config.policy, device=config.torch_device)
+        policy, metadata = load_policy(config.policy, device=config.torch_device)
         problems = _problems(config, reporter)
         run = launch.open()
         save_splits(problems, run)
@@ -123,7 +123,7 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
         rows = transfer(
             problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit
         )
-        save_attention(policy, problems, config.rounds, run)
+        save_attention(policy, metadata, problems, run, config.rounds)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))

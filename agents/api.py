@@ -104,7 +104,8 @@ def prune(
         budget: What may remain, such as ``macs:0.5``, ``params:0.3``, ``latency:0.7`` or ``latency:12ms``.
         searcher: Who makes the plan: ``policy``, ``knapsack``, ``uniform``, ``random`` or another of
             ``prunegym.agents.searching.searchers.SEARCHERS``; by default the policy if there is one, else
-            ``prior``: the best of the knapsack, the uniform allocation and halfway between them.
+            ``prior``: the best of the knapsack, the uniform allocation and halfway between them (with fewer than 3
+            evaluations the knapsack).
         policy: Policy file, for the searcher ``policy`` or the criterion ``encoder_attention``.
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.

@@ -123,7 +123,7 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         save_networks([problem], run, splits=())
         if config.searcher_name == "policy" and config.policy is not None:
             policy, metadata = load_policy(config.policy, device=config.torch_device)
-            save_attention(policy, [problem], config.rounds or int(metadata.get("rounds", 1)), run)
+            save_attention(policy, metadata, [problem], run, config.rounds)
         found = _find_plan_once(problem, budget, config, run, progress, reporter.limit)
         source = network_source(config.network, task.data)
         limit = reporter.limit

@@ -41,7 +41,8 @@ def transfer(
     Args:
         problems: the new networks with their budgets.
         config: the policy file, which is not changed, and how few-shot training learns. `config.evaluations` plans may
-            be scored on each network and budget; 0 is zero-shot, one deterministic pass.
+            be scored on each network and budget; 0 is zero-shot: one deterministic pass, once three scores have decided
+            what the policy starts from there.
         run: keeps finished rows, and what few-shot training leaves: metrics, checkpoint and the adapted policies.
         test: also score on the test split.
         progress: show progress bars.
@@ -67,7 +68,7 @@ def transfer(
 def _frozen(
     problem: PruningProblem, budget: Budget, name: str, config: TransferConfig, kept: FinishedRows, *, test: bool
 ) -> Row:
-    """The row of a searcher that scores no plan."""
+    """The row of a searcher that is allowed no evaluation."""
     label = "zero-shot" if name == "policy" else name
 
     def make() -> Row:

@@ -63,6 +63,7 @@ def add(table: Table, problem: PruningProblem, budget: Budget, searcher: str, po
     settings = SearchSettings(policy=Path(policy) if policy else None)
     if searcher.startswith("untrained"):
         found = searcher_named("knapsack")(problem, budget, settings)
+        problem.priors.clear()  # of the policies before
         start = own_plan(None, ChannelPruningEnv(problem, rounds=rounds), budget)
         found = type(found)(plan=start, evaluations=0, seconds=found.seconds)
     else:

@@ -7,6 +7,7 @@ So it is tried, before a policy builds on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.errors import PruningError
+from prunegym.pruning.training import weights_digest
 
 if TYPE_CHECKING:
     from prunegym.envs.setting import PruningProblem
 
-KNAPSACK, HALFWAY, UNIFORM = 1.0, 0.5, 0.0
-"""Shares of the way from the uniform allocation to the knapsack's; of equal ones the earlier is taken."""
-SHARES = (KNAPSACK, HALFWAY, UNIFORM)
+UNIFORM, HALFWAY, KNAPSACK = 0.0, 0.5, 1.0
+"""Shares of the way from the uniform allocation to the knapsack's."""
+SHARES = (UNIFORM, HALFWAY, KNAPSACK)
+"""What is tried; of equal scores the earlier one is taken, which is the safer one."""
 NAMES = {KNAPSACK: "knapsack", HALFWAY: "halfway from uniform to the knapsack", UNIFORM: "uniform"}
-TRIALS = 2
-"""Evaluations that trying counts for, at most: the uniform plan is what rewards are compared with in any case."""
+TRIALS = len(SHARES)
+"""Evaluations that trying counts for, at most."""
 
 PRIORS = "priors"
-"""Entry of a policy file's metadata: the share for each network and budget that it was trained on."""
+"""Entry of a policy file's metadata: the share by :func:`prior_key` of what it was trained on."""
 
 _EDGE = 1e-3  # keep ratios are moved inside (0, 1) by this much before their logit is taken
 
@@ -44,36 +48,53 @@ def between(
 def choose_prior(problem: PruningProblem, budget: Budget) -> int:
     """Let policies start from what scores best on the reward images: the knapsack, uniform, or halfway.
 
+    Tried is what one round makes of them. Policies that prune in several rounds apply the same share in each.
+
     Args:
         problem: The network; takes note of what is chosen (:attr:`.PruningProblem.priors`).
         budget: One of its budgets.
 
     Returns:
-        The evaluations that this counts for, at most :data:`TRIALS`. The uniform plan does not count.
+        The evaluations that this counts for: the distinct plans among them, at most :data:`TRIALS`.
     """
     limit = problem.limits[budget]
     plans = {share: problem.plan(problem.prior_counts(limit, share)) for share in SHARES}
-    scores = {share: problem.scorer.score(plan) for share, plan in plans.items()}
-    # by accuracy, as rewards are; by the loss where it cannot tell
-    problem.priors[budget] = max(SHARES, key=lambda share: (scores[share].score, -scores[share].loss))
-    return len(set(plans.values()) - {plans[UNIFORM]})
+    scores = {share: problem.scorer.score(plan).score for share, plan in plans.items()}
+    problem.priors[budget] = max(SHARES, key=lambda one: scores[one] if math.isfinite(scores[one]) else -math.inf)
+    return len(set(plans.values()))
 
 
 def take_prior(problem: PruningProblem, budget: Budget, metadata: Mapping[str, Any]) -> int:
-    """Let a trained policy start from where it started in its training; on another network, from what scores best.
+    """Let a trained policy start from where it started in its training; on what is new to it, from what scores best.
 
     Args:
         problem: The network; takes note of it.
-        budget: One of its budgets.
+        budget: One of its budgets. New to a policy is another network, other weights, and another budget.
         metadata: Of the policy file.
 
     Returns:
         The evaluations that this counts for.
+
+    Raises:
+        PruningError: The metadata are damaged.
     """
-    known = metadata.get(PRIORS, {}).get(problem.key(budget))
-    if known is None and PRIORS not in metadata and problem.scorer.network.name in metadata.get("networks", ()):
-        known = KNAPSACK  # policies of earlier versions
-    if known is None:
+    priors = metadata.get(PRIORS)
+    if priors is None:  # of an earlier version, which started from the knapsack
+        known = problem.scorer.network.name in (metadata.get("networks") or ())
+        share = KNAPSACK if known else None
+    else:
+        share = priors.get(prior_key(problem, budget)) if isinstance(priors, Mapping) else priors
+    if share is None:
         return choose_prior(problem, budget)
-    problem.priors[budget] = float(known)
+    if share not in SHARES:
+        raise PruningError(
+            f"`--policy` should be a file that tells what the policy starts from, {UNIFORM}, {HALFWAY} or {KNAPSACK}. "
+            f"Received {share!r}. Copy the file again, or train the policy again."
+        )
+    problem.priors[budget] = float(share)
     return 0
+
+
+def prior_key(problem: PruningProblem, budget: Budget) -> str:
+    """By what a policy knows a network and a budget again: weights, whatever the network is called."""
+    return f"{weights_digest(problem.scorer.network.model)} {budget}"

@@ -121,6 +121,14 @@ def test_fastest_search_sets_the_seconds(table: Table) -> None:
     assert fastest_seconds(Table(rows(evaluations=0), curves(), ("uniform",))) is None
 
 
+@pytest.mark.parametrize("name", ["prior", "policy"])
+def test_what_scores_a_few_plans_sets_no_seconds(table: Table, name: str) -> None:
+    """By then no search has a plan, and the table of equal seconds would be empty."""
+    few = [{**row, "searcher": name, "evaluations": 3, "seconds": 0.1} for row in rows() if row["searcher"] == "uniform"]
+
+    assert fastest_seconds(Table([*rows(), *few], curves(), (*SCORES, name))) == dict.fromkeys(PAIRS, 4.5)
+
+
 @pytest.mark.parametrize(
     ("seconds", "agent", "random"), [(1.0, None, None), (2.5, None, 0.45), (5.0, 0.65, 0.55), (8.0, 0.75, 0.55)]
 )

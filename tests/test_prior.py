@@ -13,7 +13,18 @@ from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.training.loop import Trainer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
-from prunegym.envs.prior import HALFWAY, KNAPSACK, PRIORS, SHARES, TRIALS, UNIFORM, between, choose_prior, take_prior
+from prunegym.envs.prior import (
+    HALFWAY,
+    KNAPSACK,
+    PRIORS,
+    SHARES,
+    TRIALS,
+    UNIFORM,
+    between,
+    choose_prior,
+    prior_key,
+    take_prior,
+)
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -65,7 +76,7 @@ def test_what_scores_best_is_what_policies_start_from(
 
     assert half.priors == {HALF: share}
     assert evaluations == TRIALS
-    assert len(asked) == len(set(asked)) == TRIALS + 1
+    assert len(asked) == len(set(asked)) == TRIALS
     for rounds in (1, 3):
         plan = own_plan(None, ChannelPruningEnv(half, rounds=rounds), HALF)
         assert half.limits[HALF].holds(half.scorer.network.counts(plan))
@@ -73,16 +84,21 @@ def test_what_scores_best_is_what_policies_start_from(
             assert plan == half.plan(half.prior_counts(half.limits[HALF], share))
 
 
-def test_loss_decides_between_equal_scores(half: PruningProblem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On few images accuracy may be the same, or chance for all; of equal ones the knapsack is taken."""
-    uniform = half.plan(half.uniform_counts(half.limits[HALF]))
-    monkeypatch.setattr(half.scorer, "score", lambda plan: Score(0.1, 2.0 if plan == uniform else 2.3, 10))
+@pytest.mark.parametrize("broken", [KNAPSACK, HALFWAY])
+def test_what_has_no_score_is_not_taken(
+    half: PruningProblem, monkeypatch: pytest.MonkeyPatch, broken: float
+) -> None:
+    """NaN is not better than anything; of equal scores, chance for all, uniform is taken, by the searcher too."""
+    plan_of = half.plan(half.prior_counts(half.limits[HALF], broken))
+    monkeypatch.setattr(half.scorer, "score", lambda plan: Score(np.nan if plan == plan_of else 0.1, 2.3, 10))
     choose_prior(half, HALF)
     assert half.priors[HALF] == UNIFORM
 
     monkeypatch.setattr(half.scorer, "score", lambda plan: Score(0.1, 2.3, 10))
     choose_prior(half, HALF)
-    assert half.priors[HALF] == KNAPSACK
+    assert half.priors[HALF] == UNIFORM
+    found = SEARCHERS["prior"](half, HALF, SearchSettings(evaluations=3))
+    assert found.plan == half.plan(half.uniform_counts(half.limits[HALF]))
 
 
 def test_ends_are_the_two_allocations_and_halfway_is_between() -> None:
@@ -112,12 +128,12 @@ def test_policy_starts_again_from_what_it_was_trained_from(
     choose = scores_by_share(half.only(HALF), monkeypatch, UNIFORM)
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     trainer = Trainer([half], CONFIG, run)
-    assert (trainer.notes.evaluations, len(choose)) == (TRIALS, TRIALS + 1)
+    assert (trainer.notes.evaluations, len(choose)) == (TRIALS, TRIALS)
     monkeypatch.undo()
     result = trainer.run_all(progress=False)
     trainer.close()
     _, metadata = load_policy(result.policy)
-    assert metadata[PRIORS] == {"digits_resnet macs:0.5": UNIFORM}
+    assert metadata[PRIORS] == {prior_key(half, HALF): UNIFORM}
 
     half.priors.clear()
     found = SEARCHERS["policy"](half, HALF, SearchSettings(policy=result.policy, evaluations=0))
@@ -130,11 +146,11 @@ def test_policy_starts_again_from_what_it_was_trained_from(
 @pytest.mark.parametrize(
     ("metadata", "share"),
     [
-        ({PRIORS: {"digits_resnet macs:0.5": HALFWAY}}, HALFWAY),
+        ({PRIORS: {"KEY": HALFWAY}}, HALFWAY),
         ({"networks": ["digits_resnet"]}, KNAPSACK),  # of a version that knew nothing else
-        ({PRIORS: {"digits_resnet macs:0.3": HALFWAY}, "networks": ["digits_resnet"]}, None),
-        ({PRIORS: {"another macs:0.5": HALFWAY}}, None),
-        ({}, None),
+        ({PRIORS: {"KEY2": HALFWAY}, "networks": ["digits_resnet"]}, None),
+        ({PRIORS: {}}, None),
+        ({"networks": None}, None),
     ],
 )
 def test_only_what_is_not_known_is_tried(
@@ -142,11 +158,64 @@ def test_only_what_is_not_known_is_tried(
 ) -> None:
     """Another network, or another budget, may need another start."""
     asked = scores_by_share(half, monkeypatch, UNIFORM)
+    key = prior_key(half, HALF)
+    metadata = {
+        name: {key + one.removeprefix("KEY"): share for one, share in value.items()} if name == PRIORS else value
+        for name, value in metadata.items()
+    }
 
     evaluations = take_prior(half, HALF, metadata)
 
     assert half.priors[HALF] == (UNIFORM if share is None else share)
-    assert (evaluations, len(asked)) == ((TRIALS, TRIALS + 1) if share is None else (0, 0))
+    assert (evaluations, len(asked)) == ((TRIALS, TRIALS) if share is None else (0, 0))
+
+
+@pytest.mark.parametrize("damaged", [[], "x", 7, {"KEY": 1e6}, {"KEY": "knapsack"}, {"KEY": np.nan}])
+def test_damaged_metadata_are_refused(half: PruningProblem, damaged: Any) -> None:
+    """A policy that starts from anything else was not trained for it."""
+    if isinstance(damaged, dict):
+        damaged = {prior_key(half, HALF): damaged["KEY"]}
+
+    with pytest.raises(PruningError, match="`--policy` should be a file that tells what the policy starts from"):
+        take_prior(half, HALF, {PRIORS: damaged})
+
+
+def test_policy_that_is_trained_further_keeps_its_start(half: PruningProblem, tmp_path: Path) -> None:
+    """Its corrections are of that start; a new one may score better."""
+    policies = []
+    for name, policy in (("first", None), ("second", "first")):
+        run = RunFolder.create(tmp_path / name, network="n", searcher="ppo", budget="b", seed=0, config={})
+        config = CONFIG if policy is None else replace(CONFIG, policy=policies[0])
+        trainer = Trainer([half], config, run)
+        if policy is None:
+            half.priors[HALF] = HALFWAY  # whatever was chosen
+        assert half.priors[HALF] == HALFWAY
+        assert policy is None or trainer.notes.evaluations == 0
+        policies.append(trainer.run_all(progress=False).policy)
+        trainer.close()
+
+
+def test_training_of_an_earlier_version_goes_on_from_the_knapsack(half: PruningProblem, tmp_path: Path) -> None:
+    """Its checkpoint is there, and nothing says what it started from."""
+    for _ in range(2):
+        run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+        trainer = Trainer([half], CONFIG, run)
+        trainer.run_update()
+        trainer.close()
+        run.path("priors.json").unlink()
+
+    assert half.priors == {HALF: KNAPSACK}
+
+
+def test_training_with_few_evaluations_tries_nothing(half: PruningProblem, tmp_path: Path) -> None:
+    """What was asked for is one update."""
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    trainer = Trainer([half], replace(CONFIG, evaluations=7), run)
+    result = trainer.run_all(progress=False)
+    trainer.close()
+
+    assert half.priors == {HALF: KNAPSACK}
+    assert result.evaluations <= 7
 
 
 def test_resumed_training_goes_on_from_the_same_start(scorer: Scorer, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from prunegym.agents.run_folders.records import (
 )
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.prior import PRIORS
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.measuring import evaluate_network
 from prunegym.pruning.network import PrunableNetwork
@@ -58,7 +59,7 @@ def test_attention_is_that_of_the_policy(policy: PruningPolicy, env: ChannelPrun
 def test_shares_of_attention_sum_to_one(policy: PruningPolicy, problem: PruningProblem, tmp_path: Path) -> None:
     """As they are kept, rounded."""
     run = RunFolder(tmp_path)
-    save_attention(policy, [problem], 1, run)
+    save_attention(policy, {PRIORS: {}, "rounds": 1}, [problem], run)
 
     for record in run.read_json(ATTENTION):
         for name in ("between", "links"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from prunegym.agents.comparison.bootstrap import Interval, Runs, difference_interval, mean_interval
 from prunegym.agents.comparison.measure import STAGES
+from prunegym.agents.searching.searchers import NOT_SEARCHING
 
 Row: TypeAlias = Mapping[str, Any]
 Pair: TypeAlias = tuple[str, str]
@@ -154,7 +155,7 @@ def fastest_seconds(table: Table) -> dict[Pair, float] | None:
     spent = {
         name: table.runs(name, "seconds")
         for name in table.searchers
-        if any(row["evaluations"] for row in table.rows if row["searcher"] == name)
+        if name not in NOT_SEARCHING and any(row["evaluations"] for row in table.rows if row["searcher"] == name)
     }
     if not spent:
         return None

@@ -163,8 +163,8 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     """
 
     policy: Path | None = None
-    """Policy file to start from; by default a new policy, whose plan is the best of knapsack, uniform
-    and halfway."""
+    """Policy file to start from; by default a new policy, which starts from the best of knapsack,
+    uniform and halfway."""
     evaluations: int = DEFAULT_EVALUATIONS
     """Plans scored in all, at most: the price of the training."""
     rounds: int = 3
@@ -193,7 +193,8 @@ class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNet
     netadapt, amc, dcpa, laasp, attention."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
-    and policies at most two, on a network that is new to them."""
+    policies at
+    most three, on a network or budget that is new to them."""
     test: bool = False
     """Measure every plan on the test images too. For the end: what was chosen by looking at them is no
     longer an honest result."""
@@ -226,7 +227,8 @@ class TransferConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwo
     policy: Path = field()
     """Policy file to transfer."""
     evaluations: int = 0
-    """Plans that may be scored on each new network and budget; 0 is zero-shot."""
+    """Plans that may be scored on each new network and budget; 0 is zero-shot: but for three that
+    decide what the policy starts from there, none."""
     test: bool = False
     """Measure every plan on the test images too. For the end: what was chosen by looking at them is no
     longer an honest result."""
@@ -247,7 +249,8 @@ class SearchOptions(Options):
     """Cost kept: a share of the unpruned network's MACs, parameters or latency (macs:0.5, params:0.3,
     latency:0.7), or a latency in milliseconds (latency:12ms)."""
     searcher: str | None = None
-    """Who makes the plan; policy if --policy is given, else prior, the best of knapsack, uniform and halfway.
+    """Who makes the plan; policy if --policy is given, else prior, the best of knapsack, uniform and halfway
+    (with fewer than 3 --evaluations the knapsack).
     Without evaluations: uniform, global_magnitude, lamp, global_taylor, knapsack, policy. With: prior, sensitivity,
     random, tpe, cmaes, evolution, legr, netadapt, amc, dcpa, laasp, attention. dcpa may leave residual blocks out;
     laasp and attention choose channels themselves."""
@@ -257,7 +260,8 @@ class SearchOptions(Options):
     """Plan file (plan.json of another `prunegym prune`) to carry out instead of searching."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
-    and policies at most two, on a network that is new to them."""
+    policies at
+    most three, on a network or budget that is new to them."""
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with."""
     leave_out: Names = ()
@@ -292,9 +296,9 @@ class SearchOptions(Options):
             return "plan"
         if self.searcher is not None or self.policy is not None:
             return self.searcher or "policy"
-        from prunegym.envs.prior import SHARES
+        from prunegym.envs.prior import TRIALS
 
-        return "prior" if self.evaluations >= len(SHARES) else "knapsack"
+        return "prior" if self.evaluations >= TRIALS else "knapsack"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ They are plain data, so that the report needs neither the network nor its images
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from prunegym.agents.policies.encoder import GraphAttention
 from prunegym.agents.policies.policy import Arrays, PruningPolicy
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.envs.prior import take_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.measuring import evaluate_network
@@ -80,19 +81,29 @@ def note_plan(run: RunFolder, searcher: str, problem: PruningProblem, budget: Bu
     run.write_json(PLANS, plans)
 
 
-def save_attention(policy: PruningPolicy, problems: Iterable[PruningProblem], rounds: int, run: RunFolder) -> None:
+def save_attention(
+    policy: PruningPolicy,
+    metadata: Mapping[str, Any],
+    problems: Iterable[PruningProblem],
+    run: RunFolder,
+    rounds: int | None = None,
+) -> None:
     """Keep where a policy looks, on each network and budget, in the run folder.
 
     Args:
         policy: The policy.
+        metadata: Of its file: rounds, and what it starts from.
         problems: Networks with their budgets.
-        rounds: Rounds of pruning of the policy.
         run: The run folder, gets :data:`ATTENTION`.
+        rounds: Other rounds of pruning than the policy's.
 
     Raises:
         PruningError: The file could not be written.
     """
-    envs = [ChannelPruningEnv(problem, rounds=rounds) for problem in problems]
+    envs = [ChannelPruningEnv(problem, rounds=rounds or int(metadata.get("rounds", 1))) for problem in problems]
+    for env in envs:
+        for budget in env.problem.budgets:
+            take_prior(env.problem, budget, metadata)
     run.write_json(ATTENTION, [record for env in envs for record in attention_records(policy, env)])
 
 

@@ -65,7 +65,7 @@ __all__ = [
 def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
     """The own plan of a trained policy: one deterministic pass.
 
-    It scores no plan on networks that it was trained on; on another, two decide what it starts from
+    It scores no plan where it was trained; on another network or budget, three decide what it starts from
     (:mod:`prunegym.envs.prior`).
     """
     if settings.policy is None:
@@ -132,7 +132,10 @@ SEARCHERS: dict[str, Searcher] = {
 }
 
 WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_taylor", "knapsack", "policy"})
-"""Searchers that score no plan."""
+"""Searchers that are allowed no evaluation; a policy tries what to start from on what is new to it."""
+
+NOT_SEARCHING = WITHOUT_EVALUATIONS | {"prior"}
+"""Searchers that score a few plans at most: what they take is no measure of what a search takes."""
 
 WITHOUT_SEED = WITHOUT_EVALUATIONS | {"prior", "sensitivity", "netadapt"}
 """Searchers that draw no random number: another seed makes no difference."""
