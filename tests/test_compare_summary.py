@@ -124,7 +124,8 @@ def test_fastest_search_sets_the_seconds(table: Table) -> None:
 @pytest.mark.parametrize("name", ["prior", "policy"])
 def test_what_scores_a_few_plans_sets_no_seconds(table: Table, name: str) -> None:
     """By then no search has a plan, and the table of equal seconds would be empty."""
-    few = [{**row, "searcher": name, "evaluations": 3, "seconds": 0.1} for row in rows() if row["searcher"] == "uniform"]
+    changed = {"searcher": name, "evaluations": 3, "seconds": 0.1}
+    few = [{**row, **changed} for row in rows() if row["searcher"] == "uniform"]
 
     assert fastest_seconds(Table([*rows(), *few], curves(), (*SCORES, name))) == dict.fromkeys(PAIRS, 4.5)
 
