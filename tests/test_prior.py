@@ -12,6 +12,7 @@ from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.training.loop import Trainer
+from prunegym.agents.training.priors import PRIORS_FILE
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.prior import (
     HALFWAY,
@@ -202,7 +203,7 @@ def test_training_of_an_earlier_version_goes_on_from_the_knapsack(half: PruningP
         trainer = Trainer([half], CONFIG, run)
         trainer.run_update()
         trainer.close()
-        run.path("priors.json").unlink()
+        run.path(PRIORS_FILE).unlink()
 
     assert half.priors == {HALF: KNAPSACK}
 

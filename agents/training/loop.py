@@ -8,14 +8,14 @@ on to the same result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
-from prunegym.agents.policies.policy_file import load_policy, save_policy
+from prunegym.agents.policies.policy_file import save_policy
 from prunegym.agents.policies.ppo import Episode
 from prunegym.agents.run_folders.journal import JOURNAL, Clock, journaled, scorer_identity
 from prunegym.agents.run_folders.records import ATTENTION, attention_records
@@ -25,11 +25,12 @@ from prunegym.agents.training.agent import make_agent
 from prunegym.agents.training.checkpoint import load_checkpoint, save_checkpoint
 from prunegym.agents.training.collector import Collector
 from prunegym.agents.training.notes import Notes
+from prunegym.agents.training.priors import take_priors
 from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.settling import FEWEST, SETTLING, SecondLooks, Start
 from prunegym.agents.training.workers import AgentConfig, make_env, make_envs, shared_padding
 from prunegym.envs.channel_pruning import ChannelPruningEnv
-from prunegym.envs.prior import PRIORS, TRIALS, prior_key, take_prior
+from prunegym.envs.prior import PRIORS, prior_key
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
@@ -38,8 +39,6 @@ from prunegym.pruning.plan import PruningPlan
 POLICY_FILE = "policy.safetensors"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
-PRIORS_FILE = "priors.json"
-"""What the policy starts from, by network and budget, and the evaluations that finding out took."""
 TIMING = "timing.csv"
 """Seconds stand apart from the metrics, which are the same for the same seed."""
 
@@ -94,7 +93,8 @@ class Trainer:
         self.folder = run
         self.limit = limit
         self.padding = shared_padding(self.problems)
-        trials = self._take_priors()  # before environments are made, which start from them
+        # before environments are made, which start from them
+        trials = take_priors(self.pairs, config, run, begun=run.path(CHECKPOINT).exists())
         self.envs = make_envs(self.problems, config, self.padding)
         # rounded up: every worker plays the same number of whole episodes
         self.episodes = -(-config.update_evaluations // self.envs.num_envs) * self.envs.num_envs
@@ -112,24 +112,6 @@ class Trainer:
         # a row whose checkpoint was never finished, be it the first, is written again
         for name in (METRICS, TIMING):
             run.truncate_rows(name, self.update)
-
-    def _take_priors(self) -> int:
-        """Decide what the policy starts from, unless the run has done so; the evaluations that this counts for."""
-        if self.folder.path(PRIORS_FILE).exists():
-            kept = self.folder.read_json(PRIORS_FILE)
-            for problem, budget in self.pairs:
-                problem.priors[budget] = kept[PRIORS][problem.key(budget)]
-            return int(kept["trials"])
-        pairs, config = len(self.pairs), self.config
-        least = config.update_evaluations + pairs + TRIALS * pairs
-        begun = self.folder.path(CHECKPOINT).exists()  # by an earlier version, which started from the knapsack
-        metadata: Mapping[str, Any] = {PRIORS: {}} if config.policy is None else load_policy(config.policy)[1]
-        if begun or (config.policy is None and config.evaluations < least):
-            metadata = {"networks": [problem.scorer.network.name for problem in self.problems]}
-        trials = sum(take_prior(problem, budget, metadata) for problem, budget in self.pairs)
-        priors = {problem.key(budget): problem.priors[budget] for problem, budget in self.pairs}
-        self.folder.write_json(PRIORS_FILE, {PRIORS: priors, "trials": trials})
-        return trials
 
     def _plan_updates(self) -> None:
         """Decide how far the evaluations go, and whether they last for second looks."""
