@@ -1,5 +1,6 @@
 """The README is true: its Python runs, its tables are the rows', its commands and options exist as on every page."""
 
+import csv
 import importlib
 import re
 from pathlib import Path
@@ -161,6 +162,21 @@ def test_proxies_of_the_plain_network_are_those_of_the_rows(tables: ModuleType) 
         f"({min(accuracies):.2f} to {max(accuracies):.2f})",
     ):
         assert sentence in FLOWING
+
+
+def test_worth_of_a_search_with_fine_tuning_is_that_of_the_rows() -> None:
+    """What each ends at after fine-tuning, and what it was allowed."""
+    folder = ROOT / "benchmarks" / "results" / "compare_resnet20_35_finetuned"
+    with (folder / "rows.csv").open(newline="") as file:
+        rows = {one["searcher"]: one for one in csv.DictReader(file)}
+    ends = {name: f"{100 * float(one['after_finetuning_score']):.1f}" for name, one in rows.items()}
+    spent = {name: one["evaluations"] for name, one in rows.items()}
+
+    assert {one["seed"] for one in rows.values()} == {"0"}  # the README says one seed
+    assert (
+        f"uniform ends at {ends['uniform']}, the knapsack, which needs none, at {ends['knapsack']}, an agent after "
+        f"{spent['agent']} evaluations at {ends['agent']} and CMA-ES after {spent['cmaes']} at {ends['cmaes']} (one seed"
+    ) in FLOWING
 
 
 def test_pages_that_show_commands_are_known() -> None:
