@@ -175,7 +175,8 @@ def test_worth_of_a_search_with_fine_tuning_is_that_of_the_rows() -> None:
     assert {one["seed"] for one in rows.values()} == {"0"}  # the README says one seed
     assert (
         f"uniform ends at {ends['uniform']}, the knapsack, which needs none, at {ends['knapsack']}, an agent after "
-        f"{spent['agent']} evaluations at {ends['agent']} and CMA-ES after {spent['cmaes']} at {ends['cmaes']} (one seed"
+        f"{spent['agent']} evaluations at {ends['agent']} and CMA-ES after {spent['cmaes']} at "
+        f"{ends['cmaes']} (one seed"
     ) in FLOWING
 
 
