@@ -103,13 +103,14 @@ def collect_statistics(
 def without_gradient(graph: ChannelGraph, statistics: Statistics) -> list[str]:
     """Names of groups whose channels are active, and yet all change the loss by exactly 0: no gradient came through.
 
-    A ``detach()`` after them does that, or a last layer of zeros.
+    A ``detach()`` after them does that. Where it is so of every group, the loss is at its least, and nothing is told.
     """
-    return [
+    blind = [
         group.name
         for group in graph.groups
         if statistics.activation_mean[group.units].any() and not statistics.taylor[group.units].any()
     ]
+    return blind if len(blind) < len(graph.groups) else []
 
 
 def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, Reader]]:
