@@ -141,7 +141,7 @@ class Scorer:
             names = f"{', '.join(blind[:3])}{f' and {len(blind) - 3} more' if len(blind) > 3 else ''}"
             warnings.warn(
                 f"no gradient reaches the channel groups {names}, so that Taylor criteria, the knapsack and policies "
-                "take them for worthless. Look for a detach() after them; "
+                "take them for worthless. Look for a detach() or a layer of zeros after them; "
                 f"`--bound '{blind[0]}=1..1'` leaves a group as it is",
                 stacklevel=3,
             )
