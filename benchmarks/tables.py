@@ -28,6 +28,7 @@ CONTROLLED = {"agent": "**agent**", "shuffled": "agent, shuffled", "mean": "agen
 TITLES = {
     "resnet20_50": "ResNet-20, 50 %",
     "resnet20_35": "ResNet-20, 35 %",
+    "resnet56_35": "ResNet-56, 35 %",
     "vgg16_half_20": "VGG-16/2, 20 %",
 }
 """Grids of the README's table."""
