@@ -40,6 +40,11 @@ def together(results: Path, grids: Sequence[str] = GRIDS) -> Table:
     by_grid = [FinishedRows(RunFolder(folder), KEY, TIMED).read() for folder in folders]
     names = [dict.fromkeys(str(row["searcher"]) for row in rows) for rows in by_grid]
     common = tuple(one for one in names[0] if all(one in others for others in names))
+    for name, rows in zip(folders, by_grid, strict=True):
+        seeds = {one: {row["seed"] for row in rows if row["searcher"] == one} for one in common}
+        short = [one for one, found in seeds.items() if found != set().union(*seeds.values())]
+        if short:
+            raise SystemExit(f"{name.name} lacks seeds of {', '.join(short)}: finish it with compare.py first")
     return Table([row for rows in by_grid for row in rows if row["searcher"] in common], (), common)
 
 

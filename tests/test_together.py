@@ -55,5 +55,5 @@ def test_grid_that_lacks_a_seed_of_a_searcher_is_refused(script: ModuleType, tmp
     """Means over different seeds would stand side by side."""
     add_grid(tmp_path, "a", "macs:0.5", {"agent": [0.7, 0.8], "random": [0.6]})
 
-    with pytest.raises(KeyError):
-        script.write(script.together(tmp_path, ("a",)), tmp_path)
+    with pytest.raises(SystemExit, match="compare_a lacks seeds of random: finish it with compare.py"):
+        script.together(tmp_path, ("a",))

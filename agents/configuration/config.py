@@ -163,8 +163,8 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     """
 
     policy: Path | None = None
-    """Policy file to start from; by default a new policy, which starts from the best of knapsack,
-    uniform and halfway."""
+    """Policy file to start from; by default a new policy, which starts from the best of knapsack, uniform and
+    halfway."""
     evaluations: int = DEFAULT_EVALUATIONS
     """Plans scored in all, at most: the price of the training."""
     rounds: int = 3
@@ -193,8 +193,7 @@ class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNet
     netadapt, amc, dcpa, laasp, attention."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
-    policies at
-    most three, on a network or budget that is new to them."""
+    policies at most three, on a network or budget that is new to them."""
     test: bool = False
     """Measure every plan on the test images too. For the end: what was chosen by looking at them is no
     longer an honest result."""
@@ -250,8 +249,8 @@ class SearchOptions(Options):
     latency:0.7), or a latency in milliseconds (latency:12ms)."""
     searcher: str | None = None
     """Who makes the plan; policy if --policy is given, else prior, the best of knapsack, uniform and halfway
-    (with fewer than 3 --evaluations the knapsack).
-    Without evaluations: uniform, global_magnitude, lamp, global_taylor, knapsack, policy. With: prior, sensitivity,
+    (with fewer than 3 --evaluations the knapsack). Without evaluations: uniform, global_magnitude, lamp,
+    global_taylor, knapsack, policy. With: prior, sensitivity,
     random, tpe, cmaes, evolution, legr, netadapt, amc, dcpa, laasp, attention. dcpa may leave residual blocks out;
     laasp and attention choose channels themselves."""
     policy: Path | None = None
@@ -260,8 +259,7 @@ class SearchOptions(Options):
     """Plan file (plan.json of another `prunegym prune`) to carry out instead of searching."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
-    policies at
-    most three, on a network or budget that is new to them."""
+    policies at most three, on a network or budget that is new to them."""
     rounds: int | None = None
     """Rounds of pruning; by default those the policy was trained with."""
     leave_out: Names = ()
