@@ -254,10 +254,8 @@ def inspect_network(
 
 def _kept(network: PrunableNetwork, plan: PruningPlan) -> NDArray[np.int64]:
     """Channels of each group ``(groups,)`` that are there once the plan is carried out."""
-    graph = network.graph
-    counts = np.bincount(graph.group_of[plan.mask(graph)], minlength=len(graph.groups))
-    gone = [_within(group, plan.removed) for group in graph.groups]
-    return np.where(gone, 0, counts)
+    gone = [_within(group, plan.removed) for group in network.graph.groups]
+    return np.where(gone, 0, network.counts(plan))
 
 
 def _within(group: ChannelGroup, blocks: Sequence[str]) -> bool:
@@ -267,8 +265,7 @@ def _within(group: ChannelGroup, blocks: Sequence[str]) -> bool:
 
 
 def _plan_cost(network: PrunableNetwork, plan: PruningPlan) -> PlanCost:
-    counts = np.bincount(network.graph.group_of[plan.mask(network.graph)], minlength=len(network.graph.groups))
-    left, full = network.costs_without(plan.removed).cost(counts), network.full_cost
+    left, full = network.cost(plan), network.full_cost
     return PlanCost(
         macs=left.macs,
         parameters=left.parameters,
