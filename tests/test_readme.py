@@ -164,6 +164,17 @@ def test_proxies_of_the_plain_network_are_those_of_the_rows(tables: ModuleType) 
         assert sentence in FLOWING
 
 
+def test_time_of_the_agent_is_that_of_the_rows() -> None:
+    """Seconds of an agent's search over those of CMA-ES, in the same grid."""
+    ratios = []
+    for grid in ("resnet56_35", "vgg16_half_20"):
+        with (ROOT / "benchmarks" / "results" / f"compare_{grid}" / "rows_timing.csv").open(newline="") as file:
+            seconds = {one["searcher"]: float(one["seconds"]) for one in csv.DictReader(file) if one["seed"] == "0"}
+        ratios.append(f"{seconds['agent'] / seconds['cmaes']:.1f}")
+
+    assert f"took {' and '.join(ratios)} times the seconds of CMA-ES" in FLOWING
+
+
 def test_worth_of_a_search_with_fine_tuning_is_that_of_the_rows() -> None:
     """What each ends at after fine-tuning, and what it was allowed."""
     folder = ROOT / "benchmarks" / "results" / "compare_resnet20_35_finetuned"
