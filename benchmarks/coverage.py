@@ -301,7 +301,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def summarise(table: Table) -> None:
-    """Print what the README says."""
+    """Print what README.md and docs/results.md say."""
     for library in ("torchvision", "timm"):
         rows = [row for row in table.rows if row["library"] == library]
         if not rows:

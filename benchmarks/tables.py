@@ -1,45 +1,61 @@
-"""The README's tables, from the rows in `results/`.
+"""The tables of README.md and docs/results.md, from the rows in `results/`.
 
-    python benchmarks/tables.py
+    python benchmarks/tables.py           # prints them
+    python benchmarks/tables.py --write   # puts them in their places
 
-Prints Markdown; accuracies are in percent. A test compares each line with the README.
+A place is a comment `<!-- table: NAME -->`; what follows it is made here, and a test says when it is not. Accuracies
+are in percent.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from itertools import zip_longest
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from formats import markdown, with_interval, with_range
+import tyro
+from comparison_tables import compare, compare_finetuned, short, together
+from formats import markdown, with_range
 from proxy_table import Study, studies_of, tau_rows
 from rows import RESULTS, Table
-from together import lines
-from together import together as grids_together
 
-from prunegym.agents.comparison import summary
-from prunegym.agents.comparison.grid import KEY, TIMED
-from prunegym.agents.run_folders.finished_rows import FinishedRows
-from prunegym.agents.run_folders.runs import RunFolder
-
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PLACE = r"<!-- table: (\w+) -->\n(?:\n(?:\|.*\n)+)?"
 BUDGETS = ("macs:0.5", "macs:0.35")
-CONTROLLED = {"agent": "**agent**", "shuffled": "agent, shuffled", "mean": "agent, mean action"}
-TITLES = {
-    "resnet20_50": "ResNet-20, 50 %",
-    "resnet20_35": "ResNet-20, 35 %",
-    "resnet56_35": "ResNet-56, 35 %",
-    "vgg16_half_20": "VGG-16/2, 20 %",
-}
-"""Grids of the README's table."""
 STUDIED = {"cifar_resnet20": "ResNet-20, 35 % MACs", "cifar_vgg16_half": "half-width VGG-16, 15 % MACs"}
 _HEADER = ("MACs kept", "50 %", "35 %")
 
 
-def main() -> None:
-    """Print every table."""
-    for name, make in TABLES.items():
-        print(f"## {name}\n\n{make()}\n")
+@dataclass(frozen=True)
+class Arguments:
+    """What to do with the tables."""
+
+    write: bool = False
+    """Put them in their places in README.md and docs/results.md."""
+
+
+def main(arguments: Arguments) -> None:
+    """Print every table, or write it."""
+    made = {name: make() for name, make in TABLES.items()}
+    if arguments.write:
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+        return
+    for name, table in made.items():
+        print(f"## {name}\n\n{table}\n")
+
+
+def filled(page: str, made: Mapping[str, str]) -> str:
+    """A page with each table in its place.
+
+    Raises:
+        KeyError: It has a place for a table that nobody makes.
+    """
+    return re.sub(PLACE, lambda place: f"<!-- table: {place[1]} -->\n\n{made[place[1]]}\n", page)
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -63,25 +79,6 @@ def post_training() -> str:
         return with_range(float(one["selection_score"]) for one in found)
 
     return markdown(_HEADER, ([title, *(score(name, one) for one in BUDGETS)] for name, title in titles.items()))
-
-
-def compare(name: str = "resnet20_50") -> str:
-    """All searchers of a grid, best first, in two columns; the agent's controls under its name."""
-    rows = FinishedRows(RunFolder(RESULTS / f"compare_{name}"), KEY, TIMED).read()
-    searchers = tuple(dict.fromkeys(str(one["searcher"]) for one in rows))
-    scores = {one["searcher"]: one["score"] for one in summary.summarise(summary.Table(rows, (), searchers))}
-    ranked = sorted(scores, key=lambda one: -scores[one].mean)
-    cells = [(CONTROLLED.get(one, one), with_interval(scores[one])) for one in ranked]
-    half = -(-len(cells) // 2)
-    pairs = zip_longest(cells[:half], cells[half:], fillvalue=("", ""))
-    return markdown(("", "score", "", "score"), ([*left, *right] for left, right in pairs))
-
-
-def together() -> str:
-    """All post-training grids, by the mean over their pairs of network and budget."""
-    rows = lines(grids_together(RESULTS, tuple(TITLES)))
-    cells = ([CONTROLLED.get(name, name), *rest] for name, *rest in rows)
-    return markdown(["", "mean", "minus agent", *TITLES.values()], cells)
 
 
 def transfer() -> str:
@@ -217,9 +214,11 @@ def proxy() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "short": short,
     "post_training": post_training,
     "compare": compare,
     "together": together,
+    "compare_finetuned": compare_finetuned,
     "transfer": transfer,
     "finetune": finetune,
     "coverage": coverage,
@@ -230,4 +229,4 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Arguments))

@@ -1,0 +1,230 @@
+"""Figures in the README and among the results are those of the rows: every table, and what sentences say of them."""
+
+import csv
+import importlib
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md")}
+FRONT, RESULTS = (" ".join(page.split()) for page in PAGES.values())
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """The script that makes the README's tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module("tables")
+
+
+def test_tables_are_those_of_the_rows(tables: ModuleType) -> None:
+    """Each is in its place, each has one, and there is no other table with figures."""
+    made = {name: table() for name, table in tables.TABLES.items()}
+    places = [name for page in PAGES.values() for name in re.findall(tables.PLACE, page)]
+    lines = [line for page in PAGES.values() for line in page.splitlines() if re.match(r"\|.*\d", line)]
+
+    assert sorted(places) == sorted(made)
+    for page in PAGES.values():
+        assert tables.filled(page, made) == page  # else: python benchmarks/tables.py --write
+    assert [line for line in lines if not any(line in table for table in made.values())] == []
+
+
+def test_table_is_put_in_its_place(tables: ModuleType) -> None:
+    """Instead of an older one, or where there was none; what stands around it stays."""
+    page = "before\n\n<!-- table: a -->\n\n| 1 |\n| 2 |\n\nbetween\n\n<!-- table: b -->\n\nafter\n"
+
+    filled = tables.filled(page, {"a": "| 3 |", "b": "| 4 |\n| 5 |"})
+
+    assert filled == ("before\n\n<!-- table: a -->\n\n| 3 |\n\nbetween\n\n<!-- table: b -->\n\n| 4 |\n| 5 |\n\nafter\n")
+    with pytest.raises(KeyError, match="b"):
+        tables.filled(page, {"a": "| 3 |"})
+
+
+def test_speed_is_that_of_the_rows(tables: ModuleType) -> None:
+    """What an evaluation, a training and a pass of the policy cost."""
+    rows = {(one["what"], one["network"]): one for one in tables.read("speed")}
+    two, other = rows["evaluation", "cifar_resnet20"], rows["evaluation", "cifar_resnet20_conv"]
+    networks = ("cifar_resnet20", "cifar_resnet56")
+    shares = [rows[f"share, {rounds} rounds", name] for name in networks for rounds in (1, 3)]
+    one, three, large, largest = (f"{100 * float(row['share']):.0f} %" for row in shares)
+    spent = [int(row["evaluations"]) for row in shares]
+    passes = [
+        f"{1e3 * float(rows['policy', network]['policy_seconds']):.0f} ms and "
+        f"{float(rows['policy', network]['memory_mib']):.0f} MiB on {name} ({rows['policy', network]['groups']} groups)"
+        for network, name in (("resnet50", "torchvision's ResNet-50"), ("vgg19", "VGG-19"))
+    ]
+
+    for sentence in (
+        f"costs {100 * float(two['overhead']):.0f} % more than the forward passes alone",
+        f"(ResNet-20; {100 * float(other['overhead']):.0f} % with 1×1 shortcuts)",
+        f"It is {float(other['times_faster']):.1f} times as fast as a deep copy pruned by torch_pruning",
+        f"medians of {two['repeats']} turns side by side",
+        f"take {one} of a training run's time on ResNet-20 in one round and {three} in three, {large} on ResNet-56 in "
+        f"one and {largest} in three (one run each of {min(spent)} to {max(spent)} evaluations",
+        f"takes {', '.join(passes)}",
+    ):
+        assert sentence in RESULTS
+
+
+def test_price_of_the_agents_is_that_of_the_rows(tables: ModuleType) -> None:
+    """Their evaluations, and what they reach on the reward images."""
+    agents = {
+        budget: [one for one in tables.read(name) if (one["searcher"], one["budget"]) == ("agent", budget)]
+        for name, budget in (("post_training_confirmed", "macs:0.5"), ("post_training", "macs:0.35"))
+    }
+    (half, third) = (sorted({int(one["evaluations"]) for one in some}) for some in agents.values())
+    reward = tables.with_range(float(one["reward_score"]) for one in agents["macs:0.5"])
+
+    spent = f"spent {half[0]} or {half[-1]} evaluations (plans scored) at 50 % and {third[0]} to {third[-1]} at 35 %"
+    assert spent in RESULTS
+    assert f"the agents at 50 % reach {reward} and the knapsack 77.2" in RESULTS
+
+
+def test_depth_is_that_of_the_rows(tables: ModuleType) -> None:
+    """How many blocks went, and what was left."""
+    rows = tables.read("depth")
+    found = [one for one in rows if one["searcher"] == "dcpa"]
+    gone = [len(one["blocks_left_out"].split()) for one in found]
+    scores = [100 * float(one["selection_score"]) for one in found]
+    (knapsack,) = {f"{100 * float(one['selection_score']):.1f}" for one in rows if one["searcher"] == "knapsack"}
+
+    assert f"25 blocks at 35 % MACs it leaves out {gone[0]}, {gone[1]} and {gone[2]} (three seeds)" in RESULTS
+    assert f"{min(scores):.1f} to {max(scores):.1f} without training, below the knapsack's {knapsack}" in RESULTS
+
+
+def ends_of(tables: ModuleType, network: str) -> dict[str, list[float]]:
+    """What allocations end at, in percent, by name."""
+    ends: dict[str, list[float]] = {}
+    for one in tables.read("proxy"):
+        if (one["network"], one["measure"]) == (network, "finetuned"):
+            ends.setdefault(one["allocation"], []).append(100 * float(one["score"]))
+    return ends
+
+
+def test_proxies_of_the_resnet_are_those_of_the_rows(tables: ModuleType) -> None:
+    """Spread, noise, and what uniform and the knapsack end at."""
+    study, ends = tables.study_of("cifar_resnet20"), ends_of(tables, "cifar_resnet20")
+    target = sorted(100 * study.target, reverse=True)
+    uniform, knapsack = (fmean(ends[name]) for name in ("uniform", "knapsack"))
+
+    for sentence in (
+        f"{len(target)} allocations of ResNet-20 at 35 % MACs",
+        f"ResNet-20 ends at {target[-1]:.1f} to {target[0]:.1f} %, with a standard deviation of {stdev(target):.1f}",
+        f"between seeds of one allocation it is {100 * study.noise:.1f}. Uniform ends at {uniform:.1f} (mean of "
+        f"{len(ends['uniform'])} seeds)",
+        f"at {knapsack:.1f}: the best of all, {target[0] - target[1]:.1f} points above the next",
+    ):
+        assert sentence in RESULTS
+
+
+def test_proxies_of_the_plain_network_are_those_of_the_rows(tables: ModuleType) -> None:
+    """The same, and what training steps add to the rank of a score."""
+    study, ends = tables.study_of("cifar_vgg16_half"), ends_of(tables, "cifar_vgg16_half")
+    target = sorted(100 * study.target, reverse=True)
+    uniform, knapsack = (fmean(ends[name]) for name in ("uniform", "knapsack"))
+    taus = {row["proxy"]: row for row in tables.tau_rows(study)}
+    gains = [taus[f"accuracy, after {steps} training steps"] for steps in (20, 100)]
+    (few, many) = (f"{row['gain']:.2f} ({row['gain_low']:.2f} to {row['gain_high']:.2f}" for row in gains)
+    accuracies = [row["top_tau"] for name, row in taus.items() if name.startswith("accuracy") and "right" not in name]
+    halfway = {
+        one["measure"]: f"{100 * float(one['score']):.1f}"
+        for one in tables.read("proxy")
+        if (one["network"], one["allocation"]) == ("cifar_vgg16_half", "halfway to the knapsack")
+    }
+
+    for sentence in (
+        f"and {len(target)} of half-width VGG-16 at 15 %",
+        f"VGG-16 ends at {target[-1]:.1f} to {target[0]:.1f} %, with a standard deviation of {stdev(target):.1f}",
+        f"between seeds of one allocation it is {100 * study.noise:.1f}. Uniform ends at {uniform:.1f} (mean of "
+        f"{len(ends['uniform'])} seeds), {target[0] - uniform:.1f} points below the best of all; the knapsack at "
+        f"{knapsack:.1f}",
+        f"20 steps add {few.replace(' (', ' to its tau (')}, paired) and 100 add {many})",
+        f"has {halfway['compensated']} after recovery, {halfway['steps 20']} after 20 steps, {halfway['finetuned']} in",
+        f"which end within {target[0] - target[len(target) // 2 - 1]:.1f} points of each other, no accuracy ranks well "
+        f"({min(accuracies):.2f} to {max(accuracies):.2f})",
+    ):
+        assert sentence in RESULTS
+
+
+def rows_of(grid: str, file: str = "rows.csv") -> dict[str, list[dict[str, str]]]:
+    """Rows of a comparison by searcher, one for each seed."""
+    found: dict[str, list[dict[str, str]]] = {}
+    with (ROOT / "benchmarks" / "results" / f"compare_{grid}" / file).open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            found.setdefault(row["searcher"], []).append(row)
+    return found
+
+
+def test_time_of_the_agent_is_that_of_the_rows() -> None:
+    """Seconds of an agent's searches over those of CMA-ES, in the same grid."""
+    ratios = []
+    for grid in ("resnet56_35", "vgg16_half_20"):
+        found = rows_of(grid, "rows_timing.csv")
+        agent, cmaes = (sum(float(one["seconds"]) for one in found[name]) for name in ("agent", "cmaes"))
+        ratios.append(f"{agent / cmaes:.1f}")
+
+    assert f"took {' and '.join(ratios)} times the seconds of CMA-ES" in RESULTS
+
+
+def test_luck_with_the_reward_images_is_that_of_the_rows() -> None:
+    """How much higher the best come on them than on the selection split."""
+    found = rows_of("resnet20_50")
+    gaps = {
+        name: fmean(100 * (float(one["reward_score"]) - float(one["after_recovery_score"])) for one in found[name])
+        for name in ("agent", "cmaes")
+    }
+    spent = sorted(int(one["evaluations"]) for one in found["agent"])
+
+    assert f"It comes {gaps['agent']:.1f} points higher on the 1,000 reward images" in RESULTS
+    assert f"(CMA-ES {gaps['cmaes']:.1f})" in RESULTS
+    assert f"intervals over {len(spent)} seeds. Most searches spent all of their evaluations" in RESULTS
+    assert f"the agent {spent[0]} to {spent[-1]};" in RESULTS
+
+
+def test_worth_of_a_search_with_fine_tuning_is_that_of_the_rows() -> None:
+    """What each ends at after fine-tuning, and what it was allowed."""
+    rows = rows_of("resnet20_35_finetuned")
+    ends = {
+        name: f"{100 * fmean(float(one['after_finetuning_score']) for one in found):.1f}"
+        for name, found in rows.items()
+    }
+    (cmaes,) = {one["evaluations"] for one in rows["cmaes"]}
+    spent = sorted({int(one["evaluations"]) for one in rows["agent"]})
+    seeds = len(rows["agent"])
+
+    assert (
+        f"uniform ends at {ends['uniform']}, the knapsack, which needs none, at {ends['knapsack']}, an agent after "
+        f"{' to '.join(dict.fromkeys((str(spent[0]), str(spent[-1]))))} evaluations at {ends['agent']} and CMA-ES "
+        f"after {cmaes} at {ends['cmaes']} ({f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}"
+    ) in FRONT
+
+
+def test_front_page_says_what_the_rows_say(tables: ModuleType) -> None:
+    """In short what stands among the results."""
+    speed = {(one["what"], one["network"]): one for one in tables.read("speed")}
+    two, other = speed["evaluation", "cifar_resnet20"], speed["evaluation", "cifar_resnet20_conv"]
+    latency = tables.read("latency")
+    errors = sorted(f"{100 * float(one['median_error']):.1f}" for one in latency if one["what"] == "table")
+    off = max(abs(100 * float(one["off_budget"])) for one in latency if one["what"] == "budget")
+    policy, uniform = ({name: 100 * float(value) for name, value in one.items() if name.startswith("after_")}
+                       for one in tables.read("finetune"))  # fmt: skip
+    agents = tables.read("latency_agents")
+    kept = [100 * float(one["latency_share"]) for one in agents if one["agent"] == "macs"]
+    gains = [100 * float(one["test_gain"]) for one in agents if one["agent"] == "latency"]
+
+    for sentence in (
+        f"costs {100 * float(two['overhead']):.0f} % more than the forward passes alone, and is "
+        f"{float(other['times_faster']):.1f} times as fast as a deep copy pruned by torch_pruning",
+        f"not learned from to {' to '.join(errors)} % (median), and exported files keep a budget of half the "
+        f"latency to within {off:.0f} %",
+        f"{policy['after_recovery'] - uniform['after_recovery']:.1f} points after recovery became "
+        f"{policy['after_finetuning'] - uniform['after_finetuning']:.1f} (ResNet-20, 10 epochs, one seed)",
+        f"half the MACs leave {min(kept):.0f} to {max(kept):.0f} % of the latency, agents with that latency as their "
+        f"budget are {min(gains):.1f} to {max(gains):.1f} points better on test",
+    ):
+        assert sentence in FRONT
