@@ -1,4 +1,4 @@
-"""The comparison grids: all searchers on four pairs of network and budget without training, five on two with it.
+"""The comparison grids: all searchers on four pairs of network and budget without training, six on two with it.
 
     python benchmarks/compare.py --data cifar10.npz --resnet20 cifar10_resnet20.th --resnet56 cifar10_resnet56.th \
         --vgg16-half vgg16_half.safetensors
@@ -26,7 +26,7 @@ from prunegym.agents.searching.searchers import SEARCHERS
 
 ALL = (*(name for name in SEARCHERS if name != "policy"), "agent", "shuffled", "mean")
 ABLATIONS = ("agent:structure", "agent:random")
-TRAINED = ("uniform", "knapsack", "agent")
+TRAINED = ("uniform", "knapsack", "prior", "agent")
 """With training; beside them of the others the two that came highest without training on the same network."""
 
 POST_TRAINING = {"evaluations": 200, "repeats": 5, "searcher": ALL, "curve_examples": 1000, "test": True}

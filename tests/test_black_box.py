@@ -4,7 +4,8 @@ import numpy as np
 import optuna
 import pytest
 
-from prunegym.agents.searching.black_box import cmaes, random, tpe
+from prunegym.agents.configuration.config import AgentOptions
+from prunegym.agents.searching.black_box import STANDARD_DEVIATION, cmaes, cmaes_prior, random, tpe
 from prunegym.agents.searching.evolution import evolution
 from prunegym.agents.searching.netadapt import netadapt
 from prunegym.agents.searching.search import Searcher, SearchSettings
@@ -44,6 +45,27 @@ def test_cmaes_is_centred_on_the_uniform_allocation(known_problem: PruningProble
 
     ratios = np.array(counts_scored(known_problem)) / known_problem.sizes
     assert ratios.mean(axis=0) == pytest.approx(uniform / known_problem.sizes, abs=0.12)
+
+
+def test_cmaes_from_the_prior_begins_where_policies_do(known_problem: PruningProblem) -> None:
+    """Three allocations first, then a generation close around the best of them."""
+    (limit,) = known_problem.limits.values()
+    tried = [known_problem.prior_counts(limit, share) for share in (0.0, 0.5, 1.0)]
+    scores = [known_problem.scorer.score(known_problem.plan(counts)).score for counts in tried]
+    known_problem.scorer.plans.clear()
+    best = tried[int(np.argmax(scores))]
+
+    for seed in range(4):
+        cmaes_prior(known_problem, known_problem.budgets[0], SearchSettings(evaluations=14, seed=seed))
+
+    scored = np.array(counts_scored(known_problem)) / known_problem.sizes
+    assert scored[:3].tolist() == [(counts / known_problem.sizes).tolist() for counts in tried]
+    assert scored[3:].mean(axis=0) == pytest.approx(best / known_problem.sizes, abs=0.12)
+
+
+def test_noise_around_the_prior_is_that_of_agents() -> None:
+    """Else the comparison is of noises."""
+    assert AgentOptions.std == STANDARD_DEVIATION
 
 
 def test_optuna_speaks_as_loudly_as_before(known_problem: PruningProblem) -> None:

@@ -64,7 +64,9 @@ def without_seconds(result: SearchResult) -> Any:
     return replace(result, seconds=0.0, improvements=[one._replace(seconds=0.0) for one in result.improvements])
 
 
-@pytest.mark.parametrize("name", ["random", "evolution", "cmaes", "tpe", "legr", "netadapt", "amc", "laasp"])
+@pytest.mark.parametrize(
+    "name", ["random", "evolution", "cmaes", "cmaes_prior", "tpe", "legr", "netadapt", "amc", "laasp"]
+)
 def test_killed_search_is_repeated_to_the_same_result(problem: PruningProblem, name: str, tmp_path: Path) -> None:
     """Plan, evaluations, history and trail; what had been scored is not scored again."""
     half = problem.only(HALF)

@@ -189,8 +189,8 @@ class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNet
     """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
     """Searcher to put beside the policy, by default uniform and knapsack. Without evaluations: uniform,
-    global_magnitude, lamp, global_taylor, knapsack. With: prior, sensitivity, random, tpe, cmaes, evolution, legr,
-    netadapt, amc, dcpa, laasp, attention."""
+    global_magnitude, lamp, global_taylor, knapsack. With: prior, sensitivity, random, tpe, cmaes, cmaes_prior,
+    evolution, legr, netadapt, amc, dcpa, laasp, attention."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
     policies at most three, on a network or budget that is new to them."""
@@ -250,8 +250,8 @@ class SearchOptions(Options):
     searcher: str | None = None
     """Who makes the plan; policy if --policy is given, else prior, the best of knapsack, uniform and halfway
     (with fewer than 3 --evaluations the knapsack). Without evaluations: uniform, global_magnitude, lamp,
-    global_taylor, knapsack, policy. With: prior, sensitivity,
-    random, tpe, cmaes, evolution, legr, netadapt, amc, dcpa, laasp, attention. dcpa may leave residual blocks out;
+    global_taylor, knapsack, policy. With: prior, sensitivity, random, tpe, cmaes, cmaes_prior, evolution,
+    legr, netadapt, amc, dcpa, laasp, attention. cmaes_prior begins at the prior; dcpa may leave residual blocks out;
     laasp and attention choose channels themselves."""
     policy: Path | None = None
     """Policy file that makes the plan, or whose attention is the criterion (--criterion encoder_attention)."""

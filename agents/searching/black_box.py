@@ -5,15 +5,24 @@ What is asked for is projected onto the budget, so all points that differ by one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 
+from prunegym.agents.searching.prior import LEAST_OF_PRIOR, best_prior
 from prunegym.agents.searching.search import LOWEST, Search, SearchResult, SearchSettings, missing_library
+from prunegym.envs.actions import action_for, keep_ratios
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 
+Floats = NDArray[np.float64]
+
 SIGMA = 1.0
 """Initial step of CMA-ES in logits: one standard deviation takes a keep ratio of 0.5 to 0.27 or 0.73."""
+STANDARD_DEVIATION = 0.08
+"""Initial step of CMA-ES around the prior, in units of the action: that of agents (``--std``)."""
 
 
 def random(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
@@ -66,12 +75,48 @@ def cmaes(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
     Raises:
         PruningError: pycma is not installed.
     """
-    try:
-        import cma
-    except ImportError as fault:
-        raise missing_library("cmaes", "cma", fault) from fault
+    _check_pycma("cmaes")
     search = Search("cmaes", problem, budget, settings)
-    groups = len(problem.sizes)
+    _evolve(search, np.zeros(len(problem.sizes)), SIGMA, expit)
+    return search.result()
+
+
+def cmaes_prior(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
+    """CMA-ES from where policies start, over their actions, with the noise that they begin with.
+
+    Ours, so that comparisons tell what an agent learns from what it was given: the best of the knapsack, the uniform
+    allocation and halfway between them, for three evaluations, and then the same small steps around it.
+
+    Raises:
+        PruningError: pycma is not installed.
+    """
+    _check_pycma("cmaes_prior")
+    search = Search("cmaes_prior", problem, budget, settings, least=LEAST_OF_PRIOR)
+    start = action_for(best_prior(search) / problem.sizes).astype(np.float64)
+    _evolve(search, start, STANDARD_DEVIATION, keep_ratios)
+    return search.result()
+
+
+def _check_pycma(searcher: str) -> None:
+    """Before a search says that it begins."""
+    try:
+        import cma  # noqa: F401
+    except ImportError as fault:
+        raise missing_library(searcher, "cma", fault) from fault
+
+
+def _evolve(search: Search, start: Floats, sigma: float, keep_of: Callable[[Floats], Floats]) -> None:
+    """Spend what is left of an allowance on CMA-ES.
+
+    Args:
+        search: Scores what is asked.
+        start: Mean of the first generation ``(groups,)``.
+        sigma: Its standard deviation.
+        keep_of: Keep ratios of a point ``(groups,)``.
+    """
+    import cma
+
+    groups = len(start)
     options = {
         "randn": lambda *shape: search.rng.standard_normal(shape),
         "seed": np.nan,  # leaves numpy's global generator alone
@@ -79,10 +124,9 @@ def cmaes(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
         "verb_log": 0,
     }
     # pycma wants two dimensions; with one group there is one plan, and the second changes nothing
-    strategy = cma.CMAEvolutionStrategy(np.zeros(max(groups, 2)), SIGMA, options)
+    strategy = cma.CMAEvolutionStrategy(np.pad(start, (0, max(0, 2 - groups))), sigma, options)
     while search.left:
         asked = strategy.ask(min(strategy.popsize, search.left))
-        losses = [-search.ask(expit(logits[:groups])) for logits in asked]
+        losses = [-search.ask(keep_of(point[:groups])) for point in asked]
         if len(asked) == strategy.popsize:
             strategy.tell(asked, losses)
-    return search.result()

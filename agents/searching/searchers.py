@@ -1,10 +1,9 @@
-"""All searchers by name, and the searchers `policy` and `prior`.
+"""All searchers by name, and the searcher `policy`.
 
 Their protocol is in :mod:`prunegym.agents.searching.search`.
 
-Searchers of the literature start where their papers start: uniform, random or unpruned. None is given the knapsack
-allocation to start from; only policies are, where it scores better than the uniform one (:mod:`prunegym.envs.prior`),
-and both are in every table.
+Searchers of the literature start where their papers start: uniform, random or unpruned. Policies start from the prior
+(:mod:`prunegym.envs.prior`); `cmaes_prior` does too, so that comparisons tell what is learned from where it began.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.searching.allocators import global_magnitude, global_taylor, knapsack, lamp, uniform
 from prunegym.agents.searching.amc import amc
 from prunegym.agents.searching.attention_pruning import attention
-from prunegym.agents.searching.black_box import cmaes, random, tpe
+from prunegym.agents.searching.black_box import cmaes, cmaes_prior, random, tpe
 from prunegym.agents.searching.dcpa import dcpa
 from prunegym.agents.searching.evolution import evolution, legr
 from prunegym.agents.searching.laasp import laasp
 from prunegym.agents.searching.netadapt import least_evaluations as least_of_netadapt
 from prunegym.agents.searching.netadapt import netadapt
+from prunegym.agents.searching.prior import LEAST_OF_PRIOR, prior
 from prunegym.agents.searching.search import (
     ONE_PLAN,
     LeastEvaluations,
-    Search,
     Searcher,
     SearchResult,
     SearchSettings,
@@ -40,7 +39,7 @@ from prunegym.agents.searching.search import (
 from prunegym.agents.searching.sensitivity import least_evaluations as least_of_sensitivity
 from prunegym.agents.searching.sensitivity import sensitivity
 from prunegym.envs.channel_pruning import ChannelPruningEnv
-from prunegym.envs.prior import SHARES, take_prior
+from prunegym.envs.prior import take_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError, unknown_name
@@ -80,18 +79,6 @@ def policy(problem: PruningProblem, budget: Budget, settings: SearchSettings) ->
     return SearchResult(plan=plan, evaluations=evaluations, seconds=time.perf_counter() - started)
 
 
-def prior(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
-    """What policies start from: the best of the knapsack, the uniform allocation and halfway between them.
-
-    Importances that are summed do not see a bottleneck, so on plain networks the knapsack may be far below uniform;
-    on residual ones it is mostly above (:mod:`prunegym.envs.prior`). Three evaluations tell.
-    """
-    search = Search("prior", problem, budget, settings, least=LEAST_OF_PRIOR, choosing=False)
-    for share in SHARES:
-        search.score(problem.prior_counts(search.limit, share))
-    return search.result()
-
-
 def own_plan(agent: PruningPolicy | None, env: ChannelPruningEnv, budget: Budget) -> PruningPlan:
     """The plan a policy makes by itself, without noise; that of an untrained policy (the prior) for None.
 
@@ -108,8 +95,6 @@ def own_plan(agent: PruningPolicy | None, env: ChannelPruningEnv, budget: Budget
     return env.plan
 
 
-LEAST_OF_PRIOR = LeastEvaluations(len(SHARES), " (one for each allocation that is tried)")
-
 SEARCHERS: dict[str, Searcher] = {
     "uniform": uniform,
     "global_magnitude": global_magnitude,
@@ -121,6 +106,7 @@ SEARCHERS: dict[str, Searcher] = {
     "random": random,
     "tpe": tpe,
     "cmaes": cmaes,
+    "cmaes_prior": cmaes_prior,
     "evolution": evolution,
     "legr": legr,
     "netadapt": netadapt,
@@ -145,12 +131,13 @@ ONE_ROUND = frozenset(SEARCHERS) - {"policy", "attention"}
 
 LEAST: dict[str, Callable[[PruningProblem], LeastEvaluations]] = {
     "prior": lambda problem: LEAST_OF_PRIOR,
+    "cmaes_prior": lambda problem: LEAST_OF_PRIOR,
     "sensitivity": least_of_sensitivity,
     "netadapt": least_of_netadapt,
 }
 """Searchers that one evaluation is not enough for, with how many they need."""
 
-LIBRARIES = {"tpe": "optuna", "cmaes": "cma"}
+LIBRARIES = {"tpe": "optuna", "cmaes": "cma", "cmaes_prior": "cma"}
 """Packages of the extra `search`, by the searcher that needs them."""
 
 
