@@ -150,7 +150,7 @@ def _unpruned_rows(config: EvaluateConfig, limit: TimeLimit) -> list[dict[str, A
     rows = []
     for name, weights in config.pairs:
         model = build_model(name, weights, task.data, config.seed)
-        network = build_prunable(model, task, name=name, keep=config.keep)
+        network = build_prunable(model, task, name=name)
         rows.append(measure_unpruned(network, task, device=device))
         limit.check()
     return rows

@@ -56,7 +56,7 @@ def inspect(
         model: Any network; it is not changed.
         example_inputs: A tensor with a batch dimension, or a tuple for ``model(*inputs)``.
         plan: A plan of this network, such as that of a :class:`PruneResult`: tell what it keeps and leaves out too.
-        keep: Regular expressions of module paths whose channels are not to be pruned.
+        keep: Regular expressions of module paths (layers, or modules that hold them) whose channels are not pruned.
         align: See :func:`prune`.
         min_channels: See :func:`prune`.
         bounds: See :func:`prune`.
@@ -110,7 +110,7 @@ def prune(
         evaluations: Plans that a searcher such as ``random`` may score.
         epochs: Of fine-tuning; 0 leaves it out.
         learning_rate: Of fine-tuning, at its highest; by default 0.01 with SGD and 0.001 with AdamW.
-        keep: Regular expressions of module paths whose channels are not to be pruned.
+        keep: Regular expressions of module paths (layers, or modules that hold them) whose channels are not pruned.
         align: Widths of pruned layers are multiples of this where possible; a group of fewer channels is not pruned.
         min_channels: Fewest channels that each group keeps.
         bounds: Least and most that some groups keep: a regular expression of module paths, with a pair of shares of
@@ -191,7 +191,7 @@ def make_env(
         rounds: Steps of an episode.
         mode: ``budgeted`` projects every action onto the budget; ``free`` does not.
         reward: Reward profile; by default ``improvement``, or ``tradeoff`` in free mode.
-        keep: Regular expressions of module paths whose channels are not to be pruned.
+        keep: Regular expressions of module paths (layers, or modules that hold them) whose channels are not pruned.
         align: See :func:`prune`.
         min_channels: See :func:`prune`.
         bounds: See :func:`prune`.

@@ -15,6 +15,7 @@ from prunegym.agents.configuration.options import DataOptions, ProblemOptions, S
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.datasets.data import DataSplits, default_data_root, load_data
+from prunegym.pruning.graph import check_keep
 from prunegym.pruning.importance.criteria import ENCODER_ATTENTION, Criterion
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
@@ -86,14 +87,14 @@ def example_inputs(task: Task) -> tuple[Any, ...]:
 
 
 def build_prunable(
-    model: torch.nn.Module, task: Task, *, name: str, keep: Sequence[str] = ()
+    model: torch.nn.Module, task: Task, *, name: str, keep: Sequence[str] = (), strict: bool = True
 ) -> PrunableNetwork:
     """Trace a network on examples of its task, and check that its outputs are those the task is about.
 
     Raises:
         PruningError: The network does not run, its head does not fit the task, or nothing can be pruned.
     """
-    network = PrunableNetwork(model, example_inputs(task), name=name, keep=keep)
+    network = PrunableNetwork(model, example_inputs(task), name=name, keep=keep, strict=strict)
     batches = task.batches("calibration", batch_size=TRACED_EXAMPLES, limit=TRACED_EXAMPLES)
     inputs, targets = next(iter(batches))
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
@@ -127,7 +128,7 @@ def assemble_problem(
         settings: How plans are scored.
         latency: How latency is measured, where it is needed: a table is measured, or read if there is one.
         rules: How wide pruned layers may be; by default any width.
-        strict: Refuse bounds on widths that match no group of this network.
+        strict: Refuse patterns of ``keep`` and bounds on widths that match no group of this network.
         cache: Folder of latency tables.
         given: Criteria that :func:`given_criteria` made.
         leave_out: Regular expressions of residual blocks that every plan leaves out.
@@ -190,7 +191,7 @@ def build_problem(
         label: What the network is called in tables; its name by default.
         latency: Measure a latency table even if no budget asks for it, for a reward that does.
         progress: Show a bar while a latency table is measured.
-        strict: Refuse bounds on widths that match no group of this network.
+        strict: Refuse patterns of ``keep`` and bounds on widths that match no group of this network.
 
     Raises:
         InfeasibleBudgetError: A budget cannot be reached.
@@ -198,7 +199,7 @@ def build_problem(
     """
     task = build_task(options) if task is None else task
     model = build_model(name, weights, task.data, options.seed)
-    network = build_prunable(model, task, name=label or name, keep=keep)
+    network = build_prunable(model, task, name=label or name, keep=keep, strict=strict)
     device = options.torch_device
     wanted = latency or any(budget.kind == "latency" for budget in budgets)
     return assemble_problem(
@@ -229,7 +230,7 @@ def build_problems(
 ) -> list[PruningProblem]:
     """Make the problems of several networks on the same data; a network that comes twice is numbered.
 
-    A bound on widths has to match a group of one of them.
+    A bound on widths, and a pattern of what is kept, has to match a group of one of them.
     """
     task = build_task(options) if task is None else task
     names = [name for name, _ in pairs]
@@ -252,6 +253,7 @@ def build_problems(
         )
     graphs = [problem.scorer.network.graph for problem in problems]
     options.width_rules.check_matches(graphs)
+    check_keep(keep, graphs)
     return problems
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from statistics import fmean
 
 from formats import markdown, with_interval, with_range
 from rows import RESULTS
+from rows import Table as Kept
 from together import lines
 from together import together as grids_together
 
+from prunegym.agents.comparison.bootstrap import Interval
 from prunegym.agents.comparison.grid import KEY, TIMED
-from prunegym.agents.comparison.summary import Table, summarise
+from prunegym.agents.comparison.summary import Table, at_seconds, fastest_seconds, summarise
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
 
@@ -25,14 +28,19 @@ TITLES = {
 }
 """Grids without training."""
 FINETUNED = {"resnet20_35_finetuned": "ResNet-20, 35 %", "vgg16_half_15_finetuned": "VGG-16/2, 15 %"}
-IN_SHORT = ("agent", "cmaes", "sensitivity", "random", "prior", "knapsack", "uniform")
+IN_SHORT = ("agent", "cmaes", "cmaes_prior", "sensitivity", "random", "prior", "knapsack", "uniform")
 """What the README shows: the agent, the best of the others, chance, and what needs no search or hardly any."""
 
 
 def read_grid(name: str) -> Table:
     """What is kept of a grid; its searchers in the order of its rows."""
-    rows = FinishedRows(RunFolder(RESULTS / f"compare_{name}"), KEY, TIMED).read()
-    return Table(rows, (), tuple(dict.fromkeys(str(one["searcher"]) for one in rows)))
+    run = RunFolder(RESULTS / f"compare_{name}")
+    rows = FinishedRows(run, KEY, TIMED).read()
+    with run.path("curves.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    numbers = ("seconds", "after_recovery_score")
+    curves = [{**one, "seed": int(one["seed"]), **{name: float(one[name]) for name in numbers}} for one in lines]
+    return Table(rows, curves, tuple(dict.fromkeys(str(one["searcher"]) for one in rows)))
 
 
 def titled(titles: dict[str, str]) -> Iterator[tuple[Table, str]]:
@@ -44,14 +52,40 @@ def titled(titles: dict[str, str]) -> Iterator[tuple[Table, str]]:
             yield grid, f"{title} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
+def in_all(grids: Sequence[tuple[Table, str]]) -> list[str]:
+    """Those of the short table that every grid has."""
+    return [name for name in IN_SHORT if all(name in grid.searchers for grid, _ in grids)]
+
+
 def short() -> str:
-    """A few searchers on each pair of network and budget, with ranges over seeds, by the mean over pairs."""
+    """A few searchers on each pair of network and budget, on test, with ranges over seeds, by the mean over pairs."""
     grids = list(titled(TITLES))
-    runs = {name: [grid.runs(name, grid.stage)[0] for grid, _ in grids] for name in IN_SHORT}
+    names = in_all(grids)
+    runs = {name: [grid.runs(name, f"test_{grid.stage}")[0] for grid, _ in grids] for name in names}
     means = {name: fmean(fmean(seeds) for seeds in of) for name, of in runs.items()}
-    ranked = sorted(IN_SHORT, key=lambda name: -means[name])
+    ranked = sorted(names, key=lambda name: -means[name])
     cells = ([CONTROLLED.get(name, name), f"{100 * means[name]:.1f}", *map(with_range, runs[name])] for name in ranked)
-    return markdown(["MACs kept", "mean", *(title for _, title in grids)], cells)
+    whole = {one["network"]: float(one["test_score"]) for one in Kept(RESULTS / "unpruned.csv", ()).rows}
+    before = [whole[network] for grid, _ in grids for network, _ in grid.pairs]
+    unpruned = ["unpruned", f"{100 * fmean(before):.1f}", *(f"{100 * one:.1f}" for one in before)]
+    return markdown(["", "mean", *(title for _, title in grids)], [unpruned, *cells])
+
+
+def equal_seconds() -> str:
+    """The same searchers after the seconds that the fastest search of each pair took, on 1,000 selection images."""
+    grids = list(titled(TITLES))
+    columns, header = [], []
+    for grid, title in grids:
+        marks = fastest_seconds(grid)
+        assert marks is not None
+        header.append(f"{title}, {min(marks.values()):.0f} s")
+        columns.append({one["searcher"]: one["score"] for one in at_seconds(grid, marks)})
+
+    def cell(score: Interval | None) -> str:
+        return "no plan yet" if score is None else with_interval(score)
+
+    cells = ([CONTROLLED.get(name, name), *(cell(of[name]) for of in columns)] for name in in_all(grids))
+    return markdown(["", *header], cells)
 
 
 def compare(name: str = "resnet20_50") -> str:

@@ -17,7 +17,7 @@ from statistics import fmean, median
 from typing import Any
 
 import tyro
-from comparison_tables import compare, compare_finetuned, short, together
+from comparison_tables import compare, compare_finetuned, equal_seconds, short, together
 from formats import markdown, with_range
 from proxy_table import Study, studies_of, tau_rows
 from rows import RESULTS, Table
@@ -218,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "post_training": post_training,
     "compare": compare,
     "together": together,
+    "equal_seconds": equal_seconds,
     "compare_finetuned": compare_finetuned,
     "transfer": transfer,
     "finetune": finetune,

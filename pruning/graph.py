@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from prunegym.pruning.tracing.trace import Trace
 from prunegym.pruning.tracing.tracer import TracedOperation
 
 Units = NDArray[np.int64]
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class ChannelGroup:
     def units(self) -> slice:
         """The group's units among those of the network."""
         return slice(self.start, self.start + self.size)
+
+    def matches(self, pattern: str) -> bool:
+        """True if a regular expression matches in full a layer that makes the channels, or a module that holds one."""
+        paths = {name for path in (self.name, *self.producers) for name in accumulate(path.split("."), "{}.{}".format)}
+        return any(re.fullmatch(pattern, path) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str,
 
     Args:
         trace: what one forward pass showed.
-        keep: regular expressions; a group made by a layer whose path matches one in full is frozen.
+        keep: regular expressions; a group that matches one (:meth:`ChannelGroup.matches`) is frozen.
         frozen_groups: further groups to freeze by name, with the reason (found by the check after surgery).
     """
     classes = _Classes(trace)
@@ -264,15 +271,30 @@ def _all_or_nothing(group: ChannelGroup) -> str | None:
 def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:
     for pattern in keep:
         try:
-            matches = any(re.fullmatch(pattern, path) for path in (group.name, *group.producers))
+            if group.matches(pattern):
+                return f"kept by request ({pattern})"
         except re.error as fault:
             raise PruningError(
                 f"`keep` should be regular expressions. Received {pattern!r} ({fault}). "
                 "Write for example 'layer1.*', or escape the special characters."
             ) from fault
-        if matches:
-            return f"kept by request ({pattern})"
     return None
+
+
+def check_keep(keep: Sequence[str], graphs: Sequence[ChannelGraph]) -> None:
+    """Make sure that each pattern is about some channels, of at least one of the networks.
+
+    Raises:
+        PruningError: One is not: what it was meant to keep would be pruned.
+    """
+    groups = [group for graph in graphs for group in (*graph.groups, *graph.frozen)]
+    for pattern in keep:
+        if not any(group.matches(pattern) for group in groups):
+            some = ", ".join([group.name for group in groups][:_SHOWN]) + (", ..." if len(groups) > _SHOWN else "")
+            raise PruningError(
+                "`keep` should match the path of a layer that makes channels, or of a module that holds such layers, "
+                f"in full. Received {pattern!r}, which matches none ({some}). `prunegym inspect` lists the names."
+            )
 
 
 def _operation(trace: Trace, unit_of_root: Units, one: TracedOperation) -> Operation:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
+
+_SHOWN = 3
 
 
 def check_kind(model: nn.Module) -> None:
@@ -29,6 +33,22 @@ def check_kind(model: nn.Module) -> None:
         raise PruningError(
             f"`network` should be made of modules in Python. Received {type(module).__name__}"
             f"{f' at {path}' if path else ''}, compiled by {by}. Give {remedy}."
+        )
+
+
+def warn_of_masks(model: nn.Module) -> None:
+    """Say that masks of :mod:`torch.nn.utils.prune` are in the way: weights under them are computed in each pass."""
+    masked = [
+        path or type(module).__name__
+        for path, module in model.named_modules()
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+    ]
+    if masked:
+        some = ", ".join(masked[:_SHOWN]) + (", ..." if len(masked) > _SHOWN else "")
+        warnings.warn(
+            f"{some} hold masks of torch.nn.utils.prune, "
+            "so what they make and read cannot be pruned: call torch.nn.utils.prune.remove for each of them before.",
+            stacklevel=3,
         )
 
 

@@ -18,8 +18,8 @@ from prunegym.pruning.blocks import find_blocks
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
-from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph
-from prunegym.pruning.kinds import cannot_run, check_kind, in_python
+from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph, check_keep
+from prunegym.pruning.kinds import cannot_run, check_kind, in_python, warn_of_masks
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.memory_model import MemoryModel
 from prunegym.pruning.modes import evaluating
@@ -38,13 +38,16 @@ class PrunableNetwork:
         model: any network; it is traced in eval mode and not changed.
         example_inputs: a tensor with a batch dimension, or a tuple of inputs for ``model(*inputs)``.
         name: how the network is called in tables and run folders.
-        keep: regular expressions; groups made by a layer whose path matches one in full are not pruned.
+        keep: regular expressions; groups made by a layer whose path one matches in full, or that of a module around
+            it, are not pruned.
+        strict: refuse one that matches nothing; False where it may be meant for another network.
         check: prune a random part of every group once and compare with the masked twin; groups whose pruning
             does not survive (a size hard-coded in ``forward``) are frozen with the reason.
 
     Raises:
         UnsupportedLayerError: the network has no channel group that can be pruned.
-        PruningError: the network does not run on the example input, is compiled, or gives other outputs each time.
+        PruningError: the network does not run on the example input, is compiled, or gives other outputs each time; a
+            pattern matches nothing.
     """
 
     def __init__(
@@ -54,9 +57,11 @@ class PrunableNetwork:
         *,
         name: str = "network",
         keep: Sequence[str] = (),
+        strict: bool = True,
         check: bool = True,
     ) -> None:
         check_kind(model)
+        warn_of_masks(model)
         self.model = model = in_python(model)
         self.name = name
         self.keep = tuple(keep)
@@ -68,6 +73,8 @@ class PrunableNetwork:
         except Exception as fault:
             raise cannot_run(model, self.example_inputs, name, fault) from fault
         self.graph = build_graph(self._trace, self.keep)
+        if strict:
+            check_keep(self.keep, [self.graph])
         if check and self.graph.groups:
             self._freeze_what_breaks()
         if not self.graph.groups:

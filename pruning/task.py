@@ -57,10 +57,21 @@ class Task(Protocol):
         """
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Mean loss of a batch: a scalar that can be differentiated."""
+        """Mean loss of a batch: a scalar that can be differentiated.
+
+        Args:
+            outputs: What the network gives, in training mode and in evaluation mode.
+            targets: Of the same batch.
+        """
 
     def score(self, outputs: Any, targets: Any) -> Tensor:
-        """Score ``(B,)`` of each example, higher is better; for classification 1.0 if the class is right."""
+        """Score ``(B,)`` of each example, higher is better; for classification 1.0 if the class is right.
+
+        Args:
+            outputs: What the network gives in evaluation mode. While it trains, what it gives in training mode too: if
+                that raises, epochs have no score.
+            targets: Of the same batch.
+        """
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Any:

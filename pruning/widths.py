@@ -93,7 +93,7 @@ class Bound:
     """Least and most that some groups keep. A whole number counts channels, any other is a share of the group."""
 
     pattern: str
-    """Regular expression; matches a group's name, or the path of a layer that makes its channels, in full."""
+    """Regular expression; matches in full the path of a layer that makes the channels, or of a module around it."""
     low: float | int | None
     high: float | int | None
 
@@ -131,7 +131,7 @@ class Bound:
 
     def matches(self, group: ChannelGroup) -> bool:
         """True if it is about this group."""
-        return any(re.fullmatch(self.pattern, path) for path in (group.name, *group.producers))
+        return group.matches(self.pattern)
 
     def units(self, size: int, channels: int) -> tuple[int, int]:
         """Fewest and most units of a group of ``size`` units, where one is ``channels`` wide at its narrowest."""
@@ -263,7 +263,7 @@ def _unmatched(bound: Bound, graphs: Sequence[ChannelGraph]) -> PruningError:
     frozen = [f"{one.name}: {one.frozen}" for graph in graphs for one in graph.frozen if bound.matches(one)]
     found = f"only what is frozen ({'; '.join(frozen[:2])})" if frozen else f"none of {groups} groups"
     return PruningError(
-        "`bound` should match the name of a channel group that can be pruned, or of a layer that makes its channels. "
+        "`bound` should match the path of a layer that makes channels that can be pruned, or of a module around it. "
         f"Received '{bound}', which matches {found}. `prunegym inspect` lists the names."
     )
 

@@ -116,6 +116,26 @@ def test_network_without_source_is_loaded_into_the_model(
         prunegym.load(tmp_path)
 
 
+def test_network_is_pruned_again(toys: Toys, task_for: Tasks, tmp_path: Path) -> None:
+    """In stages, each saved: the second loads into what the first loads to, and not into the unpruned network."""
+    toy = toys("residual")
+    task = task_for(toy)
+    first = prunegym.prune(toy.model, task, **{**FEW, "budget": "macs:0.7"})
+    prunegym.save(first, tmp_path / "first")
+    second = prunegym.prune(first.model, task, **{**FEW, "budget": "macs:0.5"})
+    prunegym.save(second, tmp_path / "second")
+
+    between = prunegym.load(tmp_path / "first", model=toys("residual").model)
+    again = prunegym.load(tmp_path / "second", model=between)
+
+    assert second.after.macs <= 0.5 * second.before.macs < second.before.macs == first.after.macs
+    inputs = toy.example_inputs[0]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(inputs), second.model.eval()(inputs))
+    with pytest.raises(PruningError, match="Give the network as it was before it was pruned"):
+        prunegym.load(tmp_path / "second", model=toys("residual").model)
+
+
 def test_name_as_source_needs_data(toys: Toys, task_for: Tasks) -> None:
     """A task of one's own does not say how many classes there are."""
     network = toys("residual")

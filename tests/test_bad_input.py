@@ -100,6 +100,10 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda _: ["inspect", *NETWORK, "--keep", ".*"],
         "`network` should have at least one channel group",
     ),
+    "keep nothing": (
+        lambda _: ["inspect", *NETWORK, "--keep", "featurs.*"],
+        r"`keep` should match .*Received 'featurs\.\*', which matches none \(features\.0, .*`prunegym inspect` lists",
+    ),
     "absent weights": (
         lambda f: ["evaluate", *NETWORK, "--weights", f / "none.pt"],
         "`--weights` should be an existing file",
@@ -110,6 +114,13 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
             weights_file(f / "w.pt", lambda state: state.update({"features.0.weight": torch.zeros(4, 1, 3, 3)})),
         ],
         r"`--weights` should have the shapes of the network.*\(4, 1, 3, 3\)",
+    ),
+    "weights of a pruned network": (
+        lambda f: [
+            *("evaluate", *NETWORK, "--weights"),
+            weights_file(f / "w.pt", lambda state: state.update({"features.0.weight": torch.zeros(3, 1, 3, 3)})),
+        ],
+        r"`--weights` should have the shapes.*\(3, 1, 3, 3\).*after pruning.*`prunegym finetune FOLDER`",
     ),
     "weights that are not finite": (
         lambda f: [

@@ -82,6 +82,16 @@ def test_segmentation_network_is_pruned_by_a_task_of_ones_own(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_detector_is_pruned_by_a_task_of_ones_own(tmp_path: Path) -> None:
+    """It still finds boxes, though it returns something else in training mode, which has no score."""
+    printed = follow("detection.md", tmp_path)
+    scores = {name: float(value) for name, value in re.findall(r"'(\w+)': ([\d.]+)", printed)}
+
+    assert scores["unpruned"] > 0.9
+    assert scores["after_finetuning"] > scores["unpruned"] - 0.03
+
+
+@pytest.mark.slow
 def test_long_work_ends_with_a_policy(tmp_path: Path) -> None:
     """The loop around the time limit comes to its end."""
     (script,) = (code for language, code in blocks("long_work.md") if language == "bash")

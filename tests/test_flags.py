@@ -205,7 +205,7 @@ def test_bound_flag_has_to_match_one_of_several_networks() -> None:
 
     assert (problems[0].widths.smallest > 1).sum() == 1
     assert (problems[1].widths.smallest == 1).all()
-    with pytest.raises(PruningError, match="`bound` should match the name of a channel group.*matches none"):
+    with pytest.raises(PruningError, match="`bound` should match the path of a layer .*matches none"):
         build_problems(networks, ProblemOptions(**FEW, bound=("featurs.0=0.75..",)), budgets)
 
 
@@ -412,6 +412,19 @@ def test_plan_flag_takes_the_place_of_the_search(
 
     assert found.plan == plan
     assert not searches
+
+
+def test_keep_flag_has_to_match_one_of_several_networks() -> None:
+    """Not each of them, as with bounds."""
+    networks = [("digits_vgg", None), ("digits_resnet", None)]
+    options, budgets = ProblemOptions(**FEW), [Budget("macs", 0.9)]
+
+    problems = build_problems(networks, options, budgets, keep=["features.0"])
+
+    assert [len(problem.scorer.network.keep) for problem in problems] == [1, 1]
+    assert "features.0" not in [group.name for group in problems[0].scorer.network.graph.groups]
+    with pytest.raises(PruningError, match="`keep` should match .*'featurs.0', which matches none"):
+        build_problems(networks, options, budgets, keep=["featurs.0"])
 
 
 def test_keep_flag_freezes_groups(problem: PruningProblem) -> None:

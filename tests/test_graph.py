@@ -1,7 +1,8 @@
 """Which channels go together: against couplings written down by hand, and against torch_pruning."""
 
+import re
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -186,13 +187,37 @@ def test_kept_layers_freeze_their_groups(toys: Toys, keep: str, left: set[str]) 
     assert f"kept by request ({keep})" in {one.frozen for one in graph.frozen}
 
 
-def test_part_of_a_path_does_not_match(toys: Toys) -> None:
-    """``keep="stem"`` must not keep ``stem2`` too."""
+@pytest.mark.parametrize("pattern", ["ste", "stem.", "bakbone.*"])
+def test_pattern_that_keeps_nothing_is_refused(toys: Toys, pattern: str) -> None:
+    """Part of a path does not match, and what was meant would be pruned."""
     network = toys("residual")
 
-    graph = PrunableNetwork(network.model, network.example_inputs, keep=["ste"]).graph
+    with pytest.raises(PruningError, match=rf"`keep` should match .* Received '{re.escape(pattern)}', .* none \(stem"):
+        PrunableNetwork(network.model, network.example_inputs, keep=[pattern])
 
-    assert len(graph.groups) == len(network.graph.groups)
+    lenient = PrunableNetwork(network.model, network.example_inputs, keep=[pattern], strict=False)
+    assert len(lenient.graph.groups) == len(network.graph.groups)
+
+
+def test_module_is_kept_with_all_its_layers() -> None:
+    """Its path is enough; that of another that begins with the same letters is another."""
+    body, head = (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)) for _ in range(2))
+    model = nn.Sequential(OrderedDict([("body", body), ("body2", head), ("out", nn.Conv2d(4, 2, 1))]))
+
+    graph = PrunableNetwork(model, torch.randn(2, 4, 4, 4), keep=["body"]).graph
+
+    assert [group.name for group in graph.groups] == ["body2.0", "body2.2"]
+    assert {group.frozen for group in graph.frozen if group.name.startswith("body.")} == {"kept by request (body)"}
+
+
+def test_pattern_may_be_about_what_cannot_be_pruned(toys: Toys) -> None:
+    """To keep the head is no mistake."""
+    network = toys("residual")
+    (output,) = [group for group in network.graph.frozen if "output" in str(group.frozen)]
+
+    kept = PrunableNetwork(network.model, network.example_inputs, keep=[output.producers[0]])
+
+    assert kept.graph.groups == network.graph.groups
 
 
 def test_pattern_that_is_no_regular_expression_is_rejected(toys: Toys) -> None:

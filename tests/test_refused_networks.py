@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import prunegym
+from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask
 
 CLASSES = 4
@@ -155,6 +157,22 @@ def test_channels_read_by_a_weight_that_is_computed_stay() -> None:
             self.second = Scaled(12, 12, 3)
 
     assert frozen(Network)["first"] == "convolution in second reads these channels with a weight that is computed"
+
+
+def test_masks_that_were_left_on_are_told_of() -> None:
+    """Before someone wonders why nothing shrinks; without them all can be pruned."""
+    network = Convolutions()
+    prune.l1_unstructured(network.second, "weight", 0.5)
+
+    with pytest.warns(UserWarning, match=r"^second hold masks of .*: call torch\.nn\.utils\.prune\.remove"):
+        masked = PrunableNetwork(network, torch.randn(2, 3, 8, 8))
+    prune.remove(network.second, "weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        removed = PrunableNetwork(network, torch.randn(2, 3, 8, 8))
+
+    assert "first" not in [group.name for group in masked.graph.groups]
+    assert "first" in [group.name for group in removed.graph.groups]
 
 
 def test_layer_whose_weight_is_computed_is_listed() -> None:

@@ -436,3 +436,42 @@ def test_task_of_ones_own_is_trained_and_measured() -> None:
     assert measured.examples == 250
     with pytest.raises(PruningError, match="`label_smoothing` should be 0 for a task of one's own"):
         train(model, task, epochs=1, label_smoothing=0.1)
+
+
+class TwoOutputs(nn.Module):
+    """Returns one thing in training mode and two in evaluation mode, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = build_network("digits_vgg")
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        raw: Tensor = self.network(images)
+        return raw if self.training else (raw.softmax(1), raw)
+
+
+class ScoresDecoded:
+    """Digits; its score knows evaluation mode only."""
+
+    def __init__(self, task: ClassificationTask) -> None:
+        self.task, self.name, self.fingerprint, self.batches = task, task.name, task.fingerprint, task.batches
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[1] if isinstance(outputs, tuple) else outputs, targets)
+
+    def score(self, outputs: Any, targets: Tensor) -> Tensor:
+        decoded, _ = outputs
+        return (decoded.argmax(1) == targets).float()
+
+
+def test_what_is_not_scored_in_training_mode_has_no_score_there(short: ClassificationTask, tmp_path: Path) -> None:
+    """Training goes on, and through a checkpoint; in evaluation mode the score is there."""
+    task, file = ScoresDecoded(short), tmp_path / "c.pt"
+    network = TwoOutputs()
+
+    rows = train(network, task, epochs=2, checkpoint=file)
+
+    assert [row.score for row in rows] == [None, None]
+    assert all(math.isfinite(row.loss) for row in rows)
+    assert train(TwoOutputs(), task, epochs=2, checkpoint=file) == rows
+    assert 0 <= evaluate_network(network, task, "train").score <= 1

@@ -277,8 +277,9 @@ def test_unsafe_weights_are_refused(
     """The code in them is not run."""
     source = save(tmp_path, {"state_dict": network.state_dict(), "extra": Bomb()})
 
-    with pytest.raises(PruningError, match="`--weights` should be an undamaged file.*without running code"):
+    with pytest.raises(PruningError, match="`--weights` should be an undamaged file.*without running code") as refusal:
         load_weights(network, source)
+    assert "\x1b" not in str(refusal.value)
     assert "unpickled" not in capsys.readouterr().out
 
 

@@ -122,7 +122,7 @@ class OneNetwork(Options):
     """Weights of the network: a file of torch.save or safetensors, or for torchvision's networks
     `default`."""
     keep: Names = ()
-    """Regular expression of module paths whose channels are not to be pruned."""
+    """Regular expression of module paths (layers, or modules that hold them) whose channels are not pruned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +140,7 @@ class SeveralNetworks(Options):
     """Weights of the network: a file of torch.save or safetensors, or for torchvision's networks `default`.
     Once for each network, in the same order."""
     keep: Names = ()
-    """Regular expression of module paths whose channels are not to be pruned."""
+    """Regular expression of module paths (layers, or modules that hold them) whose channels are not pruned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -264,7 +264,7 @@ def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[s
     odd += [name for name in tensors if not odd and name in fixed and not _fits(tensors[name], known[name])]
     if odd:
         names = ", ".join(odd[:_SHOWN]) + (f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else "")
-        raise misfit(f"a network that differs in {names}", "Give the network that was pruned, unpruned.")
+        raise misfit(f"a network that differs in {names}", "Give the network as it was before it was pruned.")
     _check_finite(tensors, model, "folder")
     new: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
 """Weights from files, without running any code of theirs."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -78,7 +79,8 @@ def read_weights(path: Path, *, argument: str = "--weights") -> Mapping[str, Any
         IndexError,
         UnicodeDecodeError,
     ) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes in bold
+        first_line = (text.splitlines() or [type(error).__name__])[0]
         raise PruningError(
             f"`{argument}` should be an undamaged file of tensors that can be read without running code in "
             f"it. Received {path} ({first_line}). Save the network's state_dict() again, with torch.save."
@@ -124,16 +126,21 @@ def _check(where: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"{len(missing)} tensors missing{_some(missing)}, {len(surplus)} unknown{_some(surplus)}. "
             "Choose the network that the weights were made for."
         )
-    head = _head_names(model)
+    head, pruned = _head_names(model), _is_narrower(weights, wanted)
     for key, value in weights.items():
         if value.shape != wanted[key].shape:
             shapes = f"'{key}' is {tuple(value.shape)} and should be {tuple(wanted[key].shape)}"
-            remedy = (
-                f"They were trained on {value.shape[0]} classes and the network has {wanted[key].shape[0]}: "
-                "choose the data they were made for, or train the network on yours."
-                if key in head and value.ndim and value.shape[1:] == wanted[key].shape[1:]
-                else "Choose the network that the weights were made for."
-            )
+            remedy = "Choose the network that the weights were made for."
+            if key in head and value.ndim and value.shape[1:] == wanted[key].shape[1:]:
+                remedy = (
+                    f"They were trained on {value.shape[0]} classes and the network has {wanted[key].shape[0]}: "
+                    "choose the data they were made for, or train the network on yours."
+                )
+            elif pruned:
+                remedy = (
+                    "They may be of this network after pruning: in Python `prunegym.load(FOLDER)` builds it from "
+                    "where it was saved; `prunegym finetune FOLDER` and `prunegym export FOLDER` take that too."
+                )
             raise PruningError(
                 f"`--weights` should have the shapes of the network. Received {where}, where {shapes}. "
                 f"{remedy}"
@@ -144,6 +151,15 @@ def _check(where: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 f"`--weights` should be finite. Received {where} with {count} NaN or infinite values in "
                 f"'{key}'. Use an earlier checkpoint."
             )
+
+
+def _is_narrower(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Whether all shapes that differ are smaller ones."""
+    pairs = [(weights[key].shape, wanted[key].shape) for key in weights]
+    return all(
+        len(mine) == len(whole) and all(one <= other for one, other in zip(mine, whole, strict=True))
+        for mine, whole in pairs
+    )
 
 
 def _some(names: list[str]) -> str:

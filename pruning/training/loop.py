@@ -45,14 +45,15 @@ class EpochRow:
         epoch: Counted from 1.
         learning_rate: Of its last step.
         loss: Mean over its training batches, distillation and label smoothing included.
-        score: Mean over its training examples, as augmented and while the weights changed.
+        score: Mean over its training examples, as augmented and while the weights changed; None where the task does not
+            score what the network gives in training mode, as that of a detector may not.
         seconds: Time it took.
     """
 
     epoch: int
     learning_rate: float
     loss: float
-    score: float
+    score: float | None
     seconds: float
 
 
@@ -93,12 +94,12 @@ class Tally:
     seconds: float = 0.0
     rate: float = 0.0
 
-    def add(self, loss: float, scores: Tensor) -> None:
-        """Count a batch."""
+    def add(self, loss: float, scores: Tensor | None) -> None:
+        """Count a batch; without scores the epoch has none."""
         self.batches += 1
-        self.examples += len(scores)
         self.loss += loss
-        self.score += float(scores.sum())
+        self.examples += 1 if scores is None else len(scores)
+        self.score += math.nan if scores is None else float(scores.sum())
 
 
 class Training:
@@ -223,8 +224,19 @@ class Training:
             self.stepper.step()
             if self.average is not None:
                 self.average.update(self.model)
-        with torch.no_grad():
-            self.tally.add(value, self.task.score(outputs, targets))
+        self.tally.add(value, self._scores(outputs, targets))
+
+    def _scores(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Scores of a batch in training mode, or None where the task has none for that.
+
+        Many detectors give other outputs then. In evaluation mode a score is needed: what is wrong with it shows there.
+        """
+        try:
+            with torch.no_grad():
+                scores = self.task.score(outputs, targets)
+                return scores if len(scores) else None
+        except Exception:
+            return None
 
     def _not_finite(self, loss: float) -> PruningError:
         """Describe a loss that is infinite or no number, and say what is left."""
@@ -246,14 +258,15 @@ class Training:
         batches, examples, loss, score = self._gathered(counts).sum(0).tolist()
         if not batches:
             raise no_batches(self.task)
-        return EpochRow(len(self.rows) + 1, one.rate, loss / batches, score / examples, one.seconds)
+        mean = None if math.isnan(score) else score / examples
+        return EpochRow(len(self.rows) + 1, one.rate, loss / batches, mean, one.seconds)
 
     def _show(self, bar: tqdm[Any]) -> None:
         """Tell how the epoch is going."""
         one = self.tally
         epoch = f"{len(self.rows) + 1}/{self.settings.epochs}"
-        loss, score = one.loss / one.batches, one.score / one.examples
-        bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", score=f"{score:.3f}", refresh=False)
+        score = {} if math.isnan(one.score) else {"score": f"{one.score / one.examples:.3f}"}
+        bar.set_postfix(epoch=epoch, loss=f"{one.loss / one.batches:.3f}", **score, refresh=False)
         bar.update()
 
     def _is_due(self) -> bool:
