@@ -123,7 +123,7 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
         rows = transfer(
             problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit
         )
-        save_attention(policy, metadata, problems, run, config.rounds)
+        save_attention(policy, metadata, problems, run, config.episode_rounds)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))

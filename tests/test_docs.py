@@ -18,6 +18,7 @@ from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.report.config import ReportConfig
+from prunegym.agents.searching.searchers import SEARCHERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -123,6 +124,15 @@ def test_links_are_found() -> None:
     assert re.findall(LINK, "[a](b.md), [c](d.md#e f), [g](#h), [i](https://j.k)") == [
         ("b.md", ""), ("d.md", "e f"), ("", "h")
     ]  # fmt: skip
+
+
+def test_concepts_say_what_every_searcher_does() -> None:
+    """Each once, and no other."""
+    text = (DOCS / "concepts.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| searcher \|.*?\n\n", text, flags=re.DOTALL)
+    first = " ".join(re.findall(r"^\|([^|]*)\|", table, flags=re.MULTILINE))
+
+    assert sorted([*re.findall(r"`(\w+)`", first), "policy"]) == sorted(SEARCHERS)
 
 
 def test_every_benchmark_is_told_how_to_run() -> None:

@@ -59,8 +59,8 @@ class CompareConfig(
     """Policy file of the searcher policy. The agents of the comparison start afresh."""
     evaluations: int = DEFAULT_EVALUATIONS
     """Plans that each search may score, the training of an agent included; allocators need none."""
-    rounds: int = 3
-    """Rounds of pruning in an episode of the agents."""
+    rounds: int | None = None
+    """Rounds of pruning in an episode of the agents; by default 1 for budgets that keep half or more, and 3 below."""
     repeats: int = 3
     """Seeds of each search: --seed and those that follow. What has no use for a seed (allocators, policies,
     prior, sensitivity, netadapt) runs once, and its plan stands for every seed."""

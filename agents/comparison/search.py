@@ -121,7 +121,7 @@ class Searches:
         elif searcher in CONTROLS:
             policy, metadata = load_policy(folder.path(POLICY_FILE), device=problem.scorer.device)
             take_prior(problem, budget, metadata)
-            plan, trail = CONTROLS[searcher](policy, problem, budget, self.config.rounds, seed), []
+            plan, trail = CONTROLS[searcher](policy, problem, budget, int(metadata["rounds"]), seed), []
         return SearchResult(
             plan=plan, evaluations=trained.evaluations, seconds=trained.seconds, improvements=trail
         )

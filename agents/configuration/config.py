@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+MILD = 0.5
+"""Share of the cost from which one round of pruning is better than three."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgentOptions(BudgetsOptions):
     """How a policy learns."""
@@ -102,6 +106,11 @@ class AgentOptions(BudgetsOptions):
         at_least(self, 0, "imitation_steps", "evaluations")
         positive(self, "learning_rate", "imitation_rate", "std", "min_std")
         require(self.min_std <= self.std, "min-std", f"at most --std, {self.std}", self.min_std)
+
+    @property
+    def episode_rounds(self) -> int:
+        """Rounds of pruning that suit the budgets (``benchmarks/results/rounds.csv``)."""
+        return 1 if all(one.value >= MILD and not one.absolute for one in self.budgets) else 3
 
     @property
     def reward_profile(self) -> str:
@@ -167,8 +176,9 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     halfway."""
     evaluations: int = DEFAULT_EVALUATIONS
     """Plans scored in all, at most: the price of the training."""
-    rounds: int = 3
-    """Rounds of pruning in an episode; the budget falls to the target over them."""
+    rounds: int | None = None
+    """Rounds of pruning in an episode; the budget falls to the target over them. By default 1 where every budget keeps
+    half or more, and 3 below: three rounds start higher there, and lower at half."""
     features: Literal["data", "structure", "random"] = "data"
     """What a new policy sees of channels: data-aware features, or for ablations structure only, or noise. One that is
     continued (--policy) keeps its own."""
@@ -176,6 +186,11 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "evaluations", "rounds")
+
+    @property
+    def episode_rounds(self) -> int:
+        """Those asked for, or else those that suit the budgets."""
+        return self.rounds or super().episode_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +248,8 @@ class TransferConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwo
     longer an honest result."""
 
     @cached_property
-    def rounds(self) -> int:
-        """Rounds of pruning that the policy was trained with."""
+    def episode_rounds(self) -> int:
+        """Those that the policy was trained with."""
         from prunegym.agents.policies.policy_file import load_policy
 
         return int(load_policy(self.policy)[1].get("rounds", 1))

@@ -30,7 +30,7 @@ def make_agent(config: AgentConfig, envs: VecEnv, episodes: int, log: Path) -> P
     start = None if config.policy is None else load_policy(config.policy, device=config.torch_device)[0]
     # a policy that is continued keeps what it was made to see
     features = start.features if start is not None else getattr(config, "features", "data")
-    steps = episodes // envs.num_envs * config.rounds
+    steps = episodes // envs.num_envs * config.episode_rounds
     model = PruningPPO(
         PruningPolicy,
         envs,

@@ -170,7 +170,7 @@ class Trainer:
         self._looked = 0
         collector = Collector(self.model, self.tick)
         self.model.learn(
-            self.episodes * self.config.rounds, callback=collector, reset_num_timesteps=False, log_interval=1
+            self.episodes * self.config.episode_rounds, callback=collector, reset_num_timesteps=False, log_interval=1
         )
         self.notes.note_best(collector.infos)
         self.notes.evaluations += self.episodes
@@ -311,7 +311,7 @@ class Trainer:
             "networks": [problem.scorer.network.name for problem in self.problems],
             PRIORS: {prior_key(problem, budget): problem.priors[budget] for problem, budget in self.pairs},
             "budgets": sorted({str(budget) for problem in self.problems for budget in problem.budgets}),
-            "rounds": self.config.rounds,
+            "rounds": self.config.episode_rounds,
             "regime": self.config.regime,
             "criterion": self.config.criterion,
             "evaluations": self.notes.evaluations,

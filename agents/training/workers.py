@@ -41,7 +41,7 @@ def make_env(problem: PruningProblem, config: AgentConfig, padding: Padding) -> 
 
 def _settings(config: AgentConfig, padding: Padding) -> dict[str, Any]:
     """Arguments of an environment: plain values, so that a worker needs no file of the configuration."""
-    return {"rounds": config.rounds, "mode": config.mode, "profile": config.reward, "padding": padding}
+    return {"rounds": config.episode_rounds, "mode": config.mode, "profile": config.reward, "padding": padding}
 
 
 def make_envs(problems: Sequence[PruningProblem], config: AgentConfig, padding: Padding) -> VecEnv:
