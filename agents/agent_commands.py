@@ -49,6 +49,7 @@ PLAN_COLUMNS = (
 
 def run_train(config: TrainConfig, reporter: Reporter) -> Result:
     """Train a pruning policy."""
+    config = replace(config, rounds=config.episode_rounds)  # a run goes on with the rounds that it began with
     seed_everything(config.seed)
     launch = Launch(config, reporter, config.network, "ppo", joined(config.budgets))
     content = launch.finished()
@@ -150,7 +151,7 @@ def _unpruned_rows(config: EvaluateConfig, limit: TimeLimit) -> list[dict[str, A
     rows = []
     for name, weights in config.pairs:
         model = build_model(name, weights, task.data, config.seed)
-        network = build_prunable(model, task, name=name)
+        network = build_prunable(model, task, name=name, keep=config.keep, strict=len(config.pairs) == 1)
         rows.append(measure_unpruned(network, task, device=device))
         limit.check()
     return rows

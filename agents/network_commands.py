@@ -13,7 +13,7 @@ from prunegym.agents.run_folders.records import save_attention, save_networks
 from prunegym.agents.run_folders.reload import EXAMPLE, save_example
 from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.searching.searchers import SearchResult
+from prunegym.agents.searching.searchers import SearchResult, check_evaluations
 from prunegym.agents.searching.stored_search import load_search, save_search
 from prunegym.agents.setup import (
     bare_network,
@@ -116,6 +116,8 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         check_fine_tuning(problem, config)
         if config.plan is not None:
             find_plan(problem, budget, config)
+        else:
+            check_evaluations(config.searcher_name, problem, config.evaluations)
         if config.program:
             check_program(problem.scorer.network.model, problem.scorer.network.example_inputs)
         run = launch.open()

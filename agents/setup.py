@@ -15,10 +15,9 @@ from prunegym.agents.configuration.options import DataOptions, ProblemOptions, S
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.datasets.data import DataSplits, default_data_root, load_data
-from prunegym.pruning.graph import check_keep
 from prunegym.pruning.importance.criteria import ENCODER_ATTENTION, Criterion
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.network import PrunableNetwork, check_keep
 from prunegym.pruning.networks.zoo import build_network, input_shape_of
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
@@ -128,7 +127,7 @@ def assemble_problem(
         settings: How plans are scored.
         latency: How latency is measured, where it is needed: a table is measured, or read if there is one.
         rules: How wide pruned layers may be; by default any width.
-        strict: Refuse patterns of ``keep`` and bounds on widths that match no group of this network.
+        strict: Refuse bounds on widths that match no group of this network.
         cache: Folder of latency tables.
         given: Criteria that :func:`given_criteria` made.
         leave_out: Regular expressions of residual blocks that every plan leaves out.
@@ -251,10 +250,19 @@ def build_problems(
                 strict=len(pairs) == 1,
             )
         )
-    graphs = [problem.scorer.network.graph for problem in problems]
-    options.width_rules.check_matches(graphs)
-    check_keep(keep, graphs)
+    check_patterns_match(keep, options.width_rules, problems)
     return problems
+
+
+def check_patterns_match(keep: Sequence[str], rules: WidthRules, problems: Sequence[PruningProblem]) -> None:
+    """Make sure that each pattern of what is kept, and of each bound, is about something in one of several networks.
+
+    Raises:
+        PruningError: One is not.
+    """
+    networks = [problem.scorer.network for problem in problems]
+    check_keep(keep, networks)
+    rules.check_matches([network.graph for network in networks])
 
 
 def latency_cache(data_root: Path | None) -> Path:

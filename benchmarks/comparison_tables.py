@@ -10,7 +10,7 @@ from statistics import fmean
 from formats import markdown, with_interval, with_range
 from rows import RESULTS
 from rows import Table as Kept
-from together import lines
+from together import check_whole, lines
 from together import together as grids_together
 
 from prunegym.agents.comparison.bootstrap import Interval
@@ -36,11 +36,13 @@ def read_grid(name: str) -> Table:
     """What is kept of a grid; its searchers in the order of its rows."""
     run = RunFolder(RESULTS / f"compare_{name}")
     rows = FinishedRows(run, KEY, TIMED).read()
+    searchers = tuple(dict.fromkeys(str(one["searcher"]) for one in rows))
+    check_whole(name, rows, searchers)
     with run.path("curves.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     numbers = ("seconds", "after_recovery_score")
     curves = [{**one, "seed": int(one["seed"]), **{name: float(one[name]) for name in numbers}} for one in lines]
-    return Table(rows, curves, tuple(dict.fromkeys(str(one["searcher"]) for one in rows)))
+    return Table(rows, curves, searchers)
 
 
 def titled(titles: dict[str, str]) -> Iterator[tuple[Table, str]]:

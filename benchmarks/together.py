@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from formats import markdown, with_interval
 from rows import RESULTS
@@ -41,11 +42,20 @@ def together(results: Path, grids: Sequence[str] = GRIDS) -> Table:
     names = [dict.fromkeys(str(row["searcher"]) for row in rows) for rows in by_grid]
     common = tuple(one for one in names[0] if all(one in others for others in names))
     for name, rows in zip(folders, by_grid, strict=True):
-        seeds = {one: {row["seed"] for row in rows if row["searcher"] == one} for one in common}
-        short = [one for one, found in seeds.items() if found != set().union(*seeds.values())]
-        if short:
-            raise SystemExit(f"{name.name} lacks seeds of {', '.join(short)}: finish it with compare.py first")
+        check_whole(name.name.removeprefix("compare_"), rows, common)
     return Table([row for rows in by_grid for row in rows if row["searcher"] in common], (), common)
+
+
+def check_whole(grid: str, rows: Sequence[Mapping[str, Any]], searchers: Sequence[str]) -> None:
+    """Make sure that all searchers have the same seeds, before means over them stand side by side.
+
+    Raises:
+        SystemExit: They have not.
+    """
+    seeds = {one: {row["seed"] for row in rows if row["searcher"] == one} for one in searchers}
+    short = [one for one, found in seeds.items() if found != set().union(*seeds.values())]
+    if short:
+        raise SystemExit(f"compare_{grid} lacks seeds of {', '.join(short)}: finish it with compare.py first")
 
 
 def write(table: Table, results: Path) -> str:

@@ -24,7 +24,6 @@ from prunegym.pruning.tracing.trace import Trace
 from prunegym.pruning.tracing.tracer import TracedOperation
 
 Units = NDArray[np.int64]
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class ChannelGroup:
     """Layers that make these channels (their output dimension shrinks)."""
     consumers: tuple[str, ...]
     """Layers that read these channels (their input dimension shrinks)."""
+    carriers: tuple[str, ...] = ()
+    """Modules with a vector that has one number for each of these channels, such as norms."""
 
     @property
     def units(self) -> slice:
@@ -49,8 +50,8 @@ class ChannelGroup:
         return slice(self.start, self.start + self.size)
 
     def matches(self, pattern: str) -> bool:
-        """True if a regular expression matches in full a layer that makes the channels, or a module that holds one."""
-        paths = {name for path in (self.name, *self.producers) for name in accumulate(path.split("."), "{}.{}".format)}
+        """True if a regular expression matches in full what makes or carries them, or a module around it."""
+        paths = {one for path in (self.name, *self.producers, *self.carriers) for one in path_and_around(path)}
         return any(re.fullmatch(pattern, path) for path in paths)
 
 
@@ -138,6 +139,11 @@ class ChannelGraph:
             KeyError: there is none.
         """
         return next(group for group in self.groups if group.name == name)
+
+
+def path_and_around(path: str) -> Iterator[str]:
+    """The path of a module, and those of the modules around it: ``layer1``, ``layer1.0``, ``layer1.0.conv1``."""
+    return accumulate(path.split("."), "{}.{}".format)
 
 
 def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str, str] | None = None) -> ChannelGraph:
@@ -236,12 +242,18 @@ def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, ND
         owner[roots] = index
     makers: list[dict[str, None]] = [{} for _ in classes.groups]
     readers: list[dict[str, None]] = [{} for _ in classes.groups]
+    carriers: list[dict[str, None]] = [{} for _ in classes.groups]
     for one in trace.operations:
         for labels, sides in ((one.outputs, makers), (one.inputs, readers)):
             if labels is not None:
                 for index in np.unique(owner[trace.roots[labels]]).tolist():
                     if index >= 0:
                         sides[index].setdefault(one.module)
+    for tensor, dims in trace.tensors.items():
+        if len(dims) == 1 and dims[0] is not None:
+            for index in np.unique(owner[trace.roots[dims[0]]]).tolist():
+                if index >= 0:
+                    carriers[index].setdefault(tensor.rpartition(".")[0])
     seen: dict[str, int] = defaultdict(int)
     named = []
     for index, roots in enumerate(classes.groups):
@@ -249,7 +261,8 @@ def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, ND
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
         reason = next((trace.reasons[root] for root in roots.tolist() if root in trace.reasons), None)
-        group = ChannelGroup(unique, len(roots), -1, reason, tuple(makers[index]), tuple(readers[index]))
+        sides = (tuple(one[index]) for one in (makers, readers, carriers))
+        group = ChannelGroup(unique, len(roots), -1, reason, *sides)
         named.append((group, roots))
     return named
 
@@ -279,22 +292,6 @@ def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:
                 "Write for example 'layer1.*', or escape the special characters."
             ) from fault
     return None
-
-
-def check_keep(keep: Sequence[str], graphs: Sequence[ChannelGraph]) -> None:
-    """Make sure that each pattern is about some channels, of at least one of the networks.
-
-    Raises:
-        PruningError: One is not: what it was meant to keep would be pruned.
-    """
-    groups = [group for graph in graphs for group in (*graph.groups, *graph.frozen)]
-    for pattern in keep:
-        if not any(group.matches(pattern) for group in groups):
-            some = ", ".join([group.name for group in groups][:_SHOWN]) + (", ..." if len(groups) > _SHOWN else "")
-            raise PruningError(
-                "`keep` should match the path of a layer that makes channels, or of a module that holds such layers, "
-                f"in full. Received {pattern!r}, which matches none ({some}). `prunegym inspect` lists the names."
-            )
 
 
 def _operation(trace: Trace, unit_of_root: Units, one: TracedOperation) -> Operation:

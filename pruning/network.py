@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prunegym.pruning.agreement import Gap, gap_between
-from prunegym.pruning.blocks import find_blocks
+from prunegym.pruning.blocks import find_blocks, in_any
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.cost import Cost, CostModel
 from prunegym.pruning.errors import PruningError, UnsupportedLayerError, unknown_name
-from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph, check_keep
+from prunegym.pruning.graph import ChannelGraph, ChannelGroup, build_graph, path_and_around
 from prunegym.pruning.kinds import cannot_run, check_kind, in_python, warn_of_masks
 from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.memory_model import MemoryModel
@@ -29,6 +29,7 @@ from prunegym.pruning.tracing.trace import trace
 
 CHECK_TOLERANCE = 1e-3
 """Largest difference between a pruned network and its masked twin, as a share of the largest output."""
+_SHOWN = 6
 
 
 class PrunableNetwork:
@@ -74,7 +75,7 @@ class PrunableNetwork:
             raise cannot_run(model, self.example_inputs, name, fault) from fault
         self.graph = build_graph(self._trace, self.keep)
         if strict:
-            check_keep(self.keep, [self.graph])
+            check_keep(self.keep, [self])
         if check and self.graph.groups:
             self._freeze_what_breaks()
         if not self.graph.groups:
@@ -119,11 +120,19 @@ class PrunableNetwork:
     @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Paths of the residual blocks that a plan may leave out, in the order in which they run."""
-        paths = find_blocks(self.model, self.graph, self.example_inputs)
+        found = find_blocks(self.model, self.graph, self.example_inputs)
+        paths = tuple(path for path in found if not self._keeps(path))
         model, full = without_constants(self.model), np.ones(self.graph.units, dtype=np.bool_)
         if self._failure(model, full, paths) is None:
             return paths
         return tuple(path for path in paths if self._failure(model, full, (path,)) is None)
+
+    def _keeps(self, block: str) -> bool:
+        """Whether something in a block was asked to be kept, and so the block."""
+        groups = (*self.graph.groups, *self.graph.frozen)
+        inside = {path for group in groups for path in group.producers if in_any(path, (block,))}
+        around = {one for path in inside for one in path_and_around(path)}
+        return any(re.fullmatch(pattern, path) for pattern in self.keep for path in around)
 
     def blocks_matching(self, patterns: Sequence[str]) -> tuple[str, ...]:
         """Residual blocks whose path matches one of several regular expressions in full.
@@ -290,3 +299,19 @@ def _random_part(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.bo
     return mask
 
 
+def check_keep(keep: Sequence[str], networks: Sequence[PrunableNetwork]) -> None:
+    """Make sure that each pattern is about something in at least one of the networks.
+
+    Raises:
+        PruningError: One is not: what it was meant to keep would be pruned.
+    """
+    groups = [group for network in networks for group in (*network.graph.groups, *network.graph.frozen)]
+    # of other modules nothing is pruned
+    paths = {path for network in networks for path, _ in network.model.named_modules()}
+    for pattern in keep:
+        if not any(group.matches(pattern) for group in groups) and not any(re.fullmatch(pattern, one) for one in paths):
+            some = ", ".join([group.name for group in groups][:_SHOWN]) + (", ..." if len(groups) > _SHOWN else "")
+            raise PruningError(
+                "`keep` should match the path of a layer that makes channels, or of a module that holds such layers, "
+                f"in full. Received {pattern!r}, which matches none ({some}). `prunegym inspect` lists the names."
+            )

@@ -74,6 +74,20 @@ def test_only_blocks_around_an_identity_may_go(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keep", "kept"),
+    [("layer1", "layer1"), (r"layer1\.0", "layer1.0"), (r"layer1\.1\.conv1", "layer1.1"), ("layer2.*", "layer2")],
+)
+def test_what_is_kept_is_not_left_out_with_its_block(keep: str, kept: str) -> None:
+    """Whether the block was asked for, something in it or something around it; others may go."""
+    model, images = build_network("cifar_resnet20").eval(), torch.randn(2, 3, 32, 32)
+    free = PrunableNetwork(model, images).blocks
+
+    assert PrunableNetwork(model, images, keep=[keep]).blocks == tuple(
+        one for one in free if one != kept and not one.startswith(f"{kept}.")
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "count"), [("cifar_resnet20", 7), ("cifar_resnet20_conv", 7), ("cifar_mobilenet_v2", 10)]
 )
 def test_blocks_of_known_networks_are_those_without_projection(name: str, count: int) -> None:

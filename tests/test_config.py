@@ -59,6 +59,7 @@ def made(kind: type, **changes: Any) -> Any:
         ({"budget": ("macs:0.5", "macs:0.35")}, 3),
         ({"budget": ("latency:2000ms",)}, 3),
         ({"budget": ("macs:0.5",), "rounds": 2}, 2),
+        ({"budget": ("macs:0.5",), "mode": "free"}, 3),
     ],
 )
 def test_rounds_suit_the_budgets_where_none_are_asked_for(options: dict[str, Any], rounds: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prunegym.agents import fitting, network_commands, pretrain, prune, setup
+from prunegym.agents.comparison import command as comparison
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config as configs
 from prunegym.agents.configuration.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
@@ -425,6 +426,17 @@ def test_keep_flag_has_to_match_one_of_several_networks() -> None:
     assert "features.0" not in [group.name for group in problems[0].scorer.network.graph.groups]
     with pytest.raises(PruningError, match="`keep` should match .*'featurs.0', which matches none"):
         build_problems(networks, options, budgets, keep=["featurs.0"])
+
+
+def test_keep_flag_of_a_comparison_has_to_match_one_of_its_networks() -> None:
+    """A pattern is refused before anything is searched; one that matches either of them is not."""
+    options = {**FEW, "network": ("digits_vgg", "digits_resnet"), "budget": ("macs:0.9",), "searcher": ("uniform",)}
+
+    problems = comparison._problems(CompareConfig(**options, keep=("features.0",)), Reporter(progress=False))
+
+    assert [len(one.scorer.network.keep) for one in problems] == [1, 1]
+    with pytest.raises(PruningError, match="`keep` should match .*'featurs.0', which matches none"):
+        comparison._problems(CompareConfig(**options, keep=("featurs.0",)), Reporter(progress=False))
 
 
 def test_keep_flag_freezes_groups(problem: PruningProblem) -> None:

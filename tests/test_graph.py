@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
@@ -208,6 +208,35 @@ def test_module_is_kept_with_all_its_layers() -> None:
 
     assert [group.name for group in graph.groups] == ["body2.0", "body2.2"]
     assert {group.frozen for group in graph.frozen if group.name.startswith("body.")} == {"kept by request (body)"}
+
+
+def test_norm_is_kept_with_the_channels_that_it_carries() -> None:
+    """Its path stands for them, though another layer makes them; a layer that only reads them is about its own."""
+    layers = [("conv", nn.Conv2d(3, 6, 1)), ("norm", nn.BatchNorm2d(6)), ("next", nn.Conv2d(6, 4, 1))]
+    model = nn.Sequential(OrderedDict([*layers, ("out", nn.Conv2d(4, 2, 1))])).eval()
+
+    kept = {name: PrunableNetwork(model, torch.randn(2, 3, 4, 4), keep=[name]).graph for name in ("norm", "next")}
+
+    assert [group.name for group in kept["norm"].groups] == ["next"]
+    assert [group.name for group in kept["next"].groups] == ["conv"]
+
+
+def test_pattern_may_be_about_a_module_that_is_never_pruned() -> None:
+    """It is kept, as was asked."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+            self.lstm, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.lstm(self.second(self.first(x).relu()))[0])
+            return result
+
+    graph = PrunableNetwork(Recurrent().eval(), torch.randn(2, 3, 4), keep=["lstm"]).graph
+
+    assert "first" in [group.name for group in graph.groups]
 
 
 def test_pattern_may_be_about_what_cannot_be_pruned(toys: Toys) -> None:

@@ -231,22 +231,27 @@ def test_luck_with_the_reward_images_is_that_of_the_rows() -> None:
     assert f"the agent {spent[0]} to {spent[-1]};" in RESULTS
 
 
-def test_worth_of_a_search_with_fine_tuning_is_that_of_the_rows() -> None:
-    """What each ends at after fine-tuning, and what it was allowed."""
-    rows = rows_of("resnet20_35_finetuned")
-    ends = {
-        name: f"{100 * fmean(float(one['after_finetuning_score']) for one in found):.1f}"
-        for name, found in rows.items()
-    }
-    (cmaes,) = {one["evaluations"] for one in rows["cmaes"]}
-    spent = sorted({int(one["evaluations"]) for one in rows["agent"]})
-    seeds = len(rows["agent"])
+def test_worth_of_a_search_with_fine_tuning_is_that_of_the_rows(tables: ModuleType) -> None:
+    """What each ends at after fine-tuning, by how many seeds, and what `prior` is."""
+    both = ("resnet20_35_finetuned", "vgg16_half_15_finetuned")
+    plain, chain = (means_of(grid, "after_finetuning_score") for grid in both)
+    seeds = [len(rows_of(grid)["agent"]) for grid in both]
+    noise = [100 * tables.study_of(network).noise for network in ("cifar_resnet20", "cifar_vgg16_half")]
+    tested = means_of(both[1], "test_after_finetuning_score")
+    ends = [{name: f"{value:.1f}" for name, value in means.items()} for means in (plain, chain)]
 
-    assert (
-        f"uniform ends at {ends['uniform']}, the knapsack, which needs none, at {ends['knapsack']}, an agent after "
-        f"{' to '.join(dict.fromkeys((str(spent[0]), str(spent[-1]))))} evaluations at {ends['agent']} and CMA-ES "
-        f"after {cmaes} at {ends['cmaes']} ({f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}"
-    ) in FRONT
+    assert (plain["prior"], chain["prior"]) == (plain["knapsack"], chain["uniform"])
+    for sentence in (
+        f"it ends at {ends[0]['prior']} on ResNet-20 at 35 % (there it is the knapsack; uniform {ends[0]['uniform']}, "
+        f"an agent {ends[0]['agent']}, CMA-ES {ends[0]['cmaes']}; mean of {seeds[0]} seeds)",
+        f"at {ends[1]['prior']} on VGG-16/2 at 15 % (there it is uniform; the knapsack {ends[1]['knapsack']}, an agent "
+        f"{ends[1]['agent']}, CMA-ES {ends[1]['cmaes']}; mean of {seeds[1]} seeds)",
+        f"the standard deviation is {noise[0]:.1f} and {noise[1]:.1f}",
+    ):
+        assert sentence in FRONT
+    assert max(plain, key=lambda name: plain[name]) in ("knapsack", "prior")
+    gain, on_test = chain["agent"] - chain["uniform"], tested["agent"] - tested["uniform"]
+    assert f"the agent ends {gain:.1f} above uniform, {on_test:.1f} on test, which is about the noise" in RESULTS
 
 
 def test_unpruned_networks_are_those_of_the_rows(tables: ModuleType) -> None:

@@ -58,6 +58,22 @@ def half(problem: PruningProblem) -> PruningProblem:
     return problem.only(HALF)
 
 
+def test_update_may_be_of_one_evaluation(half: PruningProblem, tmp_path: Path) -> None:
+    """In one round that is a single transition."""
+    result = go([half], tmp_path / "r", replace(CONFIG, update_evaluations=1, evaluations=7))
+
+    assert 0 < result.evaluations <= 7
+
+
+def test_policy_that_is_continued_keeps_its_rounds(half: PruningProblem, tmp_path: Path) -> None:
+    """Whatever would suit the new budget."""
+    policy = go([half], tmp_path / "r", replace(CONFIG, rounds=2)).policy
+
+    assert replace(CONFIG, rounds=None, policy=policy).episode_rounds == 2
+    assert replace(CONFIG, rounds=None).episode_rounds == 1
+    assert replace(CONFIG, rounds=3, policy=policy).episode_rounds == 3
+
+
 @pytest.mark.parametrize("budget", ["macs:0.5", "params:0.3"])
 def test_untrained_policy_makes_exactly_the_knapsack_plan(problem: PruningProblem, budget: str, tmp_path: Path) -> None:
     """A correction of zero changes nothing: learning is judged by what it adds."""

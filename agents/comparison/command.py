@@ -11,7 +11,7 @@ from prunegym.agents.prune import check_fine_tuning
 from prunegym.agents.run_folders.records import save_networks
 from prunegym.agents.run_folders.running import RESULT, Launch, Reporter, Result, joined, save_splits
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.setup import build_problem, build_task, seed_everything
+from prunegym.agents.setup import build_problem, build_task, check_patterns_match, seed_everything
 from prunegym.envs.rewards import PROFILES
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.training import check_devices
@@ -54,7 +54,7 @@ def _problems(config: CompareConfig, reporter: Reporter) -> list[PruningProblem]
         return []
     task = build_task(config)
     rewarded = PROFILES[config.reward_profile].latency != 0
-    return [
+    problems = [
         build_problem(
             name,
             weights,
@@ -65,7 +65,11 @@ def _problems(config: CompareConfig, reporter: Reporter) -> list[PruningProblem]
             label=label,
             latency=rewarded,
             progress=reporter.progress,
+            strict=len(config.labels) == 1,
         )
         for label, (name, weights) in zip(config.labels, config.pairs, strict=True)
         if label in missing
     ]
+    if len(problems) == len(config.labels):  # else a pattern may be about a network that is finished
+        check_patterns_match(config.keep, config.width_rules, problems)
+    return problems

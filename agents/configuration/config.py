@@ -26,6 +26,7 @@ from prunegym.agents.configuration.options import (
     SeveralNetworks,
     check_patterns,
     parse_budgets,
+    rounds_for,
 )
 from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, TrainingOptions
@@ -41,10 +42,6 @@ __all__ = [
     "TrainConfig",
     "TransferConfig",
 ]
-
-
-MILD = 0.5
-"""Share of the cost from which one round of pruning is better than three."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +106,8 @@ class AgentOptions(BudgetsOptions):
 
     @property
     def episode_rounds(self) -> int:
-        """Rounds of pruning that suit the budgets (``benchmarks/results/rounds.csv``)."""
-        return 1 if all(one.value >= MILD and not one.absolute for one in self.budgets) else 3
+        """Rounds of pruning in an episode that suit the budgets."""
+        return rounds_for(self.budgets, self.mode)
 
     @property
     def reward_profile(self) -> str:
@@ -178,7 +175,7 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     """Plans scored in all, at most: the price of the training."""
     rounds: int | None = None
     """Rounds of pruning in an episode; the budget falls to the target over them. By default 1 where every budget keeps
-    half or more, and 3 below: three rounds start higher there, and lower at half."""
+    half or more, and 3 below and in free mode; a policy that is continued keeps its own."""
     features: Literal["data", "structure", "random"] = "data"
     """What a new policy sees of channels: data-aware features, or for ablations structure only, or noise. One that is
     continued (--policy) keeps its own."""
@@ -189,7 +186,9 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
 
     @property
     def episode_rounds(self) -> int:
-        """Those asked for, or else those that suit the budgets."""
+        """Those asked for, or else those of the policy that is continued, or those that suit the budgets."""
+        if self.rounds is None and self.policy is not None:
+            return _rounds_of(self.policy)
         return self.rounds or super().episode_rounds
 
 
@@ -250,9 +249,7 @@ class TransferConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwo
     @cached_property
     def episode_rounds(self) -> int:
         """Those that the policy was trained with."""
-        from prunegym.agents.policies.policy_file import load_policy
-
-        return int(load_policy(self.policy)[1].get("rounds", 1))
+        return _rounds_of(self.policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,3 +371,10 @@ def _check_searcher(name: str, policy: Path | None, evaluations: int) -> None:
     if name not in WITHOUT_EVALUATIONS:
         remedy = "Give it a number of plans to try."
         require(evaluations > 0, "evaluations", f"at least 1 with searcher {name}", evaluations, remedy)
+
+
+def _rounds_of(policy: Path) -> int:
+    """Rounds of pruning that a policy was trained with."""
+    from prunegym.agents.policies.policy_file import load_policy
+
+    return int(load_policy(policy)[1].get("rounds", 1))

@@ -41,6 +41,7 @@ def make_agent(config: AgentConfig, envs: VecEnv, episodes: int, log: Path) -> P
         # an episode is a few rounds towards one score: nothing is discounted
         gamma=1.0,
         gae_lambda=1.0,
+        normalize_advantage=steps * envs.num_envs > 1,  # SB3 refuses to normalise a single one
         seed=config.seed,
         device=config.torch_device,
         elites=config.elites,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class Training:
             teacher = job.teacher.to(fabric.device)
             self.imitation = Imitation(teacher, self.settings.distillation_weight, self.settings.temperature)
         self.rows: list[EpochRow] = []
+        self.scored = True
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self._begin_pass()
         self.saved = time.monotonic()
@@ -231,11 +233,18 @@ class Training:
 
         Many detectors give other outputs then. In evaluation mode a score is needed: what is wrong with it shows there.
         """
+        if not self.scored:
+            return None
         try:
             with torch.no_grad():
-                scores = self.task.score(outputs, targets)
-                return scores if len(scores) else None
-        except Exception:
+                return self.task.score(outputs, targets)
+        except Exception as fault:
+            warnings.warn(
+                f"epochs have no score: that of '{self.task.name}' raised {type(fault).__name__} ({fault}) on what the "
+                "network returns in training mode",
+                stacklevel=2,
+            )
+            self.scored = False
             return None
 
     def _not_finite(self, loss: float) -> PruningError:
