@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import shlex
@@ -27,7 +28,7 @@ from prunegym.agents.configuration.config import (
     TransferConfig,
 )
 from prunegym.agents.configuration.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
-from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.run_folders.running import Reporter, Result
 from prunegym.pruning.errors import PruningError
@@ -42,10 +43,27 @@ Config: TypeAlias = (
     | Annotated[TransferConfig, tyro.conf.subcommand("transfer")]
     | Annotated[PruneConfig, tyro.conf.subcommand("prune")]
     | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
+    | Annotated[MeasureConfig, tyro.conf.subcommand("measure")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
 )
+
+_COMMANDS: dict[type, str] = {
+    InspectConfig: "network_commands:run_inspect",
+    PretrainConfig: "network_commands:run_pretrain",
+    TrainConfig: "agent_commands:run_train",
+    EvaluateConfig: "agent_commands:run_evaluate",
+    CompareConfig: "comparison.command:run_compare",
+    TransferConfig: "agent_commands:run_transfer",
+    PruneConfig: "network_commands:run_prune",
+    FinetuneConfig: "deployment.commands:run_finetune",
+    MeasureConfig: "deployment.measure:run_measure",
+    ExportConfig: "deployment.commands:run_export",
+    ReportConfig: "report.command:run_report",
+    DemoConfig: "demo:run_demo",
+}
+"""Modules below ``prunegym.agents`` and functions that do what a configuration asks for."""
 
 _DESCRIPTION = (
     "Prune channels of PyTorch networks with a learned agent. Each command has its own --help. Runs are kept "
@@ -131,37 +149,10 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def run(config: Config, reporter: Reporter) -> Result:
     """Run the command that a configuration belongs to."""
+    module, name = _COMMANDS[type(config)].split(":")
     # imported here: `prunegym --help` should not wait for PyTorch
-    from prunegym.agents import agent_commands, network_commands
-    from prunegym.agents.comparison import command as compare_command
-    from prunegym.agents.demo import run_demo
-    from prunegym.agents.deployment import commands as deployment_commands
-
-    match config:
-        case InspectConfig():
-            return network_commands.run_inspect(config, reporter)
-        case PretrainConfig():
-            return network_commands.run_pretrain(config, reporter)
-        case TrainConfig():
-            return agent_commands.run_train(config, reporter)
-        case EvaluateConfig():
-            return agent_commands.run_evaluate(config, reporter)
-        case CompareConfig():
-            return compare_command.run_compare(config, reporter)
-        case TransferConfig():
-            return agent_commands.run_transfer(config, reporter)
-        case PruneConfig():
-            return network_commands.run_prune(config, reporter)
-        case FinetuneConfig():
-            return deployment_commands.run_finetune(config, reporter)
-        case ExportConfig():
-            return deployment_commands.run_export(config, reporter)
-        case ReportConfig():
-            from prunegym.agents.report.command import run_report
-
-            return run_report(config, reporter)
-        case DemoConfig():
-            return run_demo(config, reporter)
+    result: Result = getattr(importlib.import_module(f"prunegym.agents.{module}"), name)(config, reporter)
+    return result
 
 
 def _print(result: Result, *, as_json: bool) -> None:

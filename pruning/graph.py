@@ -261,8 +261,8 @@ def _name_groups(trace: Trace, classes: _Classes) -> list[tuple[ChannelGroup, ND
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
         reason = next((trace.reasons[root] for root in roots.tolist() if root in trace.reasons), None)
-        sides = (tuple(one[index]) for one in (makers, readers, carriers))
-        group = ChannelGroup(unique, len(roots), -1, reason, *sides)
+        places = (tuple(one[index]) for one in (makers, readers, carriers))
+        group = ChannelGroup(unique, len(roots), -1, reason, *places)
         named.append((group, roots))
     return named
 

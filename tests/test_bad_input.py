@@ -120,7 +120,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
             *("evaluate", *NETWORK, "--weights"),
             weights_file(f / "w.pt", lambda state: state.update({"features.0.weight": torch.zeros(3, 1, 3, 3)})),
         ],
-        r"`--weights` should have the shapes.*\(3, 1, 3, 3\).*after pruning.*`prunegym finetune FOLDER`",
+        r"`--weights` should have the shapes.*\(3, 1, 3, 3\).*after pruning.*`prunegym measure FOLDER`",
     ),
     "weights that are not finite": (
         lambda f: [

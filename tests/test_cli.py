@@ -71,7 +71,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"prunegym {prunegym.__version__}\n"
 
 
-COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "report", "demo")
+COMMANDS = ("inspect", "pretrain", "train", "evaluate", "compare", "transfer", "prune", "measure", "report", "demo")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

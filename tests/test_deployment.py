@@ -133,6 +133,33 @@ def test_finetune_takes_a_network_by_name(run: Run, base: Path, tmp_path: Path) 
     assert again["test_scores"]["before_finetuning"] == content["test_scores"]["after_finetuning"]
 
 
+def test_saved_networks_are_measured(run: Run, pruned: Path, tmp_path: Path) -> None:
+    """Cost and accuracy are those that were said, on the splits of the run; also after fine-tuning."""
+    tuned = run("finetune", pruned, *QUICK, "--out", tmp_path / "tuned")
+    said = json.loads((pruned / "result.json").read_text())
+
+    first, second = run("measure", pruned, tmp_path / "tuned", "--device", "cpu")["rows"]
+
+    assert (first["network"], second["network"]) == ("digits_vgg", "digits_vgg")
+    assert (first["macs"], first["parameters"]) == (said["macs"]["after"], said["parameters"]["after"])
+    assert first["test_score"] == first["said_score"] == said["test_scores"]["after_recovery"]
+    assert second["test_score"] == second["said_score"] == tuned["test_scores"]["after_finetuning"]
+    assert 0 <= first["selection_score"] <= 1
+
+
+def test_network_whose_data_are_not_known_is_measured_on_those_given(
+    run: Run, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a folder holds beside the network says where it comes from."""
+    for name in ("model.safetensors", "recipe.json"):
+        (tmp_path / name).write_bytes((pruned / name).read_bytes())
+
+    assert main(["measure", str(tmp_path)]) == 2
+    assert "`--data` should be given for a saved network" in capsys.readouterr().err
+    (row,) = run("measure", tmp_path, "--data", "digits", "--split-seed", "3")["rows"]
+    assert row["test_score"] == row["said_score"]
+
+
 @pytest.fixture
 def teachers(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module | None]:
     """The teachers of fine-tunings; nothing is trained."""

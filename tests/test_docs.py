@@ -16,7 +16,7 @@ import prunegym
 from prunegym.agents.cli import main
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config
-from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
+from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.searching.searchers import SEARCHERS
 
@@ -30,8 +30,10 @@ FLAG = r"(?<![\w-])--[a-z][\w-]*"
 CONFIGS = {
     name: vars(config)[f"{name.capitalize()}Config"]
     for name in ("inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo")
-} | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig, "report": ReportConfig}
-POSITIONAL = {"finetune": ("run",), "export": ("run",), "report": ("runs",)}
+} | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig, "report": ReportConfig} | {
+    "measure": MeasureConfig
+}
+POSITIONAL = {"finetune": ("run",), "export": ("run",), "report": ("runs",), "measure": ("runs",)}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

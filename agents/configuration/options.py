@@ -44,21 +44,11 @@ def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(Options):
-    """Where and how to run."""
+class DeviceOption(Options):
+    """Where to compute."""
 
-    seed: int = 0
-    """Seed of everything random except the splits of the data."""
     device: str = "auto"
     """Torch device, such as cpu or cuda:1; auto takes a graphics card if there is one."""
-    out: Path | None = None
-    """Run folder. By default a new one below runs/; give that of an interrupted run to continue it."""
-    json: bool = False
-    """Print the result as one JSON object on standard output, and everything else on standard error."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 0, "seed")
 
     @property
     def torch_device(self) -> torch.device:
@@ -82,6 +72,22 @@ class RunOptions(Options):
                 f"({reason}). Write cpu, or leave it out."
             ) from fault
         return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DeviceOption):
+    """Where and how to run."""
+
+    seed: int = 0
+    """Seed of everything random except the splits of the data."""
+    out: Path | None = None
+    """Run folder. By default a new one below runs/; give that of an interrupted run to continue it."""
+    json: bool = False
+    """Print the result as one JSON object on standard output, and everything else on standard error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from prunegym.agents.configuration.option_rules import Names, Options, at_least, require
-from prunegym.agents.configuration.options import DataOptions, RunOptions
+from prunegym.agents.configuration.options import DataOptions, DeviceOption, RunOptions
 from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, TrainingOptions
 from prunegym.pruning.errors import unknown_name
@@ -43,6 +43,30 @@ class SavedNetworkOptions(Options):
         alone = self.weights is None or self.network is not None
         remedy = "A saved network has its own; leave them out."
         require(alone, "weights", "given with --network", self.weights, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig(DeviceOption, DataOptions):
+    """Measure saved networks: MACs, parameters, and accuracy on images, beside what was said of them.
+
+    Nothing is trained, and nothing is written.
+    """
+
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+    """Folders with saved networks: run folders of `prunegym prune` or `prunegym finetune`, or what prunegym.save
+    wrote."""
+    data: str = ""
+    """Data (see `prunegym train --help`); by default those of the run that each network comes from, with their
+    splits."""
+    allow_code: bool = False
+    """Let saved networks that were built by path/file.py:function run that file. Leave it out for folders from
+    others."""
+    json: bool = False
+    """Print the result as one JSON object on standard output, and everything else on standard error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.runs), "runs", "at least one folder", "none", "Give the folder of a saved network.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def _check(where: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             elif pruned:
                 remedy = (
                     "They may be of this network after pruning: in Python `prunegym.load(FOLDER)` builds it from "
-                    "where it was saved; `prunegym finetune FOLDER` and `prunegym export FOLDER` take that too."
+                    "where it was saved; `prunegym measure FOLDER`, `finetune` and `export` take that too."
                 )
             raise PruningError(
                 f"`--weights` should have the shapes of the network. Received {where}, where {shapes}. "

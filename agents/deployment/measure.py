@@ -1,0 +1,74 @@
+"""The command ``measure``: what saved networks cost and reach, beside what was said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from prunegym.agents.configuration.options import DataOptions
+from prunegym.agents.deployment.config import MeasureConfig
+from prunegym.agents.deployment.finetune import check_fits
+from prunegym.agents.deployment.origin import data_of, origin_of
+from prunegym.agents.run_folders.running import Reporter, Result
+from prunegym.agents.setup import build_task
+from prunegym.agents.tables import format_table
+from prunegym.pruning.deployment.saving import read_network
+from prunegym.pruning.modes import evaluating
+from prunegym.pruning.task import Task, forward
+from prunegym.pruning.training import evaluate_network
+
+SPLITS = ("selection", "test")
+
+
+def run_measure(config: MeasureConfig, reporter: Reporter) -> Result:
+    """Measure saved networks, one after the other."""
+    rows = [
+        measured(folder.expanduser(), config)
+        for folder in tqdm(config.runs, desc="measure", unit="network", disable=not reporter.progress)
+    ]
+    return Result({"rows": rows}, format_table(rows))
+
+
+def measured(folder: Path, config: MeasureConfig) -> dict[str, Any]:
+    """One row: network and folder, MACs, parameters, scores, and the score on test that was said when it was saved.
+
+    Raises:
+        PruningError: The folder holds no network that can be read, or the data are unknown or do not fit it.
+    """
+    saved = read_network(folder, allow_code=config.allow_code)
+    asked = DataOptions(**{one.name: getattr(config, one.name) for one in fields(DataOptions)})
+    task = build_task(data_of(asked, origin_of(folder)))
+    check_fits(saved.model, task)
+    device = config.torch_device
+    model = saved.model.to(device)
+    scores = {f"{split}_score": evaluate_network(model, task, split, device=device).score for split in SPLITS}
+    return {
+        "network": str(saved.metadata.get("network") or saved.blueprint.source.get("network")),
+        "folder": str(folder),
+        "macs": _counted_macs(model, task, device),
+        "parameters": sum(one.numel() for one in model.parameters()),
+        **scores,
+        "said_score": said_of(saved.metadata),
+    }
+
+
+def said_of(metadata: Mapping[str, Any]) -> float | None:
+    """The last score on test that was written down with a network; None if none was."""
+    tuned = metadata.get("finetuning") or [{}]
+    scores = {**(metadata.get("test_scores") or {}), **(tuned[-1].get("test_scores") or {})}
+    stages = ("after_finetuning", "after_recovery", "after_pruning")
+    return next((float(scores[stage]) for stage in stages if scores.get(stage) is not None), None)
+
+
+def _counted_macs(model: torch.nn.Module, task: Task, device: torch.device) -> int:
+    """MACs of one example, counted by PyTorch while it runs."""
+    inputs, _ = next(iter(task.batches("calibration", batch_size=1, limit=1, device=device)))
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(model, inputs)
+    return int(counter.get_total_flops()) // 2
