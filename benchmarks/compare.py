@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from base_networks import BaseNetworks
 from kept import keep, restore
 from rows import RESULTS
 
@@ -57,15 +58,9 @@ GRIDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What to run."""
+class Arguments(BaseNetworks):
+    """What to run: the grids whose weights are given."""
 
-    data: str
-    """CIFAR-10 as an .npz file."""
-    resnet20: str | None = None
-    """Weights of cifar_resnet20; without them its grids are left out, and so on."""
-    resnet56: str | None = None
-    vgg16_half: str | None = None
     only: tuple[str, ...] = ()
     """Names of grids; by default all whose weights are given."""
     repeats: int | None = None
@@ -76,15 +71,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Run what is missing."""
-    weights = {
-        "cifar_resnet20": arguments.resnet20,
-        "cifar_resnet56": arguments.resnet56,
-        "cifar_vgg16_half": arguments.vgg16_half,
-    }
     for name in arguments.only or GRIDS:
         options = GRIDS[name]
         again = {} if arguments.repeats is None else {"repeats": arguments.repeats}
-        file = weights[options["network"]]
+        file = arguments.weights[options["network"]]
         if file is None:
             print(f"{name}: no weights")
             continue

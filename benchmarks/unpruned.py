@@ -8,9 +8,8 @@ Finished rows are skipped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import tyro
+from base_networks import BaseNetworks
 from rows import RESULTS, Table
 
 from prunegym.agents.configuration.config import EvaluateConfig
@@ -18,28 +17,11 @@ from prunegym.agents.evaluate import measure_unpruned
 from prunegym.agents.setup import build_model, build_prunable, build_task
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What to measure."""
-
-    data: str
-    """CIFAR-10 as an .npz file."""
-    resnet20: str | None = None
-    """Weights of cifar_resnet20; without them it is left out, and so on."""
-    resnet56: str | None = None
-    vgg16_half: str | None = None
-
-
-def main(arguments: Arguments) -> None:
+def main(arguments: BaseNetworks) -> None:
     """Measure what the table does not hold yet."""
     table = Table(RESULTS / "unpruned.csv", ("network",))
-    weights = {
-        "cifar_resnet20": arguments.resnet20,
-        "cifar_resnet56": arguments.resnet56,
-        "cifar_vgg16_half": arguments.vgg16_half,
-    }
-    task = build_task(EvaluateConfig(network=tuple(weights), data=arguments.data))
-    for name, file in weights.items():
+    task = build_task(EvaluateConfig(network=tuple(arguments.weights), data=arguments.data))
+    for name, file in arguments.weights.items():
         if file is not None and not table.has(network=name):
             network = build_prunable(build_model(name, file, task.data, seed=0), task, name=name)
             table.append(measure_unpruned(network, task))
@@ -48,4 +30,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(tyro.cli(BaseNetworks))
