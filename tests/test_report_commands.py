@@ -157,12 +157,12 @@ def test_empty_option_is_left_out_of_a_suggestion() -> None:
 
 
 def test_commands_are_all_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is added is tried here too."""
+    """One that is added is tried here too, unless it leaves no folder."""
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     first = capsys.readouterr().out.splitlines()[0]
 
-    assert sorted(first[first.index("{") + 1 : first.index("}")].split(",")) == sorted((*COMMANDS, "report"))
+    assert sorted(first[first.index("{") + 1 : first.index("}")].split(",")) == sorted((*COMMANDS, "measure", "report"))
 
 
 def test_report_of_a_saved_network_is_written(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

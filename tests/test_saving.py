@@ -449,7 +449,7 @@ def test_tensors_that_pruning_cannot_leave_are_refused(saved: Saved, tensor: Ten
     saved.edit_tensors(lambda tensors: tensors.update({"linear.bias": tensor}))
     saved.edit_recipe(lambda recipe: recipe["shapes"].update({"linear.bias": list(tensor.shape)}))
 
-    with pytest.raises(PruningError, match=r"differs in linear.bias\. Give the network that was pruned"):
+    with pytest.raises(PruningError, match=r"differs in linear.bias\. Give the network as it was before"):
         load_network(saved.folder)
 
 
