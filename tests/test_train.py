@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from prunegym.agents.configuration.config import TrainConfig, TransferConfig
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.evaluate import plan_row
-from prunegym.agents.policies.policy_file import load_policy
+from prunegym.agents.policies.policy_file import load_policy, save_policy
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_plan
 from prunegym.agents.training import loop, workers
@@ -67,7 +67,9 @@ def test_update_may_be_of_one_evaluation(half: PruningProblem, tmp_path: Path) -
 
 def test_policy_that_is_continued_keeps_its_rounds(half: PruningProblem, tmp_path: Path) -> None:
     """Whatever would suit the new budget."""
-    policy = go([half], tmp_path / "r", replace(CONFIG, rounds=2)).policy
+    run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
+    policy = tmp_path / "policy.safetensors"
+    save_policy(policy, Trainer([half], CONFIG, run).model.policy, metadata={"rounds": 2})
 
     assert replace(CONFIG, rounds=None, policy=policy).episode_rounds == 2
     assert replace(CONFIG, rounds=None).episode_rounds == 1
