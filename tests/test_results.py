@@ -184,10 +184,11 @@ def test_place_of_the_agent_is_that_of_the_rows() -> None:
     ahead = [one["agent"] - other for one, other in zip(test, best, strict=True)]
 
     assert f"first on {leads(selection, 'agent')} of the 4, on test" in RESULTS
-    assert f"on {leads(test, 'agent')} too; on VGG-16 and on ResNet-20 at 50 % CMA-ES is level with it" in RESULTS
-    assert max(abs(ahead[0]), abs(ahead[3])) < 0.5
+    assert f"on {leads(test, 'agent')}: it is ahead of CMA-ES on ResNet-56, and level with it elsewhere" in RESULTS
     assert leads([{name: fmean(one[name] for one in test) for name in selection[1]}], "agent") == 1  # "the best mean"
-    assert f"it is {ahead[1]:.1f} and {ahead[2]:.1f} points ahead of the better CMA-ES on the ResNets at 35 %" in FRONT
+    assert f"on ResNet-56 (one seed) it is {ahead[2]:.1f} points ahead of the better CMA-ES" in FRONT
+    assert len(rows_of("resnet56_35")["agent"]) == 1
+    assert max(abs(ahead[index]) for index in (0, 1, 3)) < 0.5  # "level"
     assert len(selection[1]) - len({"agent", "shuffled", "mean", "cmaes_prior"}) == 17
     assert f"{fmean(behind):.1f} points behind on average, level on ResNet-20 at 50 % and on VGG-16" in RESULTS
     assert max(abs(behind[0]), abs(behind[3])) < 1
@@ -206,8 +207,7 @@ def test_place_at_equal_seconds_is_that_of_the_rows(tables: ModuleType) -> None:
     first = sum(max(cells) == cells[0] for cells in zip(scores["cmaes_prior"], *scores.values(), strict=True))
 
     assert f"ahead at equal seconds on {ahead} of the 4 pairs" in RESULTS
-    assert first == 3
-    assert "At equal seconds *cmaes_prior* leads on three of the four" in FRONT
+    assert f"At equal seconds *cmaes_prior* leads on {first} of the 4" in FRONT
 
 
 def test_time_of_the_agent_is_that_of_the_rows() -> None:
