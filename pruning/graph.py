@@ -154,6 +154,7 @@ def build_graph(trace: Trace, keep: Sequence[str] = (), frozen_groups: dict[str,
         keep: regular expressions; a group that matches one (:meth:`ChannelGroup.matches`) is frozen.
         frozen_groups: further groups to freeze by name, with the reason (found by the check after surgery).
     """
+    _check_patterns(keep)
     classes = _Classes(trace)
     groups = _name_groups(trace, classes)
     reasons = dict(frozen_groups or {})
@@ -281,17 +282,19 @@ def _all_or_nothing(group: ChannelGroup) -> str | None:
     return "its channels can only go all together" if group.size == 1 else None
 
 
-def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:
+def _check_patterns(keep: Sequence[str]) -> None:
     for pattern in keep:
         try:
-            if group.matches(pattern):
-                return f"kept by request ({pattern})"
+            re.compile(pattern)
         except re.error as fault:
             raise PruningError(
                 f"`keep` should be regular expressions. Received {pattern!r} ({fault}). "
                 "Write for example 'layer1.*', or escape the special characters."
             ) from fault
-    return None
+
+
+def _kept_by_request(group: ChannelGroup, keep: Sequence[str]) -> str | None:
+    return next((f"kept by request ({pattern})" for pattern in keep if group.matches(pattern)), None)
 
 
 def _operation(trace: Trace, unit_of_root: Units, one: TracedOperation) -> Operation:

@@ -197,6 +197,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda _: ["export", *NETWORK, "--format", "program", "--in-channels", "3", "--image-size", "1"],
         r"`--image-size` and `--in-channels` should be those of the network. Received images of shape \(3, 1, 1\)",
     ),
+    "nothing to measure": (lambda _: ["measure"], "`RUN` should be at least one folder .* Give the run folder"),
     "neither network nor run": (lambda _: ["export"], "`--network` should be given, or else the folder"),
     "fine-tuning on other data": (
         lambda f: ["finetune", "--network", f"{user_network(f, 10)}:net", "--data", data_file(f / "d.npz", **SMALL)],

@@ -210,6 +210,12 @@ def test_module_is_kept_with_all_its_layers() -> None:
     assert {group.frozen for group in graph.frozen if group.name.startswith("body.")} == {"kept by request (body)"}
 
 
+def test_pattern_is_checked_though_everything_is_frozen_anyway() -> None:
+    """It is wrong whether or not it would be used."""
+    with pytest.raises(PruningError, match=r"`keep` should be regular expressions. Received '\*'"):
+        PrunableNetwork(nn.Linear(3, 4), torch.randn(2, 3), keep=["*"])
+
+
 def test_norm_is_kept_with_the_channels_that_it_carries() -> None:
     """Its path stands for them, though another layer makes them; a layer that only reads them is about its own."""
     layers = [("conv", nn.Conv2d(3, 6, 1)), ("norm", nn.BatchNorm2d(6)), ("next", nn.Conv2d(6, 4, 1))]

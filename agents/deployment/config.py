@@ -12,7 +12,7 @@ from prunegym.agents.configuration.option_rules import Names, Options, at_least,
 from prunegym.agents.configuration.options import DataOptions, DeviceOption, RunOptions
 from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, TrainingOptions
-from prunegym.pruning.errors import unknown_name
+from prunegym.pruning.errors import PruningError, unknown_name
 
 #: Formats of `prunegym export`: written here too, because their module loads PyTorch. A test compares them.
 FORMATS = ("onnx", "program", "safetensors")
@@ -66,7 +66,11 @@ class MeasureConfig(DeviceOption, DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.runs), "runs", "at least one folder", "none", "Give the folder of a saved network.")
+        if not self.runs:
+            raise PruningError(
+                "`RUN` should be at least one folder with a saved network. Received none. Give the run folder of "
+                "`prunegym prune`."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
