@@ -218,7 +218,10 @@ def test_time_of_the_agent_is_that_of_the_rows() -> None:
         agent, cmaes = (sum(float(one["seconds"]) for one in found[name]) for name in ("agent", "cmaes"))
         ratios.append(f"{agent / cmaes:.1f}")
 
+    same = sorted(float(one["seconds"]) for one in rows_of("resnet20_35", "rows_timing.csv")["cmaes"])
+
     assert f"took {' and '.join(ratios)} times the seconds of CMA-ES" in RESULTS
+    assert f"CMA-ES took {same[0]:.0f} to {same[-1]:.0f} s for the same evaluations on ResNet-20 at 35 %" in RESULTS
 
 
 def test_luck_with_the_reward_images_is_that_of_the_rows() -> None:
