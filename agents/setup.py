@@ -18,7 +18,7 @@ from prunegym.pruning.datasets.data import DataSplits, default_data_root, load_d
 from prunegym.pruning.importance.criteria import ENCODER_ATTENTION, Criterion
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork, check_keep
-from prunegym.pruning.networks.zoo import build_network, input_shape_of
+from prunegym.pruning.networks.zoo import build_network, input_shape_of, sizes_by_default
 from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
 from prunegym.pruning.timing.latency import LatencySettings
@@ -271,14 +271,23 @@ def latency_cache(data_root: Path | None) -> Path:
 
 
 def bare_network(
-    name: str, weights: str | None, image_size: int | None, seed: int, keep: Sequence[str] = ()
+    name: str, weights: str | None, sizes: Mapping[str, int | None], seed: int, keep: Sequence[str] = ()
 ) -> PrunableNetwork:
     """A network without data, traced on noise of the size that it is made for.
+
+    Args:
+        name: As in :func:`~prunegym.pruning.networks.zoo.build_network`.
+        weights: A weight file or the name of published weights, or None.
+        sizes: ``num_classes``, ``in_channels`` and ``image_size``, where they are not to be the network's own.
+        seed: Of the weights and the noise.
+        keep: Patterns of what is not pruned.
 
     Raises:
         PruningError: The network is unknown or does not run, or nothing in it can be pruned.
     """
-    model = build_network(name, image_size=image_size, weights=weights, seed=seed)
-    shape = input_shape_of(name, image_size=image_size)
+    asked = {key: value for key, value in sizes.items() if value is not None}
+    model = build_network(name, weights=weights, seed=seed, **asked)
+    known = {**sizes_by_default(name), **asked}
+    shape = input_shape_of(name, known.get("in_channels"), known.get("image_size"))
     noise = torch.randn(TRACED_EXAMPLES, *shape, generator=torch.Generator().manual_seed(seed))
     return PrunableNetwork(model, noise, name=name, keep=keep)

@@ -108,7 +108,7 @@ def main(arguments: Arguments) -> None:
 
 def calibrated(name: str) -> PrunableNetwork:
     """A network with random weights whose batch normalisation has seen noise."""
-    network = bare_network(name, None, None, seed=0)
+    network = bare_network(name, None, {}, seed=0)
     shape = network.example_inputs[0].shape[1:]
     recalibrate(network.model, [torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))])
     return network

@@ -125,6 +125,12 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     data: str = ""
     """Data whose classes and image size the network gets (see `prunegym train --help`); by default the
     network's own."""
+    out: Path | None = None
+    """Run folder that the list is kept in; by default none."""
+    num_classes: int | None = None
+    """Classes of the network, without --data; by default its own."""
+    in_channels: int | None = None
+    """Channels of the noise that the network is traced on, without --data; by default its own, or 3."""
     latency: bool = False
     """Measure the latency too, and the least that pruning can reach: a latency table is made, or read if there is
     one."""
@@ -139,6 +145,10 @@ class InspectConfig(RunOptions, LatencyOptions, WidthOptions, DataOptions, OneNe
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "latency_plans")
+        at_least(self, 1, "num_classes", "in_channels")
+        for size in ("num_classes", "in_channels"):
+            received, flag = getattr(self, size), size.replace("_", "-")
+            require(not self.data or received is None, flag, "left out with --data", received, "Leave out one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +182,7 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     """Policy file to start from; by default a new policy, which starts from the best of knapsack, uniform and
     halfway."""
     evaluations: int = DEFAULT_EVALUATIONS
-    """Plans scored in all, at most: the price of the training."""
+    """Plans scored in all, at most: the price of the training. At least one update (--update-evaluations) is made."""
     rounds: int | None = None
     """Rounds of pruning in an episode; the budget falls to the target over them. By default 1 where every budget keeps
     half or more, and 3 below and in free mode; a policy that is continued keeps its own."""
@@ -240,8 +250,8 @@ class TransferConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetwo
     policy: Path = field()
     """Policy file to transfer."""
     evaluations: int = 0
-    """Plans that may be scored on each new network and budget; 0 is zero-shot: but for three that
-    decide what the policy starts from there, none."""
+    """Plans that may be scored on each new network and budget, though at least one update is made
+    (--update-evaluations); 0 is zero-shot: but for three that decide what the policy starts from there, none."""
     test: bool = False
     """Measure every plan on the test images too. For the end: what was chosen by looking at them is no
     longer an honest result."""
@@ -273,7 +283,7 @@ class SearchOptions(Options):
     """Plans that a searcher such as random may score; those that need no evaluations score none,
     policies at most three, on a network or budget that is new to them."""
     rounds: int | None = None
-    """Rounds of pruning; by default those the policy was trained with."""
+    """Rounds of pruning; by default those the policy was trained with, and 3 with --searcher attention."""
     leave_out: Names = ()
     """Regular expression of residual blocks to leave out altogether (`prunegym inspect` lists them); the widths of the
     rest then follow the budget."""

@@ -28,6 +28,7 @@ __all__ = ["build_network", "input_shape_of", "load_weights", "network_names"]
 _OWN_NETWORKS = {**DIGITS_NETWORKS, **CIFAR_NETWORKS}
 _OWN_CLASSES = 10
 _IMAGENET_CLASSES = 1000
+SIZES = ("num_classes", "in_channels", "image_size")
 #: Arguments of single torchvision networks: the auxiliary heads only help the first training, and the slow
 #: initialisation that goes with them is being retired (torchvision warns if it is not turned off).
 _TORCHVISION_ARGUMENTS = {
@@ -73,6 +74,25 @@ def input_shape_of(
     channels = channels if in_channels is None else in_channels
     size = size if image_size is None else image_size
     return channels, size, size
+
+
+def sizes_by_default(name: str) -> dict[str, int]:
+    """Sizes that a user's function has defaults for; it is not called, but its file is run.
+
+    Args:
+        name: ``path/file.py:function``; other names have none.
+
+    Returns:
+        Those of ``num_classes``, ``in_channels`` and ``image_size`` that are parameters with a whole number.
+
+    Raises:
+        PruningError: The file or the function is not there, or the file fails.
+    """
+    if ":" not in name:
+        return {}
+    parameters = inspect.signature(_user_function(name)).parameters
+    defaults = {key: parameters[key].default for key in SIZES if key in parameters}
+    return {key: value for key, value in defaults.items() if type(value) is int}
 
 
 def build_network(
@@ -223,8 +243,8 @@ def _replace_stem(network: nn.Module, in_channels: int) -> None:
         setattr(network, "transform_input", False)  # noqa: B010 (a module's attributes are typed as tensors)
 
 
-def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
-    """Call a function of a user's file with the sizes it has parameters for."""
+def _user_function(name: str) -> Callable[..., object]:
+    """Find a function of a user's file."""
     file, function_name = name.rsplit(":", 1)
     module = import_file(Path(file).expanduser())
     function: Callable[..., object] | None = getattr(module, function_name, None)
@@ -233,6 +253,12 @@ def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
             key for key, value in vars(module).items() if inspect.isroutine(value) or inspect.isclass(value)
         ]
         raise unknown_name("--network", function_name, functions, f"It should be a function in {file}.")
+    return function
+
+
+def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
+    """Call a function of a user's file with the sizes it has parameters for."""
+    function = _user_function(name)
     parameters = inspect.signature(function).parameters
     try:
         network = function(**{key: value for key, value in sizes.items() if key in parameters})
