@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -104,9 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         error = write_failure(reporter.folder or Path(fault.filename or "."), fault)
         return _stopped(f"error: {error}{_where(arguments, reporter)}", REFUSED)
-    except TimeUp:
+    except TimeUp as stop:
+        traceback.clear_frames(stop.__traceback__)  # ends bars that were open, so that the last line is the command
         return _stopped(f"the time limit is reached. {_how_to_continue(arguments, reporter)}", TIME_UP)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        traceback.clear_frames(stop.__traceback__)
         return _stopped(f"interrupted. {_how_to_continue(arguments, reporter)}", INTERRUPTED)
     _print(result, as_json=config.json)
     return 0

@@ -10,7 +10,7 @@ from prunegym.agents.pretrain import pretrain
 from prunegym.agents.prune import carry_out, check_fine_tuning, describe, find_plan, save
 from prunegym.agents.run_folders.journal import JOURNAL, journaled
 from prunegym.agents.run_folders.records import save_attention, save_networks
-from prunegym.agents.run_folders.reload import EXAMPLE, save_example
+from prunegym.agents.run_folders.reload import EXAMPLE, loading, save_example
 from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SearchResult, check_evaluations
@@ -30,6 +30,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.deployment.export import check_formats, check_program, export_network
 from prunegym.pruning.files import plain
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.zoo import SIZES
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.training import check_devices, check_training
@@ -123,10 +124,11 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
         run = launch.open()
         save_splits([problem], run)
         save_networks([problem], run, splits=())
+        found = _find_plan_once(problem, budget, config, run, progress, reporter.limit)
         if config.searcher_name == "policy" and config.policy is not None:
+            # after the search, which pays for the plans that a start is chosen from
             policy, metadata = load_policy(config.policy, device=config.torch_device)
             save_attention(policy, metadata, [problem], run, config.rounds)
-        found = _find_plan_once(problem, budget, config, run, progress, reporter.limit)
         source = network_source(config.network, task.data)
         limit = reporter.limit
         result = carry_out(problem, found, config, run=run, source=source, progress=progress, limit=limit)
@@ -144,7 +146,7 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
             )
             content["exports"] = plain(written)
         run.write_json(RESULT, content)
-    lines = [describe(content), f"load it with prunegym.load('{content['folder']}')"]
+    lines = [describe(content), f"load it with {loading(content['folder'], ':' in config.network)}"]
     for one in content.get("exports", []):
         lines += [f"or with {one['load']}", *([one["warning"]] if one["warning"] else [])]
     return Result(content, "\n".join(lines))
@@ -166,7 +168,8 @@ def _find_plan_once(
 def _network_to_inspect(config: InspectConfig) -> PrunableNetwork:
     """The network on its own kind of input, or on that of given data."""
     if not config.data:
-        return bare_network(config.network, config.weights, config.image_size, config.seed, config.keep)
+        sizes = {key: getattr(config, key) for key in SIZES}
+        return bare_network(config.network, config.weights, sizes, config.seed, config.keep)
     task = build_task(config)
     model = build_model(config.network, config.weights, task.data, config.seed)
     return build_prunable(model, task, name=config.network, keep=config.keep)

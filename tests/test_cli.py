@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from prunegym.agents import cli, network_commands
 from prunegym.agents.cli import main, parse
 from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.prune import describe
+from prunegym.agents.searching.search import Search
 
 #: Few images of everything: the numbers do not matter.
 FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
@@ -361,7 +363,9 @@ def test_interrupted_pruning_keeps_its_plan(
     assert (tmp_path / "plan.json").read_bytes() == plan
 
 
-def test_user_network_goes_the_whole_way(run: Run, tmp_path: Path, no_latency: None) -> None:
+def test_user_network_goes_the_whole_way(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, no_latency: None
+) -> None:
     """A function in a file, with weights of its own."""
     file = tmp_path / "mine.py"
     file.write_text(
@@ -371,8 +375,11 @@ def test_user_network_goes_the_whole_way(run: Run, tmp_path: Path, no_latency: N
         "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
     )
 
-    content = run("prune", "--network", f"{file}:net", *FEW, "--epochs", "0", "--out", tmp_path / "run")
+    arguments = ["prune", "--network", f"{file}:net", *FEW, "--epochs", "0", "--out", str(tmp_path / "run")]
+    content = run(*arguments)
 
+    assert main(arguments) == 0
+    assert f"load it with prunegym.load('{tmp_path / 'run'}', allow_code=True)" in capsys.readouterr().out
     assert content["macs"]["after"] < content["macs"]["before"]
     assert prunegym.load(tmp_path / "run", allow_code=True)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
@@ -389,6 +396,38 @@ def test_interruption_tells_how_to_continue(
     folder = next((tmp_path / "runs").iterdir())
     said = capsys.readouterr().err
     assert f"Continue with: prunegym pretrain --network digits_vgg --device cpu --out runs/{folder.name}" in said
+
+
+def test_command_that_goes_on_is_the_last_line(
+    capsys: pytest.CaptureFixture[str], weights: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the bar of the search that was interrupted, which ends before."""
+    monkeypatch.setattr(Search, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    assert main(["prune", *weights, *FEW, "--searcher", "random", "--out", str(tmp_path)]) == cli.INTERRUPTED
+
+    gc.collect()
+    said = capsys.readouterr().err
+    assert "random:   0%" in said
+    assert said.splitlines()[-1].startswith("prunegym: interrupted. Continue with: prunegym prune")
+
+
+def test_network_of_ones_own_is_inspected_at_its_own_size(run: Run, tmp_path: Path) -> None:
+    """Which its defaults tell, or flags where there are none."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "        nn.Linear(8, num_classes))\n"
+        "def grey(num_classes=5, in_channels=1):\n"
+        "    return net(num_classes, in_channels)\n"
+    )
+
+    grey = run("inspect", "--network", f"{file}:grey", "--image-size", 8)
+    asked = run("inspect", "--network", f"{file}:net", "--image-size", 8, "--num-classes", 5, "--in-channels", 1)
+
+    assert grey["macs"] == asked["macs"] == 6 * 6 * 8 * 9 + 8 * 5
 
 
 def test_interruption_before_anything_was_computed_says_so(

@@ -16,7 +16,7 @@ from prunegym.agents.configuration.options import DataOptions
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, SavedNetworkOptions
 from prunegym.agents.deployment.finetune import check_fits, describe, finetune_network
 from prunegym.agents.deployment.origin import data_of, origin_of
-from prunegym.agents.run_folders.reload import EXAMPLE, save_example
+from prunegym.agents.run_folders.reload import EXAMPLE, loading, save_example
 from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result
 from prunegym.agents.setup import TRACED_EXAMPLES, build_task, network_source, seed_everything
 from prunegym.agents.tables import format_table
@@ -79,7 +79,9 @@ def run_finetune(config: FinetuneConfig, reporter: Reporter) -> Result:
         content = {"folder": str(run.folder), **plain(result.to_json())}
         run.write_json(RESULT, content)
     folder = content["folder"]
-    load = f"load it with prunegym.load('{folder}'), deploy it with: prunegym export {folder} --format onnx"
+    own = config.allow_code or ":" in (config.network or "")
+    deploy = f"prunegym export {folder} --format onnx{' --allow-code' if own else ''}"
+    load = f"load it with {loading(folder, own)}, deploy it with: {deploy}"
     return Result(content, f"{describe(content)}\n\n{load}")
 
 

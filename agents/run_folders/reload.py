@@ -1,4 +1,4 @@
-"""Check in a new process that a saved network gives what it gave before it was saved.
+"""How a saved network is loaded, and a check in a new process that it gives what it gave before it was saved.
 
 The example file holds inputs and the outputs of the network before it was saved, computed on the CPU.
 """
@@ -20,6 +20,11 @@ from prunegym.pruning.deployment.saving import load_network
 from prunegym.pruning.files import replacing
 
 EXAMPLE = "example.safetensors"
+
+
+def loading(folder: str, own_code: bool) -> str:
+    """The line of Python that loads a saved network; one that a file of the user's builds has to be trusted."""
+    return f"prunegym.load('{folder}'{', allow_code=True' if own_code else ''})"
 
 
 def save_example(path: Path, model: nn.Module, inputs: Tensor) -> None:
