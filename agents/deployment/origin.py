@@ -13,6 +13,8 @@ from prunegym.pruning.files import read_json
 
 #: Commands whose run folders hold a saved network.
 _COMMANDS = ("prune", "finetune")
+#: Options that decide which images are in which split, and how large they are.
+_CUTTING = ("image_size", "split_seed", "reward_split")
 #: Fine-tunings of fine-tunings that are followed back.
 _DEPTH = 100
 
@@ -41,7 +43,8 @@ def data_of(asked: DataOptions, origin: Mapping[str, Any]) -> DataOptions:
     """Data options completed by those of the run that a network goes back to.
 
     Args:
-        asked: As the user gave them, with an empty ``data`` for those of the run.
+        asked: As the user gave them, with an empty ``data`` for those of the run. Where they name data, these may be
+            the same at another place: how they are split and scaled stays that of the run.
         origin: From :func:`origin_of`.
 
     Raises:
@@ -49,16 +52,14 @@ def data_of(asked: DataOptions, origin: Mapping[str, Any]) -> DataOptions:
     """
     defaults = {one.name: one.default for one in fields(DataOptions)}
     given = {name: getattr(asked, name) for name in defaults}
-    if not given["data"]:
-        known = {name: origin[name] for name in defaults if origin.get(name) is not None}
-        if "data" not in known:
-            raise PruningError(
-                "`--data` should be given for a saved network whose folder does not say what it was pruned on. "
-                "Received none. Give the data that it was pruned on."
-            )
-        if "data_root" in known:
-            known["data_root"] = Path(known["data_root"])
-        del given["data"]
-        own = {name: value for name, value in given.items() if value != defaults[name]}
-        given = {**known, **own}
-    return DataOptions(**given)
+    taken = _CUTTING if given["data"] else tuple(defaults)
+    known = {name: origin[name] for name in taken if origin.get(name) is not None}
+    own = {name: value for name, value in given.items() if value and value != defaults[name]}
+    if "data" not in known and not given["data"]:
+        raise PruningError(
+            "`--data` should be given for a saved network whose folder does not say what it was pruned on. "
+            "Received none. Give the data that it was pruned on."
+        )
+    if "data_root" in known:
+        known["data_root"] = Path(known["data_root"])
+    return DataOptions(**{"data": given["data"], **known, **own})
