@@ -106,6 +106,10 @@ class CompareConfig(
                 "`--policy` should name a policy file where one of the searchers is policy. Received none. "
                 "Train one with `prunegym train`."
             )
+        agents = [name for name in self.searchers if name in AGENTS]
+        trainable = self.criterion != "encoder_attention" or not agents
+        rule = "such that no --policy is needed where agents are trained"
+        require(trainable, "criterion", rule, self.criterion, f"Name searchers without {', '.join(agents)}.")
         self._check_allowance()
 
     def _check_allowance(self) -> None:
