@@ -8,7 +8,7 @@ they are about: `dcpa` leaves out residual blocks, `laasp` and `attention` choos
 An evaluation is one plan that a searcher asks to be scored. It counts whether or not the scorer remembers the plan:
 else the price of a search would depend on what ran before it, and a searcher that repeats itself would look cheap.
 Work that is no scoring of a plan, such as training steps, is paid for in evaluations too (:meth:`Search.pay`), at
-:func:`evaluations_per_step`.
+:func:`evaluations_per_step`. What policies and `attention` see of a network between rounds is not: their seconds tell.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SearchSettings:
     policy: Path | None = None
     """Policy file of the searcher `policy`."""
     rounds: int | None = None
-    """Rounds of pruning; by default those the policy was trained with, or 1."""
+    """Rounds of pruning; by default those the policy was trained with, and 3 for `attention`."""
     progress: bool = False
     clock: Callable[[], float] = time.perf_counter
     """Gives seconds; that of a journal counts those before an interruption too."""
