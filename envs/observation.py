@@ -24,7 +24,7 @@ from prunegym.pruning.network import PrunableNetwork
 Observation: TypeAlias = dict[str, NDArray[np.generic]]
 Floats: TypeAlias = NDArray[np.float64]
 
-OBSERVATION_VERSION = 1
+OBSERVATION_VERSION = 2
 """Raised whenever a feature changes its meaning: policies trained on another version are refused."""
 BINS = 16
 NEIGHBOURS = 4
@@ -232,7 +232,8 @@ class Observer:
             np.log(share + 1e-4) / 4,
             _relative_log(taylor, graph.group_of) / 2,
             self._similarity,
-            (self.bin_of % self.bins) / max(self.bins - 1, 1),
+            # by the bins of its own group: a wider group beside it changes nothing
+            (self.bin_of % self.bins) / np.maximum(np.minimum(sizes, self.bins)[graph.group_of] - 1, 1),
             1 / sizes[graph.group_of] * np.maximum(self._count.ravel()[self.bin_of], 1),
             episode.mask.astype(np.float64),
         ]

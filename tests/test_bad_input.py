@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from prunegym.agents.cli import main
+from prunegym.envs.observation import OBSERVATION_VERSION
 from prunegym.pruning.networks.zoo import build_network
 
 #: Few images of everything: the numbers do not matter.
@@ -43,7 +44,7 @@ def with_bytes(path: Path, data: bytes) -> Path:
 
 def policy_of_version(path: Path, version: int) -> Path:
     """A policy file with another format version."""
-    header = {"format": version, "observation": 1, "encoder": {}, "features": "data", "correction_scale": 1.0}
+    header = {"format": version, "observation": OBSERVATION_VERSION, "encoder": {}, "features": "data", "correction_scale": 1.0}
     save_file({"x": torch.zeros(1)}, path, {"prunegym": json.dumps({**header, "metadata": {}})})
     return path
 

@@ -251,6 +251,18 @@ def test_bins_hold_channels_of_neighbouring_rank(zoo: Toys, task_for: TaskFor) -
         assert max(map(len, worth)) - min(map(len, worth)) <= 1
 
 
+def test_rank_is_that_in_the_group_whatever_is_beside_it(
+    residual: tuple[PrunableNetwork, Statistics, Observer],
+) -> None:
+    """From 0 to 1 in groups of 8, 6, 12 and 4 channels."""
+    network, statistics, observer = residual
+
+    rank = observer.observe(episode(network, statistics), observer.padding)["nodes"][..., NODE_FEATURES.index("rank")]
+
+    for row, size in zip(rank, network.graph.sizes, strict=True):
+        np.testing.assert_allclose(row[:size], np.linspace(0, 1, size), rtol=1e-6)
+
+
 def test_shares_of_the_bins_of_a_group_add_up(zoo_observations: dict[str, Observation]) -> None:
     """Every channel is in one bin."""
     for observation in zoo_observations.values():
