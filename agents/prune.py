@@ -30,6 +30,7 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.task import first_batch
 from prunegym.pruning.timing.latency import compare_latency
 from prunegym.pruning.timing.module_times import TimeProfile, compare_module_times
 from prunegym.pruning.timing.speed_up import speed_up
@@ -226,13 +227,15 @@ def fine_tune(
 
 
 def check_fine_tuning(problem: PruningProblem, config: PruneConfig) -> None:
-    """Refuse a fine-tuning that cannot be, before a plan is searched for.
+    """Refuse what could not be finished, before a plan is searched for: no test split, or a fine-tuning that cannot be.
 
     Raises:
         PruningError: It cannot, see :func:`~prunegym.pruning.training.check_training`.
     """
+    scorer = problem.scorer
+    first_batch(scorer.task, "test", 1)  # what is told of the networks in the end is measured there
     if config.epochs:
-        scorer, settings = problem.scorer, config.training_settings(config.seed)
+        settings = config.training_settings(config.seed)
         teacher = scorer.network.model if config.distill else None
         check_training(scorer.network.model, scorer.task, settings, teacher=teacher, device=scorer.device)
 

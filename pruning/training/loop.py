@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.layout import CONTIGUOUS, common, laid_out, lay_out, layout_on
-from prunegym.pruning.task import Inputs, Task, forward
+from prunegym.pruning.task import Inputs, Task, forward, scores_of
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import Pass, count_steps
 from prunegym.pruning.training.check import no_batches
@@ -237,7 +237,7 @@ class Training:
             return None
         try:
             with torch.no_grad():
-                return self.task.score(outputs, targets)
+                return scores_of(self.task, outputs, targets)
         except Exception as fault:
             warnings.warn(
                 f"epochs have no score: that of '{self.task.name}' raised {type(fault).__name__} ({fault}) on what the "
