@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.modes import evaluating
+from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.task import Inputs, forward
 
 
 def check_cost(network: PrunableNetwork, model: nn.Module, expected: Cost) -> None:
@@ -51,7 +52,18 @@ def check_outputs(network: PrunableNetwork, plan: PruningPlan) -> None:
 def count_macs(network: PrunableNetwork, model: nn.Module) -> int:
     """MACs of a model on one example of the network's input, counted by PyTorch while it runs."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    inputs = tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), with_batch(network.example_inputs, 1))
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    return macs_of_run(
+        model, tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), with_batch(network.example_inputs, 1))
+    )
+
+
+def macs_of_run(model: nn.Module, inputs: Inputs) -> int:
+    """MACs of a model on these inputs, which are on its device, counted by PyTorch while it runs.
+
+    No parameter has a gradient meanwhile. The counter hangs a hook on whatever asks for one and goes into a module, and
+    without gradients a view of a parameter, such as expanded queries, asks for one and has no place for the hook.
+    """
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), differentiating(model), torch.no_grad(), counter:
+        forward(model, inputs)
     return int(counter.get_total_flops()) // 2
