@@ -177,6 +177,32 @@ class Encoder(nn.Module):
         return self.head(self.mix(self.embed(x)).mean(1))
 
 
+class Attending(Encoder):
+    """``nn.MultiheadAttention`` without its weights: scaled dot product attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
+
+
+class ByHand(Encoder):
+    """Scaled dot product attention called by the network's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.mix = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (one(x).unflatten(-1, (2, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(F.relu(self.mix(mixed)).mean(1))
+
+
 class LearnedQueries(Encoder):
     """A view of a parameter goes into a module, as in DETR."""
 
@@ -187,6 +213,17 @@ class LearnedQueries(Encoder):
     def forward(self, x: Tensor) -> Tensor:
         queries = self.mix(self.queries.expand(len(x), -1, -1))
         return self.head((queries * F.relu(self.embed(x)).mean(1, keepdim=True)).sum(1))
+
+
+@pytest.mark.parametrize("kind", [Encoder, Attending, ByHand])
+def test_attention_is_counted(kind: type[nn.Module], random_plan: Callable[..., Any], rng: np.random.Generator) -> None:
+    """By both, as much as it costs, so that what is pruned can be compared."""
+    network = PrunableNetwork(kind(), torch.randn(2, 7, 6), name="attention")
+    plan = random_plan(network, rng)
+
+    assert count_macs(network, network.model) == network.full_cost.macs
+    assert count_macs(network, network.pruned(plan)) == network.cost(plan).macs < network.full_cost.macs
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_view_of_a_parameter_may_go_into_a_module() -> None:
