@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.modes import evaluating
+from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.task import Inputs, forward
 
 
 def check_cost(network: PrunableNetwork, model: nn.Module, expected: Cost) -> None:
@@ -51,7 +56,38 @@ def check_outputs(network: PrunableNetwork, plan: PruningPlan) -> None:
 def count_macs(network: PrunableNetwork, model: nn.Module) -> int:
     """MACs of a model on one example of the network's input, counted by PyTorch while it runs."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    inputs = tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), with_batch(network.example_inputs, 1))
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    return macs_of_run(
+        model, tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), with_batch(network.example_inputs, 1))
+    )
+
+
+def macs_of_run(model: nn.Module, inputs: Inputs) -> int:
+    """MACs of a model on these inputs, which are on its device, counted by PyTorch while it runs.
+
+    No parameter has a gradient meanwhile. The counter hangs a hook on whatever asks for one and goes into a module, and
+    without gradients a view of a parameter, such as expanded queries, asks for one and has no place for the hook.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with evaluating(model), differentiating(model), _operation_by_operation(), torch.no_grad(), counter:
+        forward(model, inputs)
     return int(counter.get_total_flops()) // 2
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of attention from the shapes of its inputs."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+#: Operations that PyTorch's counter takes for free: it knows attention on graphics cards only.
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@contextmanager
+def _operation_by_operation() -> Iterator[None]:
+    """Let ``nn.TransformerEncoderLayer`` run so: its fused kernel would hide all operations from the counter."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

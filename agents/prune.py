@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,15 +31,18 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.memory import PeakMemory, peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.task import first_batch
 from prunegym.pruning.timing.latency import compare_latency
 from prunegym.pruning.timing.module_times import TimeProfile, compare_module_times
 from prunegym.pruning.timing.speed_up import speed_up
-from prunegym.pruning.training import EpochRow, check_training, compare_networks
+from prunegym.pruning.training import EpochRow, check_pruned_training, check_training, compare_networks
 
 #: Names of the scores of a result, in the order in which they come about.
 STAGES = ("unpruned", "after_pruning", "after_recovery", "after_finetuning")
 
 
+#: Keep ratio in all groups of the network that is trained for a step before a search: each has lost channels there.
+_TRIED = 0.5
 #: Runtimes whose latency is told whatever was asked for, where they are there.
 MEASURED_IN = ("torch", "onnxruntime")
 
@@ -226,15 +230,21 @@ def fine_tune(
 
 
 def check_fine_tuning(problem: PruningProblem, config: PruneConfig) -> None:
-    """Refuse a fine-tuning that cannot be, before a plan is searched for.
+    """Refuse what could not be finished, before a plan is searched for: no test split, or a fine-tuning that cannot be.
 
     Raises:
-        PruningError: It cannot, see :func:`~prunegym.pruning.training.check_training`.
+        PruningError: It cannot, see :func:`~prunegym.pruning.training.check_training` and
+            :func:`~prunegym.pruning.training.check_pruned_training`.
     """
+    scorer, network = problem.scorer, problem.scorer.network
+    first_batch(scorer.task, "test", 1)  # what is told of the networks in the end is measured there
     if config.epochs:
-        scorer, settings = problem.scorer, config.training_settings(config.seed)
-        teacher = scorer.network.model if config.distill else None
-        check_training(scorer.network.model, scorer.task, settings, teacher=teacher, device=scorer.device)
+        settings = config.training_settings(config.seed)
+        teacher = network.model if config.distill else None
+        check_training(network.model, scorer.task, settings, teacher=teacher, device=scorer.device)
+        smaller = problem.plan(problem.widths.nearest(np.full(len(problem.sizes), _TRIED)))
+        plan = smaller if config.plan is None else PruningPlan.load(config.plan)
+        check_pruned_training(network, plan, scorer.task, settings, device=scorer.device)
 
 
 def measure_speed(

@@ -20,7 +20,7 @@ from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork, check_keep
 from prunegym.pruning.networks.zoo import build_network, input_shape_of, sizes_by_default
 from prunegym.pruning.scoring import Scorer, ScorerSettings
-from prunegym.pruning.task import ClassificationTask, Task, forward
+from prunegym.pruning.task import ClassificationTask, Task, first_batch, forward, scores_of
 from prunegym.pruning.timing.latency import LatencySettings
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.widths import WidthRules
@@ -80,8 +80,7 @@ def build_model(name: str, weights: str | None, data: DataSplits, seed: int) -> 
 
 def example_inputs(task: Task) -> tuple[Any, ...]:
     """Inputs that a network of the task is traced on, on the CPU."""
-    batches = task.batches("calibration", batch_size=TRACED_EXAMPLES, limit=TRACED_EXAMPLES)
-    inputs, _ = next(iter(batches))
+    inputs, _ = first_batch(task, "calibration", TRACED_EXAMPLES)
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
@@ -91,15 +90,15 @@ def build_prunable(
     """Trace a network on examples of its task, and check that its outputs are those the task is about.
 
     Raises:
-        PruningError: The network does not run, its head does not fit the task, or nothing can be pruned.
+        PruningError: The network does not run, its head does not fit the task, the task gives no examples or no score
+            for each, or nothing can be pruned.
     """
     network = PrunableNetwork(model, example_inputs(task), name=name, keep=keep, strict=strict)
-    batches = task.batches("calibration", batch_size=TRACED_EXAMPLES, limit=TRACED_EXAMPLES)
-    inputs, targets = next(iter(batches))
+    inputs, targets = first_batch(task, "calibration", TRACED_EXAMPLES)
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
     inputs, targets = tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), (inputs, targets))
     with evaluating(model), torch.no_grad():
-        task.score(forward(model, inputs), targets)
+        scores_of(task, forward(model, inputs), targets)
     return network
 
 

@@ -249,9 +249,8 @@ def measure_files(work: Work, pruned: torch.nn.Module) -> tuple[Latency, Latency
     with ready_to_measure(work.table.settings) as ready:
         files = {name: work.exported(name, one) for name, one in ((UNPRUNED, work.network.model), (PRUNED, pruned))}
         openers = {name: session_opener(data, example, ready) for name, data in files.items()}
-        samples = take_turns_in_sessions(openers, ready)
-    before, after = (Latency.from_samples(times, ready) for times in samples.values())
-    return before, after
+        measured = take_turns_in_sessions(openers, ready)
+    return measured[UNPRUNED], measured[PRUNED]
 
 
 class RandomImages(ClassificationTask):

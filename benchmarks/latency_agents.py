@@ -37,7 +37,7 @@ from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.files import read_json, write_json
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.timing.latency import Latency, prepare, ready_to_measure, take_turns_in_sessions
+from prunegym.pruning.timing.latency import prepare, ready_to_measure, take_turns_in_sessions
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.timing.speed_up import SpeedUp, speed_up
 
@@ -223,8 +223,7 @@ def side_by_side(problem: PruningProblem, plans: dict[str, PruningPlan]) -> dict
         inputs = with_batch(network.example_inputs, ready.batch_size)
         models = {"unpruned": network.model, **{name: network.pruned(plan) for name, plan in plans.items()}}
         openers = {name: prepare(name, model, inputs, ready) for name, model in models.items()}
-        samples = take_turns_in_sessions(openers, ready)
-    measured = {name: Latency.from_samples(one, ready) for name, one in samples.items()}
+        measured = take_turns_in_sessions(openers, ready)
     return {name: speed_up(measured["unpruned"], measured[name]) for name in plans}
 
 

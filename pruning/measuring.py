@@ -10,7 +10,7 @@ from torch import nn
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.layout import laid_out, layout_for
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.task import Task, forward
+from prunegym.pruning.task import Task, empty_split, forward, scores_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def evaluate_network(
         amp: Compute in bfloat16 where autocast deems it safe.
 
     Raises:
-        PruningError: The split is unknown or empty, or the network's outputs do not fit the task.
+        PruningError: The split is unknown or empty, the network's outputs do not fit the task, or it
+            does not give one score per example.
     """
     model.to(device)
     device = torch.device(device)
@@ -62,15 +63,12 @@ def evaluate_network(
             layout = layout or layout_for(model, inputs)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 outputs = forward(model, laid_out(inputs, layout))
-            scores = task.score(outputs, targets)
+            scores = scores_of(task, outputs, targets)
             score += float(scores.double().sum())
             loss += float(task.loss(outputs, targets)) * len(scores)
             examples += len(scores)
     if not examples:
-        raise PruningError(
-            f"`split` should hold examples. Received '{split}' of '{task.name}', which is empty. Let the task give "
-            "some for it."
-        )
+        raise empty_split(task, split)
     return Measurement(score / examples, loss / examples, examples)
 
 

@@ -31,7 +31,7 @@ from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import compensated_tensors, recalibrating, train_steps
 from prunegym.pruning.surgery import rebuilt, sliced_tensors
-from prunegym.pruning.task import Task, forward
+from prunegym.pruning.task import Task, empty_split, first_batch, forward, scores_of
 
 CACHE_LIMIT = 1 << 30
 """Most bytes of prepared batches kept in memory; beyond that batches are prepared anew for each plan."""
@@ -283,10 +283,12 @@ class Scorer:
         with evaluating(model), torch.inference_mode():
             for inputs, targets in self.batches(split, examples):
                 outputs = tree_map(to_float, forward(model, inputs))
-                scores = self.task.score(outputs, targets)
+                scores = scores_of(self.task, outputs, targets)
                 total += float(scores.sum())
                 losses += float(self.task.loss(outputs, targets)) * len(scores)
                 count += len(scores)
+        if not count:
+            raise empty_split(self.task, split)
         return Score(total / count, losses / count, count)
 
     def batches(self, split: str, examples: int) -> Iterable[tuple[Any, Any]]:
@@ -315,7 +317,7 @@ class Scorer:
     def _choose_form(self) -> InferenceForm:
         """Channels last and bfloat16 (asked for, or fast here) where this network takes the one and bears the other."""
         folds, wanted = self.network.graph.folds, self.settings.precision
-        inputs, _ = next(iter(self.task.batches("calibration", batch_size=8, limit=8, device=self.device)))
+        inputs, _ = first_batch(self.task, "calibration", 8, self.device)
         modes = (False, True) if self.settings.recovery_steps else (False,)
         layout = common(layout_for(self.network.model, inputs, training=mode) for mode in modes)
         exact = InferenceForm(folds, half=False, layout=layout)

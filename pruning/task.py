@@ -79,6 +79,48 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+def first_batch(task: Task, split: str, batch_size: int, device: torch.device | str = "cpu") -> tuple[Inputs, Any]:
+    """The first examples of a split: inputs and targets.
+
+    Raises:
+        PruningError: There are none.
+    """
+    batch = next(iter(task.batches(split, batch_size=batch_size, limit=batch_size, device=device)), None)
+    if batch is None or _is_empty(batch[0]):
+        raise empty_split(task, split)
+    return batch
+
+
+def _is_empty(inputs: Inputs) -> bool:
+    """Whether inputs are of no example: the first dimension of the first tensor is the batch."""
+    first = inputs[0] if isinstance(inputs, tuple) else inputs
+    return isinstance(first, Tensor) and first.ndim > 0 and len(first) == 0
+
+
+def empty_split(task: Task, split: str) -> PruningError:
+    """Describe a split without examples; the error is returned, not raised."""
+    return PruningError(
+        f"`split` should hold examples. Received '{split}' of '{task.name}', which is empty. Let the task give some "
+        "for it."
+    )
+
+
+def scores_of(task: Task, outputs: Any, targets: Any) -> Tensor:
+    """Score ``(B,)`` of each example of a batch, as the task gives it.
+
+    Raises:
+        PruningError: It gives something else, such as the mean of a batch.
+    """
+    scores: Any = task.score(outputs, targets)
+    if isinstance(scores, Tensor) and scores.ndim == 1:
+        return scores
+    kind = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    raise PruningError(
+        f"`score` of a task should return one number per example, a tensor of shape (B,). Received {kind} from that "
+        f"of '{task.name}'. Do not average over the batch: the mean over a split is taken here."
+    )
+
+
 @contextmanager
 def running(what: str, task: Task, batch_size: int) -> Iterator[None]:
     """Tell of whatever a network or a task raises while the one runs on a batch of the other.

@@ -15,8 +15,9 @@ from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.networks.zoo import build_network
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.task import ClassificationTask
-from prunegym.pruning.training import TrainingSettings, check_training
+from prunegym.pruning.training import TrainingSettings, check_pruned_training, check_training, train_network
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,54 @@ def test_comparison_refuses_before_the_searches(
 
     assert "`accumulate` times `devices` should be at most" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+class Regularised(nn.Module):
+    """A branch that only training runs, so that it is not traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 6, 3)
+        self.branch, self.head = nn.Conv2d(8, 8, 1), nn.Linear(6, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.first(images).relu()
+        if self.training:
+            maps = maps + 0.1 * self.branch(maps)
+        logits: torch.Tensor = self.head(self.second(maps).relu().mean((2, 3)))
+        return logits
+
+
+def halved(*keep: str) -> tuple[PrunableNetwork, PruningPlan]:
+    """The network without some of its groups, and a plan of half of each other group."""
+    network = PrunableNetwork(Regularised(), torch.randn(2, 1, 8, 8), name="regularised", keep=keep)
+    return network, PruningPlan.from_counts(network.graph, network.graph.sizes // 2)
+
+
+def test_branch_of_training_is_found_by_a_smaller_network(short: ClassificationTask) -> None:
+    """The message names what the branch reads; with that kept, it can be trained."""
+    settings = TrainingSettings(epochs=1, batch_size=16)
+    network, plan = halved()
+    check_training(network.model, short, settings)
+
+    with pytest.raises(PruningError, match="Received regularised, which raised RuntimeError.* Use --keep 'first', or"):
+        check_pruned_training(network, plan, short, settings)
+    with pytest.raises(PruningError, match="`network` should learn in training mode.* raised RuntimeError: "):
+        train_network(network.pruned(plan), short, settings)
+
+    kept, smaller = halved("first")
+    state = {name: value.clone() for name, value in kept.model.state_dict().items()}
+    check_pruned_training(kept, smaller, short, settings)
+    assert all(torch.equal(value, state[name]) for name, value in kept.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in kept.model.parameters())
+
+
+def test_branch_of_training_is_refused_before_the_search(
+    short: ClassificationTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it, what it found would be lost."""
+    monkeypatch.setattr(api, "find_plan", search)
+    few = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+
+    with pytest.raises(PruningError, match="Use --keep 'first', or a network without that branch; or do not fine-tune"):
+        prunegym.prune(Regularised(), short, epochs=1, batch_size=16, **few)

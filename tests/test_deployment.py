@@ -428,3 +428,59 @@ def test_what_is_no_network_is_refused(toys: Callable[[str], PrunableNetwork], t
         prunegym.finetune(finder(), Boxes(), source="digits_vgg")
     with pytest.raises(PruningError, match="Did you mean 'optimizer'"):
         prunegym.finetune(finder(), Boxes(), optimiser="adamw")
+
+
+class Lacking(Boxes):
+    """Boxes without the examples of one split.
+
+    Args:
+        split: The one.
+    """
+
+    def __init__(self, split: str) -> None:
+        super().__init__()
+        self.split = split
+
+    def batches(self, split: str, **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """None of that split."""
+        return iter(()) if split == self.split else super().batches(split, **settings)
+
+
+class Averaged(Boxes):
+    """Boxes whose score is the mean of a batch."""
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Minus the mean distance."""
+        return super().score(outputs, targets).mean()
+
+
+def too_late(*_: Any, **__: Any) -> None:
+    """What should not begin."""
+    raise AssertionError("work has been done that is lost")
+
+
+@pytest.mark.parametrize("split", ["calibration", "reward", "test"])
+def test_empty_split_is_refused_before_work_is_done(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first plan that is scored at the latest, and before an epoch of fine-tuning."""
+    monkeypatch.setattr("prunegym.agents.api.carry_out", too_late)
+    monkeypatch.setattr("prunegym.agents.deployment.finetune.fit", too_late)
+    message = f"`split` should hold examples. Received '{split}' of 'boxes', which is empty"
+
+    with pytest.raises(PruningError, match=message):
+        prunegym.prune(finder(), Lacking(split), "macs:0.6", searcher="random", evaluations=2, **SMALL)
+    if split != "reward":
+        with pytest.raises(PruningError, match=message):
+            prunegym.finetune(finder(), Lacking(split), epochs=1, **FIT)
+
+
+def test_mean_score_is_refused_before_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search would end in a mean that cannot be weighted."""
+    monkeypatch.setattr("prunegym.agents.api.find_plan", too_late)
+    monkeypatch.setattr("prunegym.agents.deployment.finetune.fit", too_late)
+
+    for work in (
+        lambda: prunegym.prune(finder(), Averaged(), "macs:0.6", **SMALL),
+        lambda: prunegym.finetune(finder(), Averaged(), epochs=1, **FIT),
+    ):
+        with pytest.raises(PruningError, match=r"`score` of a task should return one number per example.*shape \(\)"):
+            work()

@@ -121,6 +121,7 @@ def test_time_limit_ends_the_repeats_but_leaves_enough_for_quartiles() -> None:
     short = measured(network, IMAGES, LatencySettings(repeats=50, time_limit=0.1), clock=clock)
 
     assert (long.repeats, short.repeats) == (20, 10)  # in ten sessions, each with a tenth of the time
+    assert (long.sessions, short.sessions) == ((2,) * 10, (1,) * 10)
 
 
 def test_networks_are_loaded_afresh_for_a_part_of_their_turns() -> None:
@@ -135,11 +136,12 @@ def test_networks_are_loaded_afresh_for_a_part_of_their_turns() -> None:
         return load
 
     log: list[str] = []
-    samples = take_turns_in_sessions(
+    measured = take_turns_in_sessions(
         {name: opener(name) for name in "ab"}, LatencySettings(warmup=3, repeats=16), lambda: 0.0
     )
 
-    assert [len(times) for times in samples.values()] == [16, 16]
+    assert [len(one.samples) for one in measured.values()] == [16, 16]
+    assert [one.sessions for one in measured.values()] == [(5, 5, 6)] * 2
     assert list(dict.fromkeys(log)) == ["a1", "b1", "a2", "b2", "a3", "b3"]
     runs_per_turn = 1 + 3  # the first brings the network back into the caches
     assert [log.count(f"a{number}") for number in (1, 2, 3)] == [1 + turns * runs_per_turn for turns in (5, 5, 6)]
@@ -218,6 +220,7 @@ def test_summary_holds_the_fingerprint_and_no_single_runs() -> None:
     assert summary["median_seconds"] == 0.002
     assert summary.items() >= device_fingerprint(found.settings).items()
     assert "samples" not in summary
+    assert summary["sessions"] == [3]
 
 
 @pytest.mark.parametrize(

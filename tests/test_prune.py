@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from prunegym.agents import fitting, prune
 from prunegym.agents.configuration.config import PruneConfig
 from prunegym.agents.configuration.options import LatencyOptions
-from prunegym.agents.plan_checks import check_cost, check_outputs, count_macs
+from prunegym.agents.plan_checks import check_cost, check_outputs, count_macs, macs_of_run
 from prunegym.agents.prune import STAGES, PruneResult, carry_out, describe, find_plan
 from prunegym.agents.run_folders.reload import largest_difference, main, same_in_new_process, save_example
 from prunegym.agents.run_folders.runs import RunFolder
@@ -161,6 +162,76 @@ def test_costs_of_every_network_are_counted_alike(
 
     assert count_macs(zoo_member, zoo_member.model) == zoo_member.full_cost.macs
     assert count_macs(zoo_member, smaller) == zoo_member.cost(plan).macs
+
+
+class Encoder(nn.Module):
+    """Attention that PyTorch runs in one fused kernel, if it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 5)
+        layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.mix = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(x)).mean(1))
+
+
+class Attending(Encoder):
+    """``nn.MultiheadAttention`` without its weights: scaled dot product attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
+
+
+class ByHand(Encoder):
+    """Scaled dot product attention called by the network's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.mix = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (one(x).unflatten(-1, (2, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(F.relu(self.mix(mixed)).mean(1))
+
+
+class LearnedQueries(Encoder):
+    """A view of a parameter goes into a module, as in DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.mix = nn.Parameter(torch.randn(1, 4, 10)), nn.Linear(10, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.mix(self.queries.expand(len(x), -1, -1))
+        return self.head((queries * F.relu(self.embed(x)).mean(1, keepdim=True)).sum(1))
+
+
+@pytest.mark.parametrize("kind", [Encoder, Attending, ByHand])
+def test_attention_is_counted(kind: type[nn.Module], random_plan: Callable[..., Any], rng: np.random.Generator) -> None:
+    """By both, as much as it costs, so that what is pruned can be compared."""
+    network = PrunableNetwork(kind(), torch.randn(2, 7, 6), name="attention")
+    plan = random_plan(network, rng)
+
+    assert count_macs(network, network.model) == network.full_cost.macs
+    assert count_macs(network, network.pruned(plan)) == network.cost(plan).macs < network.full_cost.macs
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_view_of_a_parameter_may_go_into_a_module() -> None:
+    """Where PyTorch's counter would look for a gradient; parameters have theirs again afterwards."""
+    model = LearnedQueries()
+
+    assert macs_of_run(model, torch.randn(1, 7, 6)) == 7 * 6 * 16 + 4 * 10 * 16 + 16 * 5
+    assert all(one.requires_grad for one in model.parameters())
 
 
 def test_plan_of_another_network_is_refused(

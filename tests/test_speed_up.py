@@ -1,5 +1,6 @@
 """What is claimed of two latencies, and what is not."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.timing.latency import Latency, LatencySettings
-from prunegym.pruning.timing.speed_up import speed_up
+from prunegym.pruning.timing.latency import Latency, LatencySettings, take_turns_in_sessions
+from prunegym.pruning.timing.speed_up import median_interval, speed_up
 
 
 def latency(*samples: float, **settings: Any) -> Latency:
@@ -85,3 +86,36 @@ def test_interval_is_that_of_sessions() -> None:
 
     assert of_sessions.ratio == of_turns.ratio
     assert of_sessions.high - of_sessions.low > 1.5 * (of_turns.high - of_turns.low)
+
+
+def test_interval_covers_what_differs_between_short_sessions() -> None:
+    """Slow networks take two or three turns in the time of a session: five turns in a row are not one session."""
+    rng, now = np.random.default_rng(0), [0.0]
+
+    def load() -> Callable[[], None]:
+        pace = 0.8 * rng.lognormal(0, 0.05)  # where a network lies in memory decides, for as long as it is loaded
+
+        def run() -> None:
+            now[0] += pace * rng.lognormal(0, 0.003)
+
+        return run
+
+    held = 0
+    for _ in range(200):
+        measured = take_turns_in_sessions({"before": load, "after": load}, LatencySettings(), lambda: now[0])
+        found = speed_up(measured["before"], measured["after"])
+        held += found.low <= 1 <= found.high
+
+    assert set(measured["after"].sessions) <= {1, 2, 3}
+    assert 0.92 <= held / 200 <= 0.99
+
+
+def test_session_of_more_turns_weighs_more() -> None:
+    """Whole sessions are drawn, whatever their lengths: their turns come together."""
+    short, long = [1.0] * 5, [2.0] * 40
+
+    middle, low, high = median_interval([*short, *long], sessions=[1, 1, 1, 1, 1, 40])
+    alone = median_interval([*short, *long], sessions=[1] * 45)
+
+    assert (middle, high) == (2.0, 2.0)
+    assert low < 1.5 < alone[1]  # none of six draws is the long session in a third of the cases

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.task import ClassificationTask, forward
+from prunegym.pruning.task import ClassificationTask, first_batch, forward, scores_of
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,37 @@ def test_tuple_of_inputs_becomes_arguments() -> None:
     model = nn.Bilinear(2, 3, 4)
 
     assert forward(model, (torch.zeros(5, 2), torch.zeros(5, 3))).shape == (5, 4)
+
+
+class Constant:
+    """A task whose score is always the same, and whose only batch is of no images."""
+
+    name, fingerprint = "constant", "constant-1"
+
+    def __init__(self, scores: Any) -> None:
+        self.scores = scores
+
+    def batches(self, split: str, **_: Any) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.zeros(0, 1, 8, 8), torch.zeros(0))]
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return torch.tensor(0.0)
+
+    def score(self, outputs: Any, targets: Any) -> Any:
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "received"),
+    [(0.5, "a float"), (torch.tensor(0.5), r"a tensor of shape \(\)"), (torch.zeros(2, 3), r"shape \(2, 3\)")],
+)
+def test_score_that_is_not_one_number_per_example_is_refused(scores: Any, received: str) -> None:
+    """Such as the mean of a batch."""
+    with pytest.raises(PruningError, match=rf"`score` of a task should return one number per .*{received} from .*'con"):
+        scores_of(Constant(scores), None, None)
+
+
+def test_split_without_examples_is_refused() -> None:
+    """Also where a batch comes, in which there are none."""
+    with pytest.raises(PruningError, match="`split` should hold examples. Received 'reward' of 'constant'"):
+        first_batch(Constant(0), "reward", 2)

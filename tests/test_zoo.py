@@ -220,10 +220,27 @@ def test_function_of_a_file_is_called_with_the_sizes_it_takes(tmp_path: Path) ->
     assert pickle.loads(pickle.dumps(made)).weight.shape == (5, 12)
 
 
+def test_function_may_import_its_neighbours_when_it_is_called(tmp_path: Path) -> None:
+    """Not only its file; afterwards the path is what it was."""
+    (tmp_path / "late_neighbour_of_mine.py").write_text("WIDTH = 11\n")
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    from late_neighbour_of_mine import WIDTH\n"
+        "    return nn.Linear(WIDTH, 2)\n"
+    )
+    before = list(sys.path)
+
+    assert build_network(f"{tmp_path}/mine.py:make").weight.shape == (2, 11)
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     ("content", "function", "message"),
     [
         (None, "make", "is not there"),
+        ("import sys\nsys.exit(3)", "make", "raised SystemExit: 3. Let it do so under `if __name__"),
+        ("def make():\n    raise SystemExit(3)", "make", "which raised SystemExit: 3"),
         ("def make(:", "make", "should name a file that can be imported.*SyntaxError"),
         ("import no_such_module_of_mine", "make", "ModuleNotFoundError"),
         ("def make():\n    return None", "make", "returned a NoneType"),

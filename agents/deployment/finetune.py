@@ -20,7 +20,7 @@ from prunegym.pruning.deployment.recipe import Blueprint
 from prunegym.pruning.deployment.saving import write_network
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.modes import evaluating
-from prunegym.pruning.task import Task, forward
+from prunegym.pruning.task import Task, first_batch, forward, scores_of
 from prunegym.pruning.training import EpochRow, TrainingSettings, compare_networks
 
 #: Names of the scores of a result.
@@ -144,13 +144,14 @@ def check_fits(model: nn.Module, task: Task) -> None:
     """Make sure that a network takes the inputs of a task and gives what the task scores.
 
     Raises:
-        PruningError: It does not.
+        PruningError: It does not, or there are no examples to score it on.
     """
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    inputs, targets = next(iter(task.batches("calibration", batch_size=2, limit=2, device=device)))
+    inputs, targets = first_batch(task, "calibration", 2, device)
+    first_batch(task, "test", 1)  # the scores that are told come from there, at the end
     try:
         with evaluating(model), torch.no_grad():
-            task.score(forward(model, inputs), targets)
+            scores_of(task, forward(model, inputs), targets)
     except PruningError:
         raise
     except Exception as fault:  # whatever a network may raise

@@ -7,20 +7,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from prunegym.agents.configuration.options import DataOptions
 from prunegym.agents.deployment.config import MeasureConfig
 from prunegym.agents.deployment.finetune import check_fits
 from prunegym.agents.deployment.origin import data_of, origin_of
+from prunegym.agents.plan_checks import macs_of_run
 from prunegym.agents.run_folders.running import Reporter, Result
 from prunegym.agents.setup import build_task
 from prunegym.agents.tables import format_table
 from prunegym.pruning.deployment.saving import read_network
-from prunegym.pruning.modes import evaluating
-from prunegym.pruning.task import Task, forward
+from prunegym.pruning.task import first_batch
 from prunegym.pruning.training import evaluate_network
 
 SPLITS = ("selection", "test")
@@ -47,11 +45,12 @@ def measured(folder: Path, config: MeasureConfig) -> dict[str, Any]:
     check_fits(saved.model, task)
     device = config.torch_device
     model = saved.model.to(device)
+    inputs, _ = first_batch(task, "calibration", 1, device)
     scores = {f"{split}_score": evaluate_network(model, task, split, device=device).score for split in SPLITS}
     return {
         "network": str(saved.metadata.get("network") or saved.blueprint.source.get("network")),
         "folder": str(folder),
-        "macs": _counted_macs(model, task, device),
+        "macs": macs_of_run(model, inputs),
         "parameters": sum(one.numel() for one in model.parameters()),
         **scores,
         "said_score": said_of(saved.metadata),
@@ -64,11 +63,3 @@ def said_of(metadata: Mapping[str, Any]) -> float | None:
     scores = {**(metadata.get("test_scores") or {}), **(tuned[-1].get("test_scores") or {})}
     stages = ("after_finetuning", "after_recovery", "after_pruning")
     return next((float(scores[stage]) for stage in stages if scores.get(stage) is not None), None)
-
-
-def _counted_macs(model: torch.nn.Module, task: Task, device: torch.device) -> int:
-    """MACs of one example, counted by PyTorch while it runs."""
-    inputs, _ = next(iter(task.batches("calibration", batch_size=1, limit=1, device=device)))
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward(model, inputs)
-    return int(counter.get_total_flops()) // 2

@@ -18,7 +18,7 @@ from prunegym.agents.searching.searchers import SearchResult
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.timing.latency import TURNS_PER_SESSION, Latency
+from prunegym.pruning.timing.latency import Latency
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.timing.speed_up import LEVEL, median_interval, speed_up
 
@@ -185,7 +185,7 @@ class _LimitSearch:
         """Measure the plan with these counts against the budget."""
         before, after = measure(self.plan(counts))
         if self.budget.absolute:
-            found = median_interval(after.samples, block=TURNS_PER_SESSION)
+            found = median_interval(after.samples, sessions=after.sessions)
             excess, low, _ = (one / self.budget.value for one in found)
         else:
             faster = speed_up(before, after)

@@ -246,7 +246,8 @@ def _replace_stem(network: nn.Module, in_channels: int) -> None:
 def _user_function(name: str) -> Callable[..., object]:
     """Find a function of a user's file."""
     file, function_name = name.rsplit(":", 1)
-    module = import_file(Path(file).expanduser())
+    path = Path(file).expanduser()
+    module = import_file(path)
     function: Callable[..., object] | None = getattr(module, function_name, None)
     if not callable(function):
         functions = [
@@ -261,8 +262,9 @@ def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
     function = _user_function(name)
     parameters = inspect.signature(function).parameters
     try:
-        network = function(**{key: value for key, value in sizes.items() if key in parameters})
-    except Exception as error:  # the user's code may raise anything
+        with _neighbours_importable(path.resolve().parent):  # it may import them only now
+            network = function(**{key: value for key, value in sizes.items() if key in parameters})
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and calls sys.exit()
         raise PruningError(
             f"`--network` should be a function that returns a network. Received {name}, which raised "
             f"{type(error).__name__}: {error}. Correct it, or give its other parameters defaults."
@@ -303,11 +305,14 @@ def import_file(path: Path) -> ModuleType:
     try:
         with _neighbours_importable(path.parent):
             spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and scripts call sys.exit()
         del sys.modules[key]
+        remedy = "Correct it, or install what it needs."
+        if isinstance(error, SystemExit):
+            remedy = "Let it do so under `if __name__ == '__main__':` only."
         raise PruningError(
             f"`--network` should name a file that can be imported. Received {path}, which raised "
-            f"{type(error).__name__}: {error}. Correct it, or install what it needs."
+            f"{type(error).__name__}: {error}. {remedy}"
         ) from error
     return module
 

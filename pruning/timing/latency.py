@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -26,8 +26,8 @@ from prunegym.pruning.timing.runtimes import DTYPES, RUNTIMES, Opener, Run, runt
 
 #: Turns that are made even if they exceed the time limit; quartiles of fewer say nothing.
 _FEWEST_TURNS = 5
-TURNS_PER_SESSION = 5
-"""Turns that networks take before they are loaded afresh, at least, if so many are made."""
+#: Turns that networks take before they are loaded afresh, at least, if so many are made in the time.
+_TURNS_PER_SESSION = 5
 #: Times that each network is loaded for a measurement, at most.
 _SESSIONS = 10
 #: Timed runs of one turn, whose median counts.
@@ -98,13 +98,22 @@ class Latency:
     device_name: str
     samples: tuple[float, ...] = ()
     """Seconds per run of every turn, in order; those of networks measured side by side belong together."""
+    sessions: tuple[int, ...] = ()
+    """How many of the turns each session had, in order: the network was loaded once for them."""
 
     @classmethod
-    def from_samples(cls, samples: list[float], settings: LatencySettings) -> Latency:
-        """Summarise timed turns, in seconds."""
+    def from_samples(cls, samples: list[float], settings: LatencySettings, sessions: Sequence[int] = ()) -> Latency:
+        """Summarise timed turns, in seconds.
+
+        Args:
+            samples: seconds per run of every turn, in order.
+            settings: with the number of threads that was in force.
+            sessions: how many of the turns each session had; by default as many as it usually has.
+        """
         lower, middle, upper = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
         name = device_name(settings.device)
-        return cls(middle, lower, upper, len(samples), settings, name, tuple(samples))
+        known = tuple(sessions) or _usual_sessions(len(samples))
+        return cls(middle, lower, upper, len(samples), settings, name, tuple(samples), known)
 
     @property
     def drift(self) -> float:
@@ -133,9 +142,16 @@ class Latency:
             "lower_quartile_seconds": self.lower_quartile,
             "upper_quartile_seconds": self.upper_quartile,
             "repeats": self.repeats,
+            "sessions": list(self.sessions),
             "drift": self.drift,
             **device_fingerprint(self.settings),
         }
+
+
+def _usual_sessions(turns: int) -> tuple[int, ...]:
+    """Turns of the sessions of a measurement that is only known to have so many."""
+    whole, rest = divmod(turns, _TURNS_PER_SESSION)
+    return (_TURNS_PER_SESSION,) * whole + ((rest,) if rest else ())
 
 
 def drifted(change: float) -> str:
@@ -169,8 +185,7 @@ def compare_latency(
     with ready_to_measure(settings or LatencySettings()) as known:
         inputs = with_batch(example_inputs, known.batch_size)
         prepared = {name: prepare(name, model, inputs, known) for name, model in models.items()}
-        samples = take_turns_in_sessions(prepared, known, clock)
-    return {name: Latency.from_samples(times, known) for name, times in samples.items()}
+        return take_turns_in_sessions(prepared, known, clock)
 
 
 @contextmanager
@@ -187,22 +202,23 @@ def ready_to_measure(settings: LatencySettings) -> Iterator[LatencySettings]:
 
 def take_turns_in_sessions(
     openers: Mapping[str, Opener], settings: LatencySettings, clock: Clock = time.perf_counter
-) -> dict[str, list[float]]:
+) -> dict[str, Latency]:
     """Load the networks a few times, and let them take part of their turns each time.
 
     Where the memory of a network happens to lie makes it faster or slower for as long as it is loaded, which no number
-    of turns averages out.
+    of turns averages out. Slow networks take fewer turns in a session, fast ones more where many are asked for.
 
     Args:
         openers: from :func:`prepare`.
-        settings: how many turns in all, and for how long.
+        settings: how many turns in all, and for how long; from :func:`ready_to_measure`.
         clock: gives seconds.
 
     Returns:
-        Seconds per run of each turn, by network.
+        The latency of each network, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in openers}
-    sessions = max(1, min(_SESSIONS, settings.repeats // TURNS_PER_SESSION))
+    lengths: list[int] = []
+    sessions = max(1, min(_SESSIONS, settings.repeats // _TURNS_PER_SESSION))
     warmup, fewest = -(-settings.warmup // sessions), -(-_FEWEST_TURNS // sessions)
     for number in range(sessions):
         turns = settings.repeats * (number + 1) // sessions - settings.repeats * number // sessions
@@ -210,7 +226,9 @@ def take_turns_in_sessions(
         runs = {name: opener() for name, opener in openers.items()}
         for name, times in take_turns(runs, part, clock, fewest=fewest).items():
             samples[name] += times
-    return samples
+        # all networks take as many turns
+        lengths.append(max(map(len, samples.values()), default=0) - sum(lengths))
+    return {name: Latency.from_samples(times, settings, lengths) for name, times in samples.items()}
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.timing.latency import (
-    TURNS_PER_SESSION,
     Clock,
     Latency,
     LatencySettings,
@@ -29,7 +28,7 @@ from prunegym.pruning.timing.runtimes import Opener
 
 LEVEL = 0.95
 _RESAMPLES = 2000
-_FEWEST_BLOCKS = 5
+_FEWEST_SESSIONS = 5
 _SHOWN = 3  # significant digits
 
 
@@ -95,7 +94,7 @@ def speed_up(before: Latency, after: Latency) -> SpeedUp:
     # a clock too coarse for a tiny network may show no time at all
     floor = np.finfo(np.float64).tiny
     ratios = np.maximum(before.samples, floor) / np.maximum(after.samples, floor)
-    ratio, low, high = median_interval(ratios, block=TURNS_PER_SESSION)
+    ratio, low, high = median_interval(ratios, sessions=after.sessions)
     return SpeedUp(
         ratio=ratio,
         low=low,
@@ -107,7 +106,7 @@ def speed_up(before: Latency, after: Latency) -> SpeedUp:
 
 
 def median_interval(
-    samples: Sequence[float] | NDArray[np.float64], *, block: int = 1
+    samples: Sequence[float] | NDArray[np.float64], *, sessions: Sequence[int] = ()
 ) -> tuple[float, float, float]:
     """Median of samples, and its interval by a percentile bootstrap.
 
@@ -117,22 +116,36 @@ def median_interval(
 
     Args:
         samples: positive, in the order in which they were taken.
-        block: samples that are drawn together because they resemble each other, such as those of a session; with
-            fewer than five blocks each sample is drawn by itself.
+        sessions: how many samples each session had, in order. They are drawn together because they resemble each
+            other; with fewer than five sessions each sample is drawn by itself.
 
     Returns:
         The median, and the lower and upper end of its interval at :data:`LEVEL`.
     """
     values = np.asarray(samples, dtype=np.float64)
-    whole = len(values) // block
-    blocks = values[: whole * block].reshape(whole, block) if whole >= _FEWEST_BLOCKS else values[:, None]
-    drawn = np.random.default_rng(0).integers(len(blocks), size=(_RESAMPLES, len(blocks)))
-    medians = np.median(blocks[drawn].reshape(_RESAMPLES, -1), axis=1)
+    lengths = np.array(sessions if len(sessions) >= _FEWEST_SESSIONS else [1] * len(values), dtype=np.int64)
+    medians = _resampled_medians(values, lengths)
     middle = max(float(np.median(values)), float(np.finfo(np.float64).tiny))
     ends = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     # on the scale of logarithms: times and their ratios are positive
-    low, high = (middle * (ends / middle) ** _expansion(len(blocks))).tolist()
+    low, high = (middle * (ends / middle) ** _expansion(len(lengths))).tolist()
     return middle, low, high
+
+
+def _resampled_medians(values: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Medians ``(resamples,)`` of as many sessions as there are, drawn with replacement.
+
+    Args:
+        values: samples in order.
+        lengths: how many of them each session has.
+    """
+    pool = np.full((len(lengths), lengths.max()), np.nan)
+    pool[np.arange(lengths.max()) < lengths[:, None]] = values
+    drawn = np.random.default_rng(0).integers(len(lengths), size=(_RESAMPLES, len(lengths)))
+    ordered = np.sort(pool[drawn].reshape(_RESAMPLES, -1), axis=1)  # what fills up short sessions comes last
+    amounts, rows = lengths[drawn].sum(axis=1), np.arange(_RESAMPLES)
+    medians: NDArray[np.float64] = (ordered[rows, (amounts - 1) // 2] + ordered[rows, amounts // 2]) / 2
+    return medians
 
 
 def _expansion(count: int) -> float:
@@ -176,6 +189,5 @@ class Reference:
             inputs = with_batch(self._example, settings.batch_size)
             self._opener = self._opener or prepare("the unpruned network", self._model, inputs, settings)
             openers = {"before": self._opener, "after": prepare("the pruned network", model, inputs, settings)}
-            samples = take_turns_in_sessions(openers, settings, self._clock)
-        before, after = (Latency.from_samples(times, settings) for times in samples.values())
-        return before, after
+            measured = take_turns_in_sessions(openers, settings, self._clock)
+        return measured["before"], measured["after"]

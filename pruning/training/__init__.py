@@ -4,7 +4,7 @@ The schedule is fixed beforehand and the last epoch counts: no split is looked a
 """
 
 from prunegym.pruning.measuring import Measurement, compare_networks, evaluate_network
-from prunegym.pruning.training.check import check_devices, check_training
+from prunegym.pruning.training.check import check_devices, check_pruned_training, check_training
 from prunegym.pruning.training.checkpoint import weights_digest
 from prunegym.pruning.training.distillation import distillation_loss
 from prunegym.pruning.training.loop import EpochRow
@@ -16,6 +16,7 @@ __all__ = [
     "Measurement",
     "TrainingSettings",
     "check_devices",
+    "check_pruned_training",
     "check_training",
     "compare_networks",
     "distillation_loss",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.graph import ChannelGroup
 from prunegym.pruning.layout import common, laid_out, layout_for
 from prunegym.pruning.modes import evaluating
+from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.task import ClassificationTask, Inputs, Task, forward, running
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import count_steps
@@ -62,6 +66,65 @@ def check_training(
                 imitation = Imitation(teacher, settings.distillation_weight, settings.temperature)
                 loss = imitation.mixed(loss, inputs, outputs)
             loss.backward()
+
+
+def check_pruned_training(
+    network: PrunableNetwork,
+    plan: PruningPlan,
+    task: Task,
+    settings: TrainingSettings,
+    *,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Make sure that a network can still be trained once it is pruned, by letting a smaller one learn from one batch.
+
+    A network is traced in evaluation mode. A branch that only training runs (``if self.training``) is not seen there:
+    it keeps its width, and does not fit what it reads. The network and the global generators stay as they are.
+
+    Args:
+        network: The unpruned network, which has passed :func:`check_training`.
+        plan: What makes it smaller.
+        task: Data and loss.
+        settings: How it is to be trained.
+        device: Where to train.
+
+    Raises:
+        PruningError: The smaller network fails on a batch of the ``train`` split.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        batch = _first_batch(task, settings, device)
+        fault = _fault(network, plan, task, batch)
+        if fault is None:
+            return
+        groups = network.graph.groups
+        read = [one.name for one in groups if _fault(network, _only(network, plan, one), task, batch) is not None]
+    reason = (str(fault).splitlines() or [""])[0]
+    keep = " ".join(f"--keep '{name}'" for name in read) or "--keep and the names of the layers that it reads"
+    raise PruningError(
+        f"`network` should learn in training mode when it is pruned, as it does unpruned. Received {network.name}, "
+        f"which raised {type(fault).__name__} then: {reason.rstrip('.')}. What only training runs (if self.training) "
+        f"is not seen in evaluation mode, and is not pruned with the rest. Use {keep}, or a network without that "
+        "branch; or do not fine-tune (epochs=0)."
+    )
+
+
+def _only(network: PrunableNetwork, plan: PruningPlan, group: ChannelGroup) -> PruningPlan:
+    """The part of a plan that is about one group."""
+    mask = np.ones(network.graph.units, dtype=np.bool_)
+    mask[group.units] = plan.mask(network.graph)[group.units]
+    return PruningPlan.from_mask(network.graph, mask)
+
+
+def _fault(network: PrunableNetwork, plan: PruningPlan, task: Task, batch: tuple[Inputs, object]) -> Exception | None:
+    """What the network that a plan leaves raises while it learns from a batch; None if nothing."""
+    inputs, targets = batch
+    twin = duplicate(network.pruned(plan)).train()  # a copy: what is not cut is shared with the unpruned network
+    try:
+        task.loss(forward(twin, inputs), targets).backward()
+    except Exception as fault:  # whatever a network may raise
+        return fault
+    return None
 
 
 def check_devices(device: torch.device, count: int) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.layout import CONTIGUOUS, common, laid_out, lay_out, layout_on
-from prunegym.pruning.task import Inputs, Task, forward
+from prunegym.pruning.task import Inputs, Task, forward, running, scores_of
 from prunegym.pruning.training.average import WeightAverage
 from prunegym.pruning.training.batches import Pass, count_steps
 from prunegym.pruning.training.check import no_batches
@@ -207,7 +207,8 @@ class Training:
     def _learn(self, inputs: Inputs, targets: Any, *, first: bool, last: bool) -> None:
         """Add the gradient of a batch to those of its step, and take the step after the last of them."""
         fabric, settings = self.fabric, self.settings
-        with fabric.no_backward_sync(self.network, enabled=not last):
+        learning = running("learn in training mode", self.task, settings.batch_size)
+        with learning, fabric.no_backward_sync(self.network, enabled=not last):
             outputs = forward(self.network, inputs)
             loss = self.task.loss(outputs, targets)
             if self.imitation is not None:
@@ -237,7 +238,7 @@ class Training:
             return None
         try:
             with torch.no_grad():
-                return self.task.score(outputs, targets)
+                return scores_of(self.task, outputs, targets)
         except Exception as fault:
             warnings.warn(
                 f"epochs have no score: that of '{self.task.name}' raised {type(fault).__name__} ({fault}) on what the "
