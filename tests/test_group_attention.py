@@ -98,6 +98,38 @@ def test_gate_is_shared_by_attention_groups() -> None:
     torch.testing.assert_close(gate(pooled)[0], (excited + gate.offset).sigmoid())
 
 
+class Tokens(nn.Module):
+    """A mixer over 16 patches; the batch is first or second, the weights are the same."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+        self.wide, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).permute((0, 2, 1) if self.batch_first else (2, 0, 1))
+        x = x + self.narrow(torch.relu(self.wide(x)))
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+def test_gates_do_not_depend_on_where_the_batch_is(task_for: TaskFor) -> None:
+    """Batches of 32 and 8: the 16 tokens are no multiple of the one, and a multiple of the other."""
+    torch.manual_seed(0)
+    models = [Tokens(batch_first=batch_first) for batch_first in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    networks = [PrunableNetwork(model, torch.randn(2, 3, 8, 8)) for model in models]
+
+    first, second = (
+        mean_gates(Context(one.model, one.graph), Calibration(task=task_for(one), examples=40), GateSettings(steps=3))
+        for one in networks
+    )
+
+    assert len(networks[0].graph.groups) == 2
+    assert first.std() > 0
+    np.testing.assert_allclose(second, first, rtol=1e-4)
+
+
 def test_untrained_gates_are_all_equally_open(toys: Toys, task_for: TaskFor) -> None:
     """Nothing is preferred to begin with."""
     network = toys("residual")
