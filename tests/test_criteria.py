@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ from prunegym.pruning.importance.criteria import CRITERIA, Calibration, Context,
 from prunegym.pruning.importance.group_attention import GateSettings
 from prunegym.pruning.importance.statistics import collect_statistics
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.cifar import CifarResNet
 from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import Task
 
 Toys = Callable[[str], PrunableNetwork]
@@ -382,6 +385,42 @@ def test_pruned_network_is_scored_like_one_that_was_always_so_small(
         scores = unit_scores(criterion, context)
         np.testing.assert_allclose(scores[half], unit_scores(criterion, alone), rtol=1e-4, atol=1e-9, err_msg=criterion)
         assert (scores[~half] == 0).all()
+
+
+def test_network_without_a_block_is_scored(zoo: Toys, task_for: TaskFor, few_steps: None) -> None:
+    """Between rounds, blocks that were left out are gone: what stays is scored, whatever the criterion."""
+    network = zoo("digits_resnet")
+    graph, block = network.graph, network.blocks[0]
+    mask = np.concatenate([np.arange(group.size) % 2 == 0 for group in graph.groups])
+    plan = PruningPlan.from_mask(graph, mask).without([block])
+    few = ScorerSettings(statistics_examples=4, recalibration_examples=0, compensate=False, precision="float32")
+    scorer = Scorer(network, task_for(network), few)
+    inside = [all(path.startswith(f"{block}.") for path in group.producers) for group in graph.groups]
+    left = mask & ~np.array(inside)[graph.group_of]
+
+    for criterion in ALONE:
+        scorer.settings = replace(few, criterion=criterion)
+        _, scores = scorer.look(plan, examples=4)
+
+        assert np.isfinite(scores).all(), criterion
+        assert (scores[~mask] == 0).all(), criterion
+        assert scores[left].any(), criterion
+    assert any(inside)
+    assert left[graph.groups[0].units].any()
+
+
+def test_filters_of_a_block_that_is_left_out_do_not_count() -> None:
+    """The residual sum behind the stem is made by the stem and by two blocks, of which one stays."""
+    model = CifarResNet(2, in_channels=1, projection=True)
+    network = PrunableNetwork(model, torch.randn(2, 1, 8, 8))
+    smaller = network.pruned(PruningPlan.unpruned(network.graph).without(["layer1.0"]))
+    context = Context(smaller, network.graph)
+
+    reference = sum(one.weight.detach().flatten(1).abs().sum(1) for one in (model.conv1, model.layer1[1].conv2))
+
+    np.testing.assert_allclose(CRITERIA["l1"](network.graph.group("conv1"), context), reference, rtol=1e-5)
+    for criterion in WEIGHTS[:-1]:
+        assert not CRITERIA[criterion](network.graph.group("layer1.0.conv1"), context).any()
 
 
 @pytest.fixture

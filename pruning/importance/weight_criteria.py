@@ -14,13 +14,15 @@ from prunegym.pruning.importance.context import Context, Scores
 def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
     """The weights that make each channel: one ``(group.size, weights)`` matrix per producing layer.
 
-    Rows of channels that are gone are 0.
+    Rows of channels that are gone are 0, and layers of blocks that are left out make nothing.
     """
     parameters = dict(context.model.named_parameters())
     parts = []
     seen: set[str] = set()  # a layer that is used twice has one matrix
     for operation in context.graph.operations:
         if operation.module not in group.producers or operation.weight is None or operation.weight in seen:
+            continue
+        if operation.weight not in parameters:
             continue
         outputs = context.remaining(operation.outputs)
         local = outputs - group.start
