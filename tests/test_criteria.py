@@ -180,6 +180,37 @@ def test_transposed_convolution_has_its_filters_along_the_second_dimension(toys:
     np.testing.assert_allclose(score(network, "l1", "up"), reference, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 16), (16, 8), (8, 8)])
+def test_grouped_transposed_convolution_has_its_groups_along_its_inputs(inputs: int, outputs: int) -> None:
+    """Its weight is ``(C_in, C_out / groups, kH, kW)``: a unit is one group of it, and the filters that feed it."""
+    torch.manual_seed(0)
+    first, up = nn.Conv2d(1, inputs, 3), nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=4)
+    model = nn.Sequential(first, nn.ReLU(), up, nn.ReLU(), nn.Conv2d(outputs, 2, 1))
+    network = PrunableNetwork(model, torch.randn(2, 1, 6, 6))
+    units = [
+        torch.cat([first.weight[part].flatten(), up.weight[part].flatten()]).detach().double()
+        for part in torch.arange(inputs).chunk(4)
+    ]
+    rows = torch.stack(units)
+
+    assert network.graph.group("0").size == 4
+    np.testing.assert_allclose(score(network, "l1", "0"), rows.abs().sum(1), rtol=1e-6)
+    np.testing.assert_allclose(score(network, "l2", "0"), rows.norm(dim=1), rtol=1e-6)
+    np.testing.assert_allclose(score(network, "fpgm", "0"), torch.cdist(rows, rows).sum(1), rtol=1e-6)
+
+
+def test_pruned_grouped_transposed_convolution_keeps_its_scores() -> None:
+    """Of the groups that are left; fewer outputs than inputs."""
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, 2, groups=4), nn.Conv2d(8, 2, 1))
+    network = PrunableNetwork(model, torch.randn(2, 1, 6, 6))
+    mask = np.array([True, False, True, True])
+    smaller = network.pruned(PruningPlan.from_mask(network.graph, mask))
+
+    scores = unit_scores("l1", Context(smaller, network.graph, mask=mask))
+
+    np.testing.assert_allclose(scores, np.where(mask, score(network, "l1", "0"), 0), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("criterion", "field"),
     [

@@ -24,9 +24,13 @@ def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
             continue
         if operation.weight not in parameters:
             continue
-        outputs = context.remaining(operation.outputs)
-        local = outputs - group.start
-        mine = np.flatnonzero((outputs >= 0) & (local >= 0) & (local < group.size))
+        # a grouped weight holds all groups along its first dimension, and with it all units: along the outputs, or if
+        # it is that of a transposed convolution along the inputs, which are one unit with the outputs of their group
+        transposed = operation.reads == 0
+        rows_of = operation.inputs if operation.groups > 1 and transposed else operation.outputs
+        units = context.remaining(rows_of)
+        local = units - group.start
+        mine = np.flatnonzero((units >= 0) & (local >= 0) & (local < group.size))
         if len(mine) == 0:
             continue
         seen.add(operation.weight)
