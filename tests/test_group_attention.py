@@ -130,6 +130,52 @@ def test_gates_do_not_depend_on_where_the_batch_is(task_for: TaskFor) -> None:
     np.testing.assert_allclose(second, first, rtol=1e-4)
 
 
+class Heads(nn.Module):
+    """Attention of which only heads can be pruned: the norm holds all other channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        return self.head((x + self.attention(y, y, y, need_weights=False)[0]).mean(1))
+
+
+def test_heads_of_attention_are_gated(task_for: TaskFor) -> None:
+    """Where they are read: torch's own form does not call the layer that reads them."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(Heads(), torch.randn(2, 3, 8, 8))
+    calibration = Calibration(task=task_for(network), examples=16)
+
+    scores = mean_gates(Context(network.model, network.graph), calibration, GateSettings(steps=4))
+
+    assert [group.size for group in network.graph.groups] == [4]
+    assert ((scores > 0) & (scores < 1)).all()
+    assert len(np.unique(scores)) == 4
+    assert type(network.model.attention) is nn.MultiheadAttention
+
+
+def test_gates_that_nothing_passes_stay_open() -> None:
+    """The layer that reads the channels is used in the trace, and on these inputs it is not."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(2, 4), nn.Linear(4, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x if len(x) > 2 else x + self.second(torch.relu(self.first(x))))
+
+    network = PrunableNetwork(Skips(), torch.randn(2, 2))
+
+    scores = mean_gates(Context(network.model, network.graph), Calibration(task=Sides(), examples=16))
+
+    assert (scores == 1).all()
+
+
 def test_untrained_gates_are_all_equally_open(toys: Toys, task_for: TaskFor) -> None:
     """Nothing is preferred to begin with."""
     network = toys("residual")

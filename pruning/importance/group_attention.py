@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import Operation
 from prunegym.pruning.importance.batch_axes import BatchAxes
 from prunegym.pruning.importance.context import Calibration, Context, Scores
@@ -73,7 +74,7 @@ def mean_gates(context: Context, calibration: Calibration, settings: GateSetting
     if not len(gates.gated):
         return scores[:-1].numpy()
     gated = gates.gated.cpu()
-    with evaluating(model), differentiating(model):
+    with evaluating(model), headwise(model), differentiating(model):
         gates.axes = find_batch_axes(model, context.graph, calibration.batches)
         with gates.attached():
             with torch.enable_grad():
@@ -98,8 +99,9 @@ def _train(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> No
         # gates are positive: their mean is their L1 norm over their number
         loss = calibration.task.loss(outputs, targets) + penalty * gates.open[:, gates.gated].mean()
         optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        if loss.requires_grad:  # else no gated layer ran: there is nothing to learn
+            loss.backward()
+            optimiser.step()
 
 
 def _worth(gates: _GatedReads, model: nn.Module, task: Task, inputs: Inputs, targets: Any) -> float:
