@@ -76,6 +76,31 @@ def test_taylor_score_predicts_the_removal_of_a_small_share(toys: Toys, task_for
     assert abs(after - before) == pytest.approx(1e-2 * statistics.taylor[unit], rel=0.05)
 
 
+class Tied(nn.Module):
+    """Two layers read the same channels with one weight, each with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.right.weight, self.head = self.left.weight, nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.head((torch.relu(self.left(x)) * self.right(x.roll(1, 3)).sigmoid()).mean((2, 3)))
+
+
+def test_all_layers_that_share_a_weight_are_read(task_for: TaskFor) -> None:
+    """The weight's gradient is that of all its uses."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(Tied(), torch.randn(2, 3, 8, 8))
+    task = task_for(network)
+
+    statistics = collect_statistics(network.model, network.graph, task, examples=EXAMPLES, batch_size=4)
+
+    expected = np.abs(weight_changes(network, task)).mean(0)
+    np.testing.assert_allclose(statistics.taylor, expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
 def read_by_second(network: PrunableNetwork, task: Task) -> Tensor:
     """What the second convolution of the chain reads ``(8, examples * positions)``."""
     model = network.model

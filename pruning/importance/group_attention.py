@@ -32,7 +32,7 @@ from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import Operation
 from prunegym.pruning.importance.batch_axes import BatchAxes
 from prunegym.pruning.importance.context import Calibration, Context, Scores
-from prunegym.pruning.importance.statistics import Reader, find_batch_axes, reader_modules
+from prunegym.pruning.importance.statistics import Reader, all_readers, find_batch_axes
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.task import Inputs, Task, forward
 
@@ -164,7 +164,7 @@ class _GatedReads:
         self.axes = BatchAxes()
         """Where the examples are in what is read."""
         self._readers: list[tuple[Operation, Reader, Tensor]] = []
-        for operation, module in reader_modules(graph, context.model).values():
+        for operation, module in all_readers(graph, context.model):
             units = context.remaining(operation.inputs)
             places = torch.from_numpy(np.where(units < 0, graph.units, units)).to(device)
             self._readers.append((operation, module, places))

@@ -139,6 +139,19 @@ def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Ope
     return readers
 
 
+def all_readers(graph: ChannelGraph, model: nn.Module) -> list[tuple[Operation, Reader]]:
+    """Those modules, and others that read with the same weight: there are several where weights are tied."""
+    modules, readers = dict(model.named_modules()), reader_modules(graph, model)
+    found = {operation.module: (operation, module) for operation, module in readers.values()}
+    for operation in graph.operations:
+        first, module = readers.get(str(operation.weight)), modules.get(operation.module)
+        if first is None or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        if module.weight is first[1].weight:
+            found.setdefault(operation.module, (operation, module))
+    return list(found.values())
+
+
 @contextmanager
 def reading_through(
     model: nn.Module, graph: ChannelGraph, read: Callable[[Operation, Tensor], Tensor]
@@ -146,20 +159,20 @@ def reading_through(
     """While it is entered, what layers and functions read of prunable channels passes through ``read`` first.
 
     Yields:
-        The operations that read, each with a weight of its own.
+        The operations that read.
     """
 
     def hook(operation: Operation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         return lambda _, args: (read(operation, args[0]), *args[1:])
 
-    readers = reader_modules(graph, model)
-    others = functional_reads(graph, model, list(readers))
+    readers = all_readers(graph, model)
+    others = functional_reads(graph, model, [operation.weight for operation, _ in readers])
     with ExitStack() as stack:
-        for operation, module in readers.values():
+        for operation, module in readers:
             stack.callback(module.register_forward_pre_hook(hook(operation)).remove)
         if others:
             stack.enter_context(FunctionalReads(model, others, read))
-        yield [*(operation for operation, _ in readers.values()), *others]
+        yield [*(operation for operation, _ in readers), *others]
 
 
 def find_batch_axes(
