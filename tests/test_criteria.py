@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ from prunegym.pruning.importance.criteria import CRITERIA, Calibration, Context,
 from prunegym.pruning.importance.group_attention import GateSettings
 from prunegym.pruning.importance.statistics import collect_statistics
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.pruning.networks.cifar import CifarResNet
 from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import Task
 
 Toys = Callable[[str], PrunableNetwork]
@@ -175,6 +178,37 @@ def test_transposed_convolution_has_its_filters_along_the_second_dimension(toys:
     reference = network.model.up.weight.detach().abs().sum((0, 2, 3))
 
     np.testing.assert_allclose(score(network, "l1", "up"), reference, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 16), (16, 8), (8, 8)])
+def test_grouped_transposed_convolution_has_its_groups_along_its_inputs(inputs: int, outputs: int) -> None:
+    """Its weight is ``(C_in, C_out / groups, kH, kW)``: a unit is one group of it, and the filters that feed it."""
+    torch.manual_seed(0)
+    first, up = nn.Conv2d(1, inputs, 3), nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=4)
+    model = nn.Sequential(first, nn.ReLU(), up, nn.ReLU(), nn.Conv2d(outputs, 2, 1))
+    network = PrunableNetwork(model, torch.randn(2, 1, 6, 6))
+    units = [
+        torch.cat([first.weight[part].flatten(), up.weight[part].flatten()]).detach().double()
+        for part in torch.arange(inputs).chunk(4)
+    ]
+    rows = torch.stack(units)
+
+    assert network.graph.group("0").size == 4
+    np.testing.assert_allclose(score(network, "l1", "0"), rows.abs().sum(1), rtol=1e-6)
+    np.testing.assert_allclose(score(network, "l2", "0"), rows.norm(dim=1), rtol=1e-6)
+    np.testing.assert_allclose(score(network, "fpgm", "0"), torch.cdist(rows, rows).sum(1), rtol=1e-6)
+
+
+def test_pruned_grouped_transposed_convolution_keeps_its_scores() -> None:
+    """Of the groups that are left; fewer outputs than inputs."""
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, 2, groups=4), nn.Conv2d(8, 2, 1))
+    network = PrunableNetwork(model, torch.randn(2, 1, 6, 6))
+    mask = np.array([True, False, True, True])
+    smaller = network.pruned(PruningPlan.from_mask(network.graph, mask))
+
+    scores = unit_scores("l1", Context(smaller, network.graph, mask=mask))
+
+    np.testing.assert_allclose(scores, np.where(mask, score(network, "l1", "0"), 0), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -382,6 +416,42 @@ def test_pruned_network_is_scored_like_one_that_was_always_so_small(
         scores = unit_scores(criterion, context)
         np.testing.assert_allclose(scores[half], unit_scores(criterion, alone), rtol=1e-4, atol=1e-9, err_msg=criterion)
         assert (scores[~half] == 0).all()
+
+
+def test_network_without_a_block_is_scored(zoo: Toys, task_for: TaskFor, few_steps: None) -> None:
+    """Between rounds, blocks that were left out are gone: what stays is scored, whatever the criterion."""
+    network = zoo("digits_resnet")
+    graph, block = network.graph, network.blocks[0]
+    mask = np.concatenate([np.arange(group.size) % 2 == 0 for group in graph.groups])
+    plan = PruningPlan.from_mask(graph, mask).without([block])
+    few = ScorerSettings(statistics_examples=4, recalibration_examples=0, compensate=False, precision="float32")
+    scorer = Scorer(network, task_for(network), few)
+    inside = [all(path.startswith(f"{block}.") for path in group.producers) for group in graph.groups]
+    left = mask & ~np.array(inside)[graph.group_of]
+
+    for criterion in ALONE:
+        scorer.settings = replace(few, criterion=criterion)
+        _, scores = scorer.look(plan, examples=4)
+
+        assert np.isfinite(scores).all(), criterion
+        assert (scores[~mask] == 0).all(), criterion
+        assert scores[left].any(), criterion
+    assert any(inside)
+    assert left[graph.groups[0].units].any()
+
+
+def test_filters_of_a_block_that_is_left_out_do_not_count() -> None:
+    """The residual sum behind the stem is made by the stem and by two blocks, of which one stays."""
+    model = CifarResNet(2, in_channels=1, projection=True)
+    network = PrunableNetwork(model, torch.randn(2, 1, 8, 8))
+    smaller = network.pruned(PruningPlan.unpruned(network.graph).without(["layer1.0"]))
+    context = Context(smaller, network.graph)
+
+    reference = sum(one.weight.detach().flatten(1).abs().sum(1) for one in (model.conv1, model.layer1[1].conv2))
+
+    np.testing.assert_allclose(CRITERIA["l1"](network.graph.group("conv1"), context), reference, rtol=1e-5)
+    for criterion in WEIGHTS[:-1]:
+        assert not CRITERIA[criterion](network.graph.group("layer1.0.conv1"), context).any()
 
 
 @pytest.fixture

@@ -98,6 +98,84 @@ def test_gate_is_shared_by_attention_groups() -> None:
     torch.testing.assert_close(gate(pooled)[0], (excited + gate.offset).sigmoid())
 
 
+class Tokens(nn.Module):
+    """A mixer over 16 patches; the batch is first or second, the weights are the same."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+        self.wide, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).permute((0, 2, 1) if self.batch_first else (2, 0, 1))
+        x = x + self.narrow(torch.relu(self.wide(x)))
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+def test_gates_do_not_depend_on_where_the_batch_is(task_for: TaskFor) -> None:
+    """Batches of 32 and 8: the 16 tokens are no multiple of the one, and a multiple of the other."""
+    torch.manual_seed(0)
+    models = [Tokens(batch_first=batch_first) for batch_first in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    networks = [PrunableNetwork(model, torch.randn(2, 3, 8, 8)) for model in models]
+
+    first, second = (
+        mean_gates(Context(one.model, one.graph), Calibration(task=task_for(one), examples=40), GateSettings(steps=3))
+        for one in networks
+    )
+
+    assert len(networks[0].graph.groups) == 2
+    assert first.std() > 0
+    np.testing.assert_allclose(second, first, rtol=1e-4)
+
+
+class Heads(nn.Module):
+    """Attention of which only heads can be pruned: the norm holds all other channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        return self.head((x + self.attention(y, y, y, need_weights=False)[0]).mean(1))
+
+
+def test_heads_of_attention_are_gated(task_for: TaskFor) -> None:
+    """Where they are read: torch's own form does not call the layer that reads them."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(Heads(), torch.randn(2, 3, 8, 8))
+    calibration = Calibration(task=task_for(network), examples=16)
+
+    scores = mean_gates(Context(network.model, network.graph), calibration, GateSettings(steps=4))
+
+    assert [group.size for group in network.graph.groups] == [4]
+    assert ((scores > 0) & (scores < 1)).all()
+    assert len(np.unique(scores)) == 4
+    assert type(network.model.attention) is nn.MultiheadAttention
+
+
+def test_gates_that_nothing_passes_stay_open() -> None:
+    """The layer that reads the channels is used in the trace, and on these inputs it is not."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(2, 4), nn.Linear(4, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x if len(x) > 2 else x + self.second(torch.relu(self.first(x))))
+
+    network = PrunableNetwork(Skips(), torch.randn(2, 2))
+
+    scores = mean_gates(Context(network.model, network.graph), Calibration(task=Sides(), examples=16))
+
+    assert (scores == 1).all()
+
+
 def test_untrained_gates_are_all_equally_open(toys: Toys, task_for: TaskFor) -> None:
     """Nothing is preferred to begin with."""
     network = toys("residual")

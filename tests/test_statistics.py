@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.pruning.importance.statistics import collect_statistics
+from prunegym.pruning.importance.statistics import collect_statistics, find_batch_axes
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.task import Task
@@ -74,6 +74,31 @@ def test_taylor_score_predicts_the_removal_of_a_small_share(toys: Toys, task_for
     after = task.loss(model(*inputs), targets).item()
 
     assert abs(after - before) == pytest.approx(1e-2 * statistics.taylor[unit], rel=0.05)
+
+
+class Tied(nn.Module):
+    """Two layers read the same channels with one weight, each with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.right.weight, self.head = self.left.weight, nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.head((torch.relu(self.left(x)) * self.right(x.roll(1, 3)).sigmoid()).mean((2, 3)))
+
+
+def test_all_layers_that_share_a_weight_are_read(task_for: TaskFor) -> None:
+    """The weight's gradient is that of all its uses."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(Tied(), torch.randn(2, 3, 8, 8))
+    task = task_for(network)
+
+    statistics = collect_statistics(network.model, network.graph, task, examples=EXAMPLES, batch_size=4)
+
+    expected = np.abs(weight_changes(network, task)).mean(0)
+    np.testing.assert_allclose(statistics.taylor, expected, rtol=1e-3, atol=1e-5 * expected.max())
 
 
 def read_by_second(network: PrunableNetwork, task: Task) -> Tensor:
@@ -217,6 +242,103 @@ def test_frames_folded_into_the_batch_count_for_their_example(task_for: TaskFor)
     statistics = collect_statistics(network.model, network.graph, Films(), batch_size=3)
 
     assert (statistics.taylor[network.graph.group("first").units] > 0).all()
+
+
+class Tokens(nn.Module):
+    """An encoder layer over 16 patches; the batch is first or second, the weights are the same."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(self.patches(x).flatten(2).permute((0, 2, 1) if self.batch_first else (2, 0, 1)))
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+@pytest.fixture(scope="module")
+def token_networks() -> list[PrunableNetwork]:
+    """Batch first, and second."""
+    torch.manual_seed(0)
+    models = [Tokens(batch_first=batch_first) for batch_first in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    return [PrunableNetwork(model.eval(), torch.randn(2, 3, 8, 8)) for model in models]
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 16])
+def test_scores_do_not_depend_on_where_the_batch_is(
+    token_networks: list[PrunableNetwork], task_for: TaskFor, batch_size: int
+) -> None:
+    """The tokens are no multiple of the batch, a multiple, or as many; the last batch has fewer examples."""
+    first, second = (
+        collect_statistics(one.model, one.graph, task_for(one), examples=20, batch_size=batch_size)
+        for one in token_networks
+    )
+
+    assert {group.name for group in token_networks[0].graph.groups} >= {"encoder.linear1", "encoder.self_attn"}
+    for field in ("taylor", "taylor_squared", "activation_mean", "activation_variance", "activation_sparsity"):
+        ours, theirs = getattr(second, field), getattr(first, field)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * theirs.max(), err_msg=field)
+    assert (first.taylor > 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_taylor_scores_of_tokens_are_those_of_single_examples(
+    token_networks: list[PrunableNetwork], task_for: TaskFor, batch_size: int
+) -> None:
+    """Batches of one leave no doubt what belongs to whom."""
+    for network in token_networks:
+        task = task_for(network)
+        alone, together = (
+            collect_statistics(network.model, network.graph, task, examples=16, batch_size=size)
+            for size in (1, batch_size)
+        )
+
+        np.testing.assert_allclose(together.taylor, alone.taylor, rtol=1e-3, atol=1e-6 * alone.taylor.max())
+
+
+def test_networks_of_convolutions_are_not_run_to_find_the_batch(toys: Toys, task_for: TaskFor) -> None:
+    """There it is where it always is."""
+    network = toys("sequential")
+
+    def batches(size: int) -> Any:
+        raise AssertionError("asked for")
+
+    assert not find_batch_axes(network.model, network.graph, batches).found
+
+
+class Positions(nn.Module):
+    """What the second layer reads is the same for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+        self.first, self.second = nn.Linear(1, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.linspace(-1, 1, 16).view(1, 16, 1)
+        x = self.patches(x).flatten(2).transpose(1, 2) * self.second(torch.tanh(self.first(places)))
+        return self.head(torch.tanh(x).mean(1))
+
+
+def test_channels_that_belong_to_no_example_are_told_and_not_worthless(task_for: TaskFor) -> None:
+    """The mean change over the batch is all that is known, whether or not there are as many tokens as examples."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(Positions(), torch.randn(2, 3, 8, 8))
+    units = network.graph.group("first").units
+    for batch_size in (3, 16):
+        with pytest.warns(UserWarning, match=r"^no dimension of the inputs of second counts .*\(1, 16, 6\)"):
+            statistics = collect_statistics(
+                network.model, network.graph, task_for(network), examples=batch_size, batch_size=batch_size
+            )
+
+        model = copy.deepcopy(network.model).eval()
+        (inputs, targets), *_ = task_for(network).batches("calibration", batch_size=batch_size, limit=batch_size)
+        task_for(network).loss(model(*inputs), targets).backward()
+        change = (model.second.weight * model.second.weight.grad).sum(0).abs().detach()
+        np.testing.assert_allclose(statistics.taylor[units], change, rtol=1e-3)
 
 
 def test_statistics_of_a_pruned_network_match_those_of_its_masked_twin(

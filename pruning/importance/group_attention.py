@@ -28,8 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunegym.pruning.attention import headwise
+from prunegym.pruning.graph import Operation
+from prunegym.pruning.importance.batch_axes import BatchAxes
 from prunegym.pruning.importance.context import Calibration, Context, Scores
-from prunegym.pruning.importance.statistics import Reader, reader_modules
+from prunegym.pruning.importance.statistics import Reader, all_readers, find_batch_axes
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.task import Inputs, Task, forward
 
@@ -71,14 +74,16 @@ def mean_gates(context: Context, calibration: Calibration, settings: GateSetting
     if not len(gates.gated):
         return scores[:-1].numpy()
     gated = gates.gated.cpu()
-    with evaluating(model), differentiating(model), gates.attached():
-        with torch.enable_grad():
-            _train(gates, model, calibration)
-        with torch.no_grad():
-            for inputs, _ in calibration.batches(settings.batch_size):
-                gates.run(model, inputs)
-                scores[gated] += gates.open.sum(0, dtype=torch.float64).cpu()[gated]
-                examples += len(gates.open)
+    with evaluating(model), headwise(model), differentiating(model):
+        gates.axes = find_batch_axes(model, context.graph, calibration.batches)
+        with gates.attached():
+            with torch.enable_grad():
+                _train(gates, model, calibration)
+            with torch.no_grad():
+                for inputs, _ in calibration.batches(settings.batch_size):
+                    gates.run(model, inputs)
+                    scores[gated] += gates.open.sum(0, dtype=torch.float64).cpu()[gated]
+                    examples += len(gates.open)
     return (scores / max(examples, 1))[:-1].numpy()
 
 
@@ -94,8 +99,9 @@ def _train(gates: _GatedReads, model: nn.Module, calibration: Calibration) -> No
         # gates are positive: their mean is their L1 norm over their number
         loss = calibration.task.loss(outputs, targets) + penalty * gates.open[:, gates.gated].mean()
         optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        if loss.requires_grad:  # else no gated layer ran: there is nothing to learn
+            loss.backward()
+            optimiser.step()
 
 
 def _worth(gates: _GatedReads, model: nn.Module, task: Task, inputs: Inputs, targets: Any) -> float:
@@ -155,11 +161,14 @@ class _GatedReads:
     def __init__(self, context: Context, settings: GateSettings, device: torch.device | str) -> None:
         graph, generator = context.graph, torch.Generator().manual_seed(context.seed)
         self.settings = settings
-        self._readers: list[tuple[Reader, Tensor]] = []
-        for operation, module in reader_modules(graph, context.model).values():
+        self.axes = BatchAxes()
+        """Where the examples are in what is read."""
+        self._readers: list[tuple[Operation, Reader, Tensor]] = []
+        for operation, module in all_readers(graph, context.model):
             units = context.remaining(operation.inputs)
-            self._readers.append((module, torch.from_numpy(np.where(units < 0, graph.units, units)).to(device)))
-        read = np.unique(np.concatenate([np.empty(0, np.int64), *(units.cpu() for _, units in self._readers)]))
+            places = torch.from_numpy(np.where(units < 0, graph.units, units)).to(device)
+            self._readers.append((operation, module, places))
+        read = np.unique(np.concatenate([np.empty(0, np.int64), *(units.cpu() for *_, units in self._readers)]))
         self.gated = torch.from_numpy(read[read < graph.units]).to(device)
         """Units that have a gate."""
         self._group_of = torch.from_numpy(graph.group_of).to(device)
@@ -182,8 +191,8 @@ class _GatedReads:
     def attached(self) -> Iterator[None]:
         """Let the gates work while the network runs."""
         with ExitStack() as stack:
-            for module, units in self._readers:
-                stack.callback(module.register_forward_pre_hook(self._hook(units)).remove)
+            for operation, module, units in self._readers:
+                stack.callback(module.register_forward_pre_hook(self._hook(operation, units)).remove)
             yield
 
     def run(self, model: nn.Module, inputs: Inputs, gate: float | None = None) -> Any:
@@ -195,23 +204,24 @@ class _GatedReads:
         self._waiting = set(self._gates) if gate is None else set()
         return forward(model, inputs)
 
-    def _hook(self, units: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def _hook(self, operation: Operation, units: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         """For a layer that reads these units, one per input channel."""
         read = set(self._group_of[units[units < len(self._group_of)]].tolist())
+        last = operation.kind == "linear"  # where the channels are; else they are second
 
-        def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def gate(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             data = args[0]
-            last = isinstance(module, nn.Linear)  # where the channels are; else they are second
+            axis = self.axes.of(operation, data, len(self.open))
             for group in sorted(read & self._waiting):
-                self._decide(group, _pooled(data.detach().float(), len(self.open), last), units)
+                self._decide(group, _pooled(data.detach().float(), len(self.open), axis, last), units)
             factor = self.open[:, units]  # (B, C)
-            if len(data) % len(factor) == 0:
-                # several rows per example (windows, frames) stand one behind another
-                factor = factor.repeat_interleave(len(data) // len(factor), 0)
-            else:
+            if axis is None:
                 factor = factor.mean(0, keepdim=True)
-            around = [1] * (data.ndim - 2)
-            shape = [len(factor), *around, len(units)] if last else [len(factor), len(units), *around]
+            else:
+                # several rows per example (windows, frames) stand one behind another
+                factor = factor.repeat_interleave(data.shape[axis] // len(factor), 0)
+            shape = [1] * data.ndim
+            shape[axis or 0], shape[-1 if last else 1] = factor.shape
             return (data * factor.reshape(shape).to(data.dtype), *args[1:])
 
         return gate
@@ -227,10 +237,11 @@ class _GatedReads:
         self._waiting.remove(group)
 
 
-def _pooled(data: Tensor, examples: int, last: bool) -> Tensor:
-    """Mean over positions of what a layer reads, ``(examples, C)``."""
+def _pooled(data: Tensor, examples: int, axis: int | None, last: bool) -> Tensor:
+    """Mean over positions of what a layer reads, ``(examples, C)``; over examples too where ``axis`` tells of none."""
+    data = data.movedim(axis or 0, 0)
     rows = data.flatten(1, -2).mean(1) if last and data.ndim > 2 else data
     rows = rows if last else data.flatten(2).mean(2)
-    if len(rows) % examples == 0:
+    if axis is not None:
         return rows.reshape(examples, -1, rows.shape[1]).mean(1)
     return rows.mean(0, keepdim=True).expand(examples, -1)

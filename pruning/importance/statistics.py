@@ -7,7 +7,9 @@ activation times gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
+from prunegym.pruning.importance.batch_axes import BATCH_SIZES, BatchAxes, rows_beside_examples
 from prunegym.pruning.importance.functional_reads import FunctionalReads, functional_reads
 from prunegym.pruning.modes import differentiating, evaluating
-from prunegym.pruning.task import Task, forward, running
+from prunegym.pruning.task import Inputs, Task, forward, running
 
 Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
 
@@ -84,19 +87,26 @@ def collect_statistics(
         covariances: also collect the second moments that compensation needs.
         device: where to run.
     """
+
+    def few(size: int) -> Iterable[tuple[Inputs, Any]]:
+        return task.batches(split, batch_size=size, limit=size, device=device)
+
     observer = _Observer(graph, np.ones(graph.units, dtype=np.bool_) if mask is None else mask, covariances)
     losses = 0.0
     # gradients of activations are all that is needed; those of weights would cost another third
-    with evaluating(model), headwise(model), observer.attached(model), differentiating(model), torch.enable_grad():
-        for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
-            count = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-            with running("run on batches of any size, and pass gradients back", task, count):
-                loss = task.loss(forward(model, inputs), targets)
-                observer.start_batch(count, device)
-                if loss.requires_grad:  # else no reader ran: every change is 0
-                    (loss * count).backward()
-                observer.end_batch()
-            losses += float(loss.detach()) * count
+    with evaluating(model), headwise(model), differentiating(model):
+        observer.axes = find_batch_axes(model, graph, few)
+        with observer.attached(model), torch.enable_grad():
+            for inputs, targets in task.batches(split, batch_size=batch_size, limit=examples, device=device):
+                count = _examples_in(inputs)
+                with running("run on batches of any size, and pass gradients back", task, count):
+                    observer.start_batch(count, device)
+                    loss = task.loss(forward(model, inputs), targets)
+                    if loss.requires_grad:  # else no reader ran: every change is 0
+                        (loss * count).backward()
+                    observer.end_batch()
+                losses += float(loss.detach()) * count
+    observer.warn_of_untold()
     return observer.statistics(losses)
 
 
@@ -129,6 +139,80 @@ def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Ope
     return readers
 
 
+def all_readers(graph: ChannelGraph, model: nn.Module) -> list[tuple[Operation, Reader]]:
+    """Those modules, and others that read with the same weight: there are several where weights are tied."""
+    modules, readers = dict(model.named_modules()), reader_modules(graph, model)
+    found = {operation.module: (operation, module) for operation, module in readers.values()}
+    for operation in graph.operations:
+        first, module = readers.get(str(operation.weight)), modules.get(operation.module)
+        if first is None or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        if module.weight is first[1].weight:
+            found.setdefault(operation.module, (operation, module))
+    return list(found.values())
+
+
+@contextmanager
+def reading_through(
+    model: nn.Module, graph: ChannelGraph, read: Callable[[Operation, Tensor], Tensor]
+) -> Iterator[list[Operation]]:
+    """While it is entered, what layers and functions read of prunable channels passes through ``read`` first.
+
+    Yields:
+        The operations that read.
+    """
+
+    def hook(operation: Operation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, args: (read(operation, args[0]), *args[1:])
+
+    readers = all_readers(graph, model)
+    others = functional_reads(graph, model, [operation.weight for operation, _ in readers])
+    with ExitStack() as stack:
+        for operation, module in readers:
+            stack.callback(module.register_forward_pre_hook(hook(operation)).remove)
+        if others:
+            stack.enter_context(FunctionalReads(model, others, read))
+        yield [*(operation for operation, _ in readers), *others]
+
+
+def find_batch_axes(
+    model: nn.Module, graph: ChannelGraph, batches: Callable[[int], Iterable[tuple[Inputs, Any]]]
+) -> BatchAxes:
+    """Run a network on a few examples, twice, to see which dimensions of what its linear layers read count them.
+
+    Args:
+        model: the network, in eval mode and with attention by heads.
+        graph: channel graph of the unpruned network.
+        batches: gives batches of a size.
+
+    Returns:
+        What was found; nothing if linear layers read one row per example, or if the network does not run so.
+    """
+    if not rows_beside_examples(graph):
+        return BatchAxes()  # networks of convolutions are spared the two runs
+    seen: list[tuple[int, dict[tuple[str, int], list[tuple[int, ...]]]]] = []
+
+    def note(operation: Operation, source: Tensor) -> Tensor:
+        if operation.kind == "linear":
+            seen[-1][1][str(operation.weight), source.ndim].append(tuple(source.shape))
+        return source
+
+    try:
+        with reading_through(model, graph, note), torch.no_grad():
+            for size in BATCH_SIZES:
+                inputs, _ = next(iter(batches(size)))
+                seen.append((_examples_in(inputs), defaultdict(list)))
+                forward(model, inputs)
+    except Exception:  # where it matters, the error is raised again, and told, by the run on whole batches
+        return BatchAxes()
+    (few, small), (more, large) = seen
+    return BatchAxes.compared(few, small, more, large)
+
+
+def _examples_in(inputs: Inputs) -> int:
+    return next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
 class _Observer:
     """Accumulates moments in forward hooks and first-order changes in backward hooks."""
 
@@ -136,6 +220,8 @@ class _Observer:
         self.graph = graph
         self.covariances = covariances
         self.examples = 0
+        self.axes = BatchAxes()
+        self._untold: dict[str, tuple[int, ...]] = {}
         self._padded = np.append(mask, True)
         self._sums: dict[str, tuple[int, Tensor, Tensor | None]] = {}
         self._units: dict[str, Tensor] = {}
@@ -148,20 +234,11 @@ class _Observer:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        with ExitStack() as stack:
-            readers = reader_modules(self.graph, model)
-            others = functional_reads(self.graph, model, list(readers))
-            for operation in (*(one for one, _ in readers.values()), *others):
+        with reading_through(model, self.graph, self._read) as operations:
+            for operation in operations:
                 units = operation.inputs[self._padded[operation.inputs]]
                 self._units[str(operation.weight)] = torch.from_numpy(np.where(units < 0, self.graph.units, units))
-            for operation, module in readers.values():
-                stack.callback(module.register_forward_pre_hook(self._hook(operation)).remove)
-            if others:
-                stack.enter_context(FunctionalReads(model, others, self._read))
             yield
-
-    def _hook(self, operation: Operation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        return lambda _, args: (self._read(operation, args[0]), *args[1:])
 
     def _read(self, operation: Operation, source: Tensor) -> Tensor:
         """Look at what an operation reads; what it should read instead is an alias."""
@@ -169,12 +246,15 @@ class _Observer:
         # a backbone under no_grad matters to the loss all the same; its own `with` restores what held before
         torch.set_grad_enabled(True)
         data = source.detach()
-        self._accumulate(name, channel_rows(data, last), len(data))
+        axis = self.axes.of(operation, data, len(self._changes))
+        if axis is None:
+            self._untold.setdefault(name, tuple(data.shape))
+        self._accumulate(name, channel_rows(data, last), data.shape[axis or 0])
         # an alias of its own, so that the gradient is the one that comes back through this reader alone;
         # where nothing behind it is differentiated (the first readers), the graph starts here
         source = source if source.requires_grad else data.detach().requires_grad_()
         alias = source.view_as(source)
-        alias.register_hook(lambda gradient: self._add_change(name, last, data, gradient))
+        alias.register_hook(lambda gradient: self._add_change(name, axis, last, data, gradient))
         return alias
 
     def _accumulate(self, name: str, rows: Tensor, examples: int) -> None:
@@ -197,16 +277,19 @@ class _Observer:
         ):
             store.index_add_(0, units.cpu(), values.cpu().float(), alpha=examples)
 
-    def _add_change(self, name: str, last: bool, data: Tensor, gradient: Tensor) -> None:
-        product = data * gradient
+    def _add_change(self, name: str, axis: int | None, last: bool, data: Tensor, gradient: Tensor) -> None:
+        product = (data * gradient).movedim(axis or 0, 0)
         if last:
             change = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
         else:
             change = product.flatten(2).sum(2)
-        if len(change) % len(self._changes) == 0:
+        count = len(self._changes)
+        if axis is None:  # all that is known is the sum over the batch
+            change = change.sum(0, keepdim=True).expand(count, -1) / count
+        else:
             # several rows per example (windows, frames) stand one behind another; sum them
-            change = change.reshape(len(self._changes), -1, change.shape[1]).sum(1)
-            self._changes.index_add_(1, self._units[name].to(change.device), change.float())
+            change = change.reshape(count, -1, change.shape[1]).sum(1)
+        self._changes.index_add_(1, self._units[name].to(change.device), change.float())
 
     def start_batch(self, count: int, device: torch.device | str) -> None:
         self._changes = torch.zeros(count, self.graph.units + 1, device=device)
@@ -216,6 +299,20 @@ class _Observer:
         self.examples += len(changes)
         self._taylor += changes.abs().sum(0)
         self._taylor_squared += changes.square().sum(0)
+
+    def warn_of_untold(self) -> None:
+        """Tell of layers whose changes of the loss are not known example by example."""
+        if not self._untold:
+            return
+        names = [name.removesuffix(".weight") for name in self._untold]
+        some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        warnings.warn(
+            f"no dimension of the inputs of {some} counts the examples of a batch (that of {names[0]} has the shape "
+            f"{next(iter(self._untold.values()))}), so that Taylor criteria, the knapsack and policies take the mean "
+            "change of the loss over a batch for that of each example, which is too small. Let one dimension of these "
+            "inputs be the batch, or `--keep` their channels",
+            stacklevel=3,
+        )
 
     def statistics(self, losses: float) -> Statistics:
         count = max(self.examples, 1)

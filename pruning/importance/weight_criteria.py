@@ -14,7 +14,7 @@ from prunegym.pruning.importance.context import Context, Scores
 def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
     """The weights that make each channel: one ``(group.size, weights)`` matrix per producing layer.
 
-    Rows of channels that are gone are 0.
+    Rows of channels that are gone are 0, and layers of blocks that are left out make nothing.
     """
     parameters = dict(context.model.named_parameters())
     parts = []
@@ -22,9 +22,15 @@ def filters(group: ChannelGroup, context: Context) -> list[Tensor]:
     for operation in context.graph.operations:
         if operation.module not in group.producers or operation.weight is None or operation.weight in seen:
             continue
-        outputs = context.remaining(operation.outputs)
-        local = outputs - group.start
-        mine = np.flatnonzero((outputs >= 0) & (local >= 0) & (local < group.size))
+        if operation.weight not in parameters:
+            continue
+        # a grouped weight holds all groups along its first dimension, and with it all units: along the outputs, or if
+        # it is that of a transposed convolution along the inputs, which are one unit with the outputs of their group
+        transposed = operation.reads == 0
+        rows_of = operation.inputs if operation.groups > 1 and transposed else operation.outputs
+        units = context.remaining(rows_of)
+        local = units - group.start
+        mine = np.flatnonzero((units >= 0) & (local >= 0) & (local < group.size))
         if len(mine) == 0:
             continue
         seen.add(operation.weight)
