@@ -54,6 +54,10 @@ class Tagged(int):
         return int, (int(self),)
 
 
+_NUMBERS = (int, Tagged)
+"""Members of enumerations and truth values are whole numbers too, but what is done with them needs their own class."""
+
+
 def attributes(path: str, module: nn.Module) -> Iterator[tuple[Place, int]]:
     """Whole numbers among the attributes of a module that may be numbers of channels."""
     if type(module).__module__.startswith("torch.nn."):
@@ -63,11 +67,11 @@ def attributes(path: str, module: nn.Module) -> Iterator[tuple[Place, int]]:
             continue
         if isinstance(module, HeadwiseAttention) and name != "num_heads":
             continue
-        if isinstance(content, int) and not isinstance(content, bool):
+        if type(content) in _NUMBERS:
             yield Place(path, name), content
         elif type(content) in (list, tuple) and len(content) <= _LONGEST:
             for index, one in enumerate(content):
-                if isinstance(one, int) and not isinstance(one, bool):
+                if type(one) in _NUMBERS:
                     yield Place(path, name, index), one
 
 
