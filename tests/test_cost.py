@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.widths import WidthRules
 
 Toys = Callable[[str], PrunableNetwork]
 MakePlan = Callable[[PrunableNetwork, np.random.Generator], PruningPlan]
@@ -127,6 +129,36 @@ def test_attention_is_counted_and_shrinks_with_its_heads() -> None:
     assert network.full_cost.macs == layers + products
     one_head = np.array([1 if one.name == "self_attn" else one.size for one in network.graph.groups])
     assert network.costs.macs(one_head) == layers - 5 * (8 * 12 + 4 * 8) + products // 2
+
+
+class PartlyMixed(nn.Module):
+    """One projection makes what attention mixes over positions, and what passes it by."""
+
+    def __init__(self, mixed: int, passed: int) -> None:
+        super().__init__()
+        self.mixed, self.passed = mixed, passed
+        self.stem, self.project = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, mixed + passed)
+        self.queries, self.keys, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(mixed + passed, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        values, others = self.project(x).split([self.mixed, self.passed], -1)
+        scores = (self.queries(x) @ self.keys(x).mT).softmax(-1)
+        return self.head(F.relu(torch.cat([scores @ values, others], -1))).mean(1)
+
+
+def test_channels_in_a_product_are_not_grouped_with_those_that_pass_it_by(random_plan: MakePlan) -> None:
+    """They are in the same tensors, but cost more."""
+    network = PrunableNetwork(PartlyMixed(5, 12).eval(), torch.randn(2, 3, 8, 8))
+
+    # one channel of each part is kept
+    assert [one.size for one in network.graph.groups if "project" in one.producers] == [4, 11]
+    assert WidthRules(min_channels=2).apply(network.graph).smallest.min() == 2
+    for seed in range(4):
+        plan = random_plan(network, np.random.default_rng(seed))
+        small = network.pruned(plan)
+        assert network.cost(plan).macs == counted_macs(small, network.example_inputs)
+        assert network.cost(plan).parameters == counted_parameters(small)
 
 
 def test_batch_size_of_the_example_does_not_matter(toys: Toys) -> None:
