@@ -93,6 +93,16 @@ COUPLED: dict[str, tuple[nn.Module, int, int, list[int]]] = {
     "stacked": (Function(lambda _, x: torch.stack([x, x.sin()], 1).amax(1)), 8, 8, list(range(8))),
     "repeated": (Function(lambda _, x: x.repeat(1, 2, 1, 1)), 4, 8, [0, 1, 2, 3]),
     "flipped": (Function(lambda _, x: x + x.flip(1)), 4, 4, [0, 1, 1, 0]),
+    "unflatten": (
+        nn.Sequential(nn.Unflatten(1, (4, 2)), Function(lambda _, x: x.amax(2))),
+        *(8, 4),
+        [0, 0, 1, 1, 2, 2, 3, 3],
+    ),
+    "unflatten to an open size": (
+        nn.Sequential(nn.Unflatten(1, (-1, 2)), Function(lambda _, x: x.amax(2))),
+        *(8, 4),
+        [0, 0, 1, 1, 2, 2, 3, 3],
+    ),
     "enumeration": (
         Function(lambda own, x: x.sin() if own.width.name == own.both[0].name else x, width=Width.EIGHT, both=[*Width]),
         *(8, 8),
