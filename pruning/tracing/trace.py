@@ -25,7 +25,7 @@ from prunegym.pruning.nests import tensors_in
 from prunegym.pruning.tracing.labels import Field, varying
 from prunegym.pruning.tracing.rules import rule_for
 from prunegym.pruning.tracing.size_tags import Place, tagged
-from prunegym.pruning.tracing.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracing.tracer import ChannelPadding, SizeAttribute, TracedOperation, Tracer
 
 
 @dataclass
@@ -70,7 +70,7 @@ def trace(
     try:
         with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, beside(tracer), tracer:
             for leaf in leaves:
-                tracer.set(leaf, TensorRecord([], "the network input"))
+                tracer.note_input(leaf)
             outputs = _outputs(model, inputs)
             for leaf in outputs:
                 tracer.freeze(tracer.record(leaf).fields, "network output")
