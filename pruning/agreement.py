@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from prunegym.pruning.nests import tensors_in
 
 #: Outputs below this count as of this size, where a difference is seen as a share.
 _SMALLEST = 1e-6
@@ -24,12 +24,16 @@ class Gap:
     """Largest difference as a share of the largest finite output of the same tensor."""
     numbers: bool
     """False if NaN was expected somewhere: that nothing differs then says little."""
+    compared: bool = True
+    """False if neither side has a tensor; then both differences are infinite."""
 
     def within(self, tolerance: float) -> bool:
         """Whether all are numbers, and differ by no more than a share of the largest."""
         return self.numbers and self.relative <= tolerance
 
     def __str__(self) -> str:
+        if not self.compared:
+            return "outputs without any tensor that could be compared"
         if not self.numbers:
             return "outputs that are no numbers (NaN)"
         if math.isinf(self.absolute):
@@ -38,14 +42,17 @@ class Gap:
 
 
 def gap_between(expected: Any, found: Any, *, smallest: float = _SMALLEST) -> Gap:
-    """Compare the tensors in two nests of tuples, lists and dictionaries.
+    """Compare the tensors in two nests (:func:`~prunegym.pruning.nests.tensors_in`).
 
     Args:
         expected: What should come out.
         found: What came out; on the same device.
         smallest: Largest outputs below this count as of this size.
     """
-    ours, theirs = (_tensors(one) for one in (expected, found))
+    ours, theirs = (tensors_in(one) for one in (expected, found))
+    if not ours and not theirs:
+        return Gap(math.inf, math.inf, numbers=True, compared=False)
+    ours, theirs = ([one for one in side if one.numel()] for side in (ours, theirs))
     if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return Gap(math.inf, math.inf, numbers=True)
     absolute = relative = 0.0
@@ -59,7 +66,3 @@ def gap_between(expected: Any, found: Any, *, smallest: float = _SMALLEST) -> Ga
         absolute, relative = max(absolute, gap), max(relative, gap / max(size, smallest))
         numbers = numbers and not bool(a.isnan().any())
     return Gap(absolute, relative, numbers)
-
-
-def _tensors(nest: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor) and leaf.numel()]

@@ -227,6 +227,13 @@ class _Classes:
         hashes = {reason: rng.integers(1, 2**63, dtype=np.uint64) for reason in sorted(set(trace.reasons.values()))}
         for root, reason in trace.reasons.items():
             signature[root : root + 1] += hashes[reason]  # as an array, so that it wraps around
+        # a product of activations has no tensor, and may have only some of a layer's channels: they cost more
+        free = np.ones(len(signature), dtype=np.bool_)
+        free[list(trace.reasons)] = False
+        for one in trace.operations:
+            for labels in (one.inputs, one.outputs, *one.batch):
+                roots = trace.roots[labels] if labels is not None else np.empty(0, dtype=np.int64)
+                np.add.at(signature, roots[free[roots]], rng.integers(1, 2**63, dtype=np.uint64))
         first = np.full(len(signature), len(signature), dtype=np.int64)
         np.minimum.at(first, trace.roots, np.arange(len(trace.roots)))
         roots = np.flatnonzero(trace.produced)

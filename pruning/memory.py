@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.modes import evaluating
+from prunegym.pruning.nests import tensors_in
 
 MIB = 2**20
 
@@ -75,7 +76,7 @@ def peak_memory(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> P
             watch.begin([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)])
             with watch:
                 outputs = model(*inputs)
-            watch.end([leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)])
+            watch.end(tensors_in(outputs))
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     return watch.peak()

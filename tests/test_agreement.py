@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,20 @@ def numbers(*values: float) -> torch.Tensor:
     return torch.tensor(values)
 
 
+@dataclass(slots=True)
+class Packed:
+    """A tensor in an attribute, without a ``__dict__``."""
+
+    part: torch.Tensor
+
+
+class Dictionary(dict[str, torch.Tensor]):
+    """Items as attributes; PyTorch takes it for a leaf."""
+
+    __slots__ = ()
+    __getattr__ = dict.__getitem__
+
+
 @pytest.mark.parametrize(
     ("expected", "found", "absolute", "relative", "within"),
     [
@@ -41,6 +57,11 @@ def numbers(*values: float) -> torch.Tensor:
         ((numbers(1.0),), (), INF, INF, False),
         (torch.zeros(0), torch.zeros(0), 0.0, 0.0, True),
         (torch.tensor([True]), torch.tensor([False]), 1.0, 1.0, False),
+        (Packed(numbers(2.0)), Packed(numbers(1.0)), 1.0, 0.5, False),
+        ([Dictionary(a=numbers(2.0))], [Dictionary(a=numbers(1.0))], 1.0, 0.5, False),
+        (SimpleNamespace(a=[numbers(2.0)]), SimpleNamespace(a=[numbers(1.0)]), 1.0, 0.5, False),
+        (SimpleNamespace(a=numbers(2.0)), SimpleNamespace(a=numbers(2.0)), 0.0, 0.0, True),
+        ({"a": 1, "b": None}, {"a": 1, "b": None}, INF, INF, False),
     ],
 )
 def test_gap(expected: object, found: object, absolute: float, relative: float, within: bool) -> None:
@@ -49,6 +70,19 @@ def test_gap(expected: object, found: object, absolute: float, relative: float, 
 
     assert (gap.absolute, gap.relative) == (absolute, relative)
     assert gap.within(1e-3) is within
+
+
+def test_where_there_is_nothing_to_compare_that_is_said() -> None:
+    """It used to pass for equality."""
+    assert "without any tensor" in str(gap_between("outputs", "outputs"))
+
+
+def test_object_that_refers_to_itself_is_looked_into_once() -> None:
+    """And the parameters of a module that comes along are no outputs."""
+    outputs = SimpleNamespace(part=numbers(2.0), module=nn.Linear(1, 1))
+    outputs.itself = outputs
+
+    assert gap_between(outputs, numbers(2.0)).within(1e-3)
 
 
 class Poisoned(nn.Module):

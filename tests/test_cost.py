@@ -3,14 +3,17 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
+from prunegym.pruning.widths import WidthRules
 
 Toys = Callable[[str], PrunableNetwork]
 MakePlan = Callable[[PrunableNetwork, np.random.Generator], PruningPlan]
@@ -129,6 +132,36 @@ def test_attention_is_counted_and_shrinks_with_its_heads() -> None:
     assert network.costs.macs(one_head) == layers - 5 * (8 * 12 + 4 * 8) + products // 2
 
 
+class PartlyMixed(nn.Module):
+    """One projection makes what attention mixes over positions, and what passes it by."""
+
+    def __init__(self, mixed: int, passed: int) -> None:
+        super().__init__()
+        self.mixed, self.passed = mixed, passed
+        self.stem, self.project = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, mixed + passed)
+        self.queries, self.keys, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(mixed + passed, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        values, others = self.project(x).split([self.mixed, self.passed], -1)
+        scores = (self.queries(x) @ self.keys(x).mT).softmax(-1)
+        return self.head(F.relu(torch.cat([scores @ values, others], -1))).mean(1)
+
+
+def test_channels_in_a_product_are_not_grouped_with_those_that_pass_it_by(random_plan: MakePlan) -> None:
+    """They are in the same tensors, but cost more."""
+    network = PrunableNetwork(PartlyMixed(5, 12).eval(), torch.randn(2, 3, 8, 8))
+
+    # one channel of each part is kept
+    assert [one.size for one in network.graph.groups if "project" in one.producers] == [4, 11]
+    assert WidthRules(min_channels=2).apply(network.graph).smallest.min() == 2
+    for seed in range(4):
+        plan = random_plan(network, np.random.default_rng(seed))
+        small = network.pruned(plan)
+        assert network.cost(plan).macs == counted_macs(small, network.example_inputs)
+        assert network.cost(plan).parameters == counted_parameters(small)
+
+
 def test_batch_size_of_the_example_does_not_matter(toys: Toys) -> None:
     """MACs are for one example."""
     model = toys("flattened").model
@@ -136,3 +169,34 @@ def test_batch_size_of_the_example_does_not_matter(toys: Toys) -> None:
     macs = [PrunableNetwork(model, torch.randn(count, 3, 8, 8)).full_cost.macs for count in (1, 2, 5)]
 
     assert len(set(macs)) == 1
+
+
+class Constants(nn.Module):
+    """Layers on a buffer, on a parameter, and on a parameter that is repeated for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.rand(1, 2, 8, 8))
+        self.latents, self.classes = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(10, 6))
+        self.stem, self.position = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
+        self.inner, self.outer = nn.Conv2d(6, 9, 1), nn.Conv2d(9, 6, 1)
+        self.queries, self.prototypes = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.outer(F.relu(self.inner(self.position(self.grid))))
+        x = x.flatten(2).mT
+        queries = self.queries(self.latents.expand(len(x), -1, -1))
+        x = (queries @ x.mT).softmax(-1) @ x
+        return x.mean(1) @ self.prototypes(self.classes).mT
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3])
+def test_what_does_not_depend_on_the_examples_is_counted_once(examples: int, random_plan: MakePlan) -> None:
+    """As one forward pass on one example pays for it."""
+    # PyTorch's counter takes no views of parameters that learn as the input of a module
+    model = Constants().requires_grad_(False).eval()
+    network = PrunableNetwork(model, torch.randn(examples, 3, 8, 8))
+    plan = random_plan(network, np.random.default_rng(0))
+
+    assert network.full_cost.macs == counted_macs(model, (torch.randn(1, 3, 8, 8),))
+    assert network.cost(plan).macs == counted_macs(network.pruned(plan), (torch.randn(1, 3, 8, 8),))

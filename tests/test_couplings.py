@@ -1,6 +1,7 @@
 """What goes together: shuffles, splits, heads, groups of normalisation; and that what is left computes the same."""
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ class Function(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
+
+
+class Width(IntEnum):
+    """A whole number with a name."""
+
+    EIGHT = 8
 
 
 def pairs(graph: ChannelGraph, weight: str, dim: int = 0) -> list[int]:
@@ -86,6 +93,21 @@ COUPLED: dict[str, tuple[nn.Module, int, int, list[int]]] = {
     "stacked": (Function(lambda _, x: torch.stack([x, x.sin()], 1).amax(1)), 8, 8, list(range(8))),
     "repeated": (Function(lambda _, x: x.repeat(1, 2, 1, 1)), 4, 8, [0, 1, 2, 3]),
     "flipped": (Function(lambda _, x: x + x.flip(1)), 4, 4, [0, 1, 1, 0]),
+    "unflatten": (
+        nn.Sequential(nn.Unflatten(1, (4, 2)), Function(lambda _, x: x.amax(2))),
+        *(8, 4),
+        [0, 0, 1, 1, 2, 2, 3, 3],
+    ),
+    "unflatten to an open size": (
+        nn.Sequential(nn.Unflatten(1, (-1, 2)), Function(lambda _, x: x.amax(2))),
+        *(8, 4),
+        [0, 0, 1, 1, 2, 2, 3, 3],
+    ),
+    "enumeration": (
+        Function(lambda own, x: x.sin() if own.width.name == own.both[0].name else x, width=Width.EIGHT, both=[*Width]),
+        *(8, 8),
+        list(range(8)),
+    ),
     "grouped, transposed": (nn.ConvTranspose2d(8, 4, 2, groups=2), 8, 4, [0, 0, 0, 0, 1, 1, 1, 1]),
 }
 

@@ -1,7 +1,9 @@
 """Networks that no rule foresees: each prunes what it can, and `inspect` says what is frozen and why."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -67,6 +69,43 @@ class DictOutput(Odd):
         return {"map": features, "logits": [self.head(F.relu(self.second(features)).mean((2, 3)))]}
 
 
+@dataclass
+class Found:
+    map: Tensor
+    logits: Tensor
+
+
+class FoundTuple(NamedTuple):
+    map: Tensor
+    logits: Tensor
+
+
+class FoundDict(dict[str, Tensor]):
+    __getattr__ = dict.__getitem__
+
+
+class DataclassOutput(Odd):
+    """PyTorch takes it for a leaf, as it does all that is not registered with it."""
+
+    kind: Callable[..., Any] = Found
+
+    def forward(self, x: Tensor) -> Any:
+        features = F.relu(self.first(x))
+        return self.kind(map=features, logits=self.head(F.relu(self.second(features)).mean((2, 3))))
+
+
+class NamedTupleOutput(DataclassOutput):
+    kind = FoundTuple
+
+
+class DictSubclassOutput(DataclassOutput):
+    kind = FoundDict
+
+
+class ObjectOutput(DataclassOutput):
+    kind = SimpleNamespace
+
+
 #: Number of inputs, groups that may be pruned, and why others may not.
 EXPECTED: dict[Callable[[], Odd], tuple[int, set[str], dict[str, str]]] = {
     CustomOperation: (1, {"second"}, {"first": "no rule for prunegym_odd::sorted_rows"}),
@@ -75,7 +114,10 @@ EXPECTED: dict[Callable[[], Odd], tuple[int, set[str], dict[str, str]]] = {
     ControlFlowOnValues: (1, {"second"}, {"first": "reduces over channels"}),
     BranchThatReadsAChannel: (1, {"second"}, {"first": "takes part of the channels"}),
     TwoInputs: (2, {"first", "second"}, {}),
-    DictOutput: (1, {"second"}, {"first": "network output"}),
+    **dict.fromkeys(
+        (DictOutput, DataclassOutput, NamedTupleOutput, DictSubclassOutput, ObjectOutput),
+        (1, {"second"}, {"first": "network output"}),
+    ),
 }
 
 

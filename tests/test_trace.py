@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph, build_graph
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.tracing.trace import trace
@@ -207,6 +208,23 @@ def test_fold_is_offered_only_where_it_changes_nothing(twist: str) -> None:
     folds = graph_of(Folding(twist)).folds
 
     assert folds == ((("conv", "norm"),) if twist == "none" else ())
+
+
+class Silent(nn.Module):
+    """Returns no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> float:
+        return float(self.first(x).mean())
+
+
+def test_network_that_returns_no_tensor_is_refused() -> None:
+    """Nothing would tell which channels it gives away, and a comparison would pass."""
+    with pytest.raises(PruningError, match="`network` should return tensors.*Silent, which returned float without"):
+        PrunableNetwork(Silent().eval(), torch.zeros(2, 3, 8, 8))
 
 
 def test_inputs_may_be_integers() -> None:

@@ -16,6 +16,7 @@ from prunegym.pruning.agreement import gap_between
 from prunegym.pruning.copies import duplicate
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import replacing
+from prunegym.pruning.nests import tensors_in
 
 #: Opset of quick exports: the newest that torch's older exporter knows well.
 _OPSET = 18
@@ -311,7 +312,7 @@ def _difference(model: nn.Module, data: bytes, inputs: tuple[Any, ...], toleranc
         PruningError: ONNX Runtime does not run the file, or the outputs differ too much.
     """
     with torch.no_grad():
-        expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+        expected = tensors_in(model(*inputs))
     found = _outputs(open_session(data, torch.get_num_threads()), inputs)
     gap = gap_between(expected, [torch.from_numpy(one) for one in found])
     if not gap.within(tolerance):

@@ -56,7 +56,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
             outputs=filters,
             input_count=data.shape[1] // groups,
             output_count=call.output.shape[1],
-            repeats=call.output.shape[0] * prod(spatial) * prod(weight.shape[2:]) / tracer.batch_size,
+            repeats=call.output.shape[0] * prod(spatial) * prod(weight.shape[2:]) / tracer.examples(data, weight),
             reads=reads,
             groups=groups,
             input_shape=tuple(data.shape),

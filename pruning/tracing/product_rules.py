@@ -63,7 +63,7 @@ def _linear(
             outputs=outputs,
             input_count=data.shape[-1],
             output_count=call.output.shape[-1],
-            repeats=prod(data.shape[:-1]) / tracer.batch_size,
+            repeats=prod(data.shape[:-1]) / tracer.examples(data, weight),
             batch=_flat(rows),
             reads=1 if transposed else 0,  # `x @ weight.t()` or `x @ weight`
             input_shape=tuple(data.shape),
@@ -103,8 +103,6 @@ def _product(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
         blocked = [dim for dim in range(rows) if factor.shape[dim] > 1 and dim not in labelled]
         fields = whole(tracer, fields, blocked, f"{at} multiplies along a batch of channels")
     tracer.set(call.output, TensorRecord(fields, at, a.parameter and b.parameter))
-    if a.parameter and b.parameter:
-        return  # a product of weights is not paid for each example
     _note_product(tracer, left, right, call.output, fields)
 
 
@@ -127,7 +125,7 @@ def _note_product(
             outputs=None if columns is None else columns.ravel(),
             input_count=left.shape[-1],
             output_count=right.shape[-1],
-            repeats=prod(left.shape[:-1]) / tracer.batch_size,
+            repeats=prod(left.shape[:-1]) / tracer.examples(left, right),
             batch=_flat([one for one in fields if output.ndim - 1 not in support(one)]),
             input_shape=tuple(left.shape),
             output_shape=tuple(output.shape),
@@ -168,7 +166,7 @@ def attention(tracer: Tracer, call: Call) -> None:
                 outputs=None,
                 input_count=depth,
                 output_count=width,
-                repeats=prod(query.shape[:-1]) / tracer.batch_size,
+                repeats=prod(query.shape[:-1]) / tracer.examples(query, key, value),
                 batch=_flat(heads),
             )
         )

@@ -54,21 +54,33 @@ class Tagged(int):
         return int, (int(self),)
 
 
+_NUMBERS = (int, Tagged)
+"""Members of enumerations and truth values are whole numbers too, but what is done with them needs their own class."""
+
+
 def attributes(path: str, module: nn.Module) -> Iterator[tuple[Place, int]]:
     """Whole numbers among the attributes of a module that may be numbers of channels."""
     if type(module).__module__.startswith("torch.nn."):
-        return  # surgery knows the sizes of PyTorch's own layers
+        # surgery knows the sizes of PyTorch's own layers but this one; where one size is open, the others are constants
+        if isinstance(module, nn.Unflatten) and -1 not in module.unflattened_size:
+            yield from _numbers(path, "unflattened_size", module.unflattened_size)
+        return
     for name, content in vars(module).items():
         if name.startswith("_") or any(word in name for word in NOT_CHANNELS):
             continue
         if isinstance(module, HeadwiseAttention) and name != "num_heads":
             continue
-        if isinstance(content, int) and not isinstance(content, bool):
-            yield Place(path, name), content
-        elif type(content) in (list, tuple) and len(content) <= _LONGEST:
-            for index, one in enumerate(content):
-                if isinstance(one, int) and not isinstance(one, bool):
-                    yield Place(path, name, index), one
+        yield from _numbers(path, name, content)
+
+
+def _numbers(path: str, name: str, content: Any) -> Iterator[tuple[Place, int]]:
+    """Whole numbers in an attribute."""
+    if type(content) in _NUMBERS:
+        yield Place(path, name), content
+    elif type(content) in (list, tuple) and len(content) <= _LONGEST:
+        for index, one in enumerate(content):
+            if type(one) in _NUMBERS:
+                yield Place(path, name, index), one
 
 
 @contextmanager

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.attention import headwise
+from prunegym.pruning.errors import PruningError
 from prunegym.pruning.modes import evaluating
+from prunegym.pruning.nests import tensors_in
 from prunegym.pruning.tracing.labels import Field, varying
 from prunegym.pruning.tracing.rules import rule_for
 from prunegym.pruning.tracing.size_tags import Place, tagged
-from prunegym.pruning.tracing.tracer import ChannelPadding, SizeAttribute, TensorRecord, TracedOperation, Tracer
+from prunegym.pruning.tracing.tracer import ChannelPadding, SizeAttribute, TracedOperation, Tracer
 
 
 @dataclass
@@ -57,8 +58,11 @@ def trace(
         model: any network; it is run in eval mode without gradients and left as it was found.
         inputs: example inputs; the first dimension of the first tensor is the batch.
         beside: gives another mode that sees the operations too.
+
+    Raises:
+        PruningError: what the model returns holds no tensor, so that nothing would tell what must stay.
     """
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    leaves = tensors_in(inputs)
     tracer = Tracer(model, leaves[0].shape[0] if leaves and leaves[0].ndim else 1, rule_for)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # the fused encoder kernel of nn.TransformerEncoderLayer would hide every projection inside one operation
@@ -66,8 +70,8 @@ def trace(
     try:
         with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, beside(tracer), tracer:
             for leaf in leaves:
-                tracer.set(leaf, TensorRecord([], "the network input"))
-            outputs = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+                tracer.note_input(leaf)
+            outputs = _outputs(model, inputs)
             for leaf in outputs:
                 tracer.freeze(tracer.record(leaf).fields, "network output")
                 tracer.note_read(leaf)
@@ -88,6 +92,19 @@ def trace(
         tracer.unknown,
         tracer.folds(),
     )
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that a model returns."""
+    returned = model(*inputs)
+    outputs = tensors_in(returned)
+    if not outputs:
+        raise PruningError(
+            "`network` should return tensors: one, or several in tuples, lists, mappings, dataclasses or other objects "
+            f"with attributes. Received {type(model).__name__}, which returned {type(returned).__name__} without any. "
+            "Return those that the loss and the score are computed from."
+        )
+    return outputs
 
 
 def _resolved(tracer: Tracer) -> tuple[NDArray[np.int64], dict[int, str], NDArray[np.bool_]]:

@@ -20,6 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunegym.pruning.tracing.labels import Field, LabelBook, along, support
 from prunegym.pruning.tracing.size_tags import Place, SizeWatch, Tagged, attributes
 
+#: Operations that can place the same side by side for each example.
+_REPEATING = ("expand", "repeat", "cat", "stack", "new_zeros", "new_ones", "new_full", "new_empty")
+
 
 @dataclass
 class TensorRecord:
@@ -115,6 +118,7 @@ class Tracer(TorchDispatchMode):
         self._records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._batched: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._reads: dict[int, int] = defaultdict(int)
         self._normalised: list[tuple[int, str]] = []
         self._norm_runs: Counter[str] = Counter()
@@ -158,6 +162,15 @@ class Tracer(TorchDispatchMode):
         """Note the labels of a tensor."""
         self._records[tensor] = record
         return record
+
+    def note_input(self, tensor: Tensor) -> None:
+        """``tensor`` is given to the network, with a part for each example."""
+        self._batched[tensor] = True
+        self.set(tensor, TensorRecord([], "the network input"))
+
+    def examples(self, *tensors: Tensor) -> int:
+        """How many examples share the cost of an operation on ``tensors``: one where none of them bears the batch."""
+        return self.batch_size if any(tensor in self._batched for tensor in tensors) else 1
 
     def note_output(self, output: Tensor, operation: int) -> None:
         """``output`` is what an operation (by number) made."""
@@ -256,10 +269,22 @@ class Tracer(TorchDispatchMode):
         self.after()
         return result
 
+    def _note_batch(self, call: Call) -> None:
+        """What is computed from the inputs bears the batch, and so may what repeats a constant as often."""
+        tensors = call.tensors
+        computed = any(tensor in self._batched for tensor in tensors)
+        repeated = not tensors or call.name in _REPEATING
+        for leaf in tree_leaves(call.result):
+            if isinstance(leaf, Tensor):
+                fits = repeated and any(size % max(1, self.batch_size) == 0 for size in leaf.shape)
+                if computed or fits:
+                    self._batched[leaf] = True
+
     def _carry(self, call: Call) -> None:
         """Let the rule of an operation carry the labels over."""
         for tensor in call.tensors:
             self.note_read(tensor)
+        self._note_batch(call)
         rule = self._rule_for(call.func)
         place = f"{call.name} in {self.module or 'the network'}"
         if rule is None:
