@@ -44,8 +44,9 @@ def with_bytes(path: Path, data: bytes) -> Path:
 
 def policy_of_version(path: Path, version: int) -> Path:
     """A policy file with another format version."""
-    header = {"format": version, "observation": OBSERVATION_VERSION, "encoder": {}, "features": "data", "correction_scale": 1.0}
-    save_file({"x": torch.zeros(1)}, path, {"prunegym": json.dumps({**header, "metadata": {}})})
+    header = {"format": version, "observation": OBSERVATION_VERSION, "encoder": {}, "features": "data"}
+    header |= {"correction_scale": 1.0, "metadata": {}}
+    save_file({"x": torch.zeros(1)}, path, {"prunegym": json.dumps(header)})
     return path
 
 
@@ -72,7 +73,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "network file": (
         lambda f: ["prune", "--network", f"{f}/none.py:net"],
-        "`--network` should be .*which is not there. Check the path",
+        "`--network` should be .*which is not there. The path begins at",
     ),
     "data": (lambda _: ["prune", *NETWORK, "--data", "cifar1O"], r"`--data` should be .*Did you mean 'cifar10'"),
     "absent data": (

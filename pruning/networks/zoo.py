@@ -246,8 +246,7 @@ def _replace_stem(network: nn.Module, in_channels: int) -> None:
 def _user_function(name: str) -> Callable[..., object]:
     """Find a function of a user's file."""
     file, function_name = name.rsplit(":", 1)
-    path = Path(file).expanduser()
-    module = import_file(path)
+    module = import_file(Path(file).expanduser())
     function: Callable[..., object] | None = getattr(module, function_name, None)
     if not callable(function):
         functions = [
@@ -261,8 +260,9 @@ def _user_network(name: str, sizes: Mapping[str, int]) -> nn.Module:
     """Call a function of a user's file with the sizes it has parameters for."""
     function = _user_function(name)
     parameters = inspect.signature(function).parameters
+    folder = Path(name.rsplit(":", 1)[0]).expanduser().resolve().parent
     try:
-        with _neighbours_importable(path.resolve().parent):  # it may import them only now
+        with _neighbours_importable(folder):  # it may import them only now
             network = function(**{key: value for key, value in sizes.items() if key in parameters})
     except (Exception, SystemExit) as error:  # the user's code may raise anything, and calls sys.exit()
         raise PruningError(
@@ -284,9 +284,12 @@ def import_file(path: Path) -> ModuleType:
         PruningError: The file is not there, or cannot be imported.
     """
     if not path.is_file():
+        remedy = "Check the path."
+        if not path.is_absolute():
+            remedy = f"The path begins at {Path.cwd()}; that of a saved network where it was pruned: go there."
         raise PruningError(
             f"`--network` should be a name, or an existing file and function. Received file {path}, which is "
-            "not there. Check the path."
+            f"not there. {remedy}"
         )
     path = path.resolve()
     # Registered under a name of its own, so that its networks can be copied and pickled. It changes with
