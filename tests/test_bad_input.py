@@ -73,7 +73,11 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "network file": (
         lambda f: ["prune", "--network", f"{f}/none.py:net"],
-        "`--network` should be .*which is not there. The path begins at",
+        "`--network` should be .*which is not there. Check the path",
+    ),
+    "network file elsewhere": (
+        lambda _: ["prune", "--network", "none.py:net"],
+        "`--network` should be .*Received file none.py, which is not there. The path begins at .*go there",
     ),
     "data": (lambda _: ["prune", *NETWORK, "--data", "cifar1O"], r"`--data` should be .*Did you mean 'cifar10'"),
     "absent data": (
