@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from prunegym.pruning.cost import Cost
 from prunegym.pruning.deployment.onnx_export import with_batch
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.modes import differentiating, evaluating
+from prunegym.pruning.modes import differentiating, evaluating, operation_by_operation
 from prunegym.pruning.network import CHECK_TOLERANCE, PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.task import Inputs, forward
@@ -68,7 +67,7 @@ def macs_of_run(model: nn.Module, inputs: Inputs) -> int:
     without gradients a view of a parameter, such as expanded queries, asks for one and has no place for the hook.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with evaluating(model), differentiating(model), _operation_by_operation(), torch.no_grad(), counter:
+    with evaluating(model), differentiating(model), operation_by_operation(), torch.no_grad(), counter:
         forward(model, inputs)
     return int(counter.get_total_flops()) // 2
 
@@ -80,14 +79,3 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 #: Operations that PyTorch's counter takes for free: it knows attention on graphics cards only.
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
-@contextmanager
-def _operation_by_operation() -> Iterator[None]:
-    """Let ``nn.TransformerEncoderLayer`` run so: its fused kernel would hide all operations from the counter."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunegym.pruning.deployment.onnx_export import with_batch
-from prunegym.pruning.modes import evaluating
+from prunegym.pruning.modes import evaluating, operation_by_operation
 from prunegym.pruning.nests import tensors_in
 
 MIB = 2**20
@@ -68,17 +68,11 @@ def peak_memory(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> P
     # cloned, because an input that is a part of a larger tensor would bring all of its memory
     inputs = tree_map_only(Tensor, lambda leaf: leaf.to(device, copy=True), with_batch(example_inputs, 1))
     watch = StorageWatch([*model.parameters(), *model.buffers()])
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # the fused kernel of nn.TransformerEncoderLayer would hide what it holds
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with evaluating(model), torch.no_grad(), _running_module(model, watch.modules):
-            watch.begin([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)])
-            with watch:
-                outputs = model(*inputs)
-            watch.end(tensors_in(outputs))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with evaluating(model), operation_by_operation(), torch.no_grad(), _running_module(model, watch.modules):
+        watch.begin([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)])
+        with watch:
+            outputs = model(*inputs)
+        watch.end(tensors_in(outputs))
     return watch.peak()
 
 

@@ -1,10 +1,11 @@
-"""Modes of networks: training or evaluation, and which parameters have gradients."""
+"""Modes of networks: training or evaluation, which parameters have gradients, and whether kernels are fused."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -45,3 +46,14 @@ def differentiating(model: nn.Module, parameters: Collection[str] = ()) -> Itera
     finally:
         for parameter, state in states:
             parameter.requires_grad_(state)
+
+
+@contextmanager
+def operation_by_operation() -> Iterator[None]:
+    """Let ``nn.TransformerEncoderLayer`` run its layers one by one; its fused kernel would hide them from observers."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

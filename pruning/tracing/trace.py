@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.modes import evaluating
+from prunegym.pruning.modes import evaluating, operation_by_operation
 from prunegym.pruning.nests import tensors_in
 from prunegym.pruning.tracing.labels import Field, varying
 from prunegym.pruning.tracing.rules import rule_for
@@ -64,21 +64,15 @@ def trace(
     """
     leaves = tensors_in(inputs)
     tracer = Tracer(model, leaves[0].shape[0] if leaves and leaves[0].ndim else 1, rule_for)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # the fused encoder kernel of nn.TransformerEncoderLayer would hide every projection inside one operation
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, beside(tracer), tracer:
-            for leaf in leaves:
-                tracer.note_input(leaf)
-            outputs = _outputs(model, inputs)
-            for leaf in outputs:
-                tracer.freeze(tracer.record(leaf).fields, "network output")
-                tracer.note_read(leaf)
-            tracer.at_end(outputs)
-            tracer.freeze_unread()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with _as_traced(model, tracer.modules), torch.no_grad(), tracer.watch, beside(tracer), tracer:
+        for leaf in leaves:
+            tracer.note_input(leaf)
+        outputs = _outputs(model, inputs)
+        for leaf in outputs:
+            tracer.freeze(tracer.record(leaf).fields, "network output")
+            tracer.note_read(leaf)
+        tracer.at_end(outputs)
+        tracer.freeze_unread()
     roots, reasons, produced = _resolved(tracer)
     return Trace(
         roots,
@@ -129,8 +123,8 @@ def _resolved(tracer: Tracer) -> tuple[NDArray[np.int64], dict[int, str], NDArra
 
 @contextmanager
 def _as_traced(model: nn.Module, stack: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """In eval mode, attention by heads, sizes tagged, and the path of the running module on ``stack``."""
-    with evaluating(model), headwise(model), tagged(model), _module_paths(model, stack):
+    """In eval mode, unfused, attention by heads, sizes tagged, and the path of the running module on ``stack``."""
+    with evaluating(model), operation_by_operation(), headwise(model), tagged(model), _module_paths(model, stack):
         yield
 
 
