@@ -6,7 +6,7 @@ running statistics; a few optimiser steps are the third, optional part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from math import prod
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.graph import ChannelGraph
+from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.importance.statistics import Statistics, reader_modules
 from prunegym.pruning.inference import InferenceForm
 from prunegym.pruning.layout import CONTIGUOUS, lay_out, layout_on
@@ -61,6 +61,7 @@ def compensated_tensors(
         Replacement tensors by name: weights whose input dimension is cut, and biases.
     """
     padded = np.append(mask, True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     result: dict[str, Tensor] = {}
     for name, (operation, module) in reader_modules(graph, model).items():
         keep = padded[operation.inputs]
@@ -76,15 +77,28 @@ def compensated_tensors(
         lost = flat[gone]
         folded = (flat[kept] + mixing @ lost).reshape(len(kept), *weight.shape[1:])
         result[name] = folded.movedim(0, operation.reads).contiguous().to(module.weight.dtype)
-        bias = getattr(module, "bias", None)
-        if operation.bias is not None and isinstance(bias, Tensor):
+        biases = _biases(graph, parameters, operation, module)
+        if biases:
             mean = moments.mean.to(exact)
             shift = mean[gone] - mixing.T @ mean[kept]
             summed = lost.reshape(len(gone), *weight.shape[1:]).flatten(2).sum(2) if weight.ndim > 2 else lost
             if isinstance(module, nn.modules.conv._ConvTransposeNd):
                 summed = summed / prod(module.stride)  # its taps are shared out among that many outputs
-            result[operation.bias] = (bias.detach() + shift @ summed).to(bias.dtype)
+            for own, bias in biases.items():
+                result[own] = (bias.detach() + shift @ summed).to(bias.dtype)
     return result
+
+
+def _biases(
+    graph: ChannelGraph, parameters: Mapping[str, Tensor], operation: Operation, module: nn.Module
+) -> dict[str, Tensor]:
+    """The bias of a layer by its name, and those of others that read with the same weight, where weights are tied."""
+    tied = [one.bias for one in graph.operations if one.weight == operation.weight and one.bias is not None]
+    found = {name: parameters[name] for name in tied if name in parameters}
+    own = getattr(module, "bias", None)
+    if operation.bias is not None and isinstance(own, Tensor):
+        found[operation.bias] = own
+    return found
 
 
 def _estimate(covariance: Tensor, kept: Tensor, gone: Tensor, ridge: float) -> Tensor:

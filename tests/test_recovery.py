@@ -121,6 +121,33 @@ def test_compensated_transposed_convolution_keeps_the_mean_of_its_output(toys: T
     torch.testing.assert_close(after.mean((0, 2, 3)), up(rows).mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-4)
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, and biases of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3)
+        self.one, self.two = nn.Conv2d(6, 5, 3), nn.Conv2d(6, 5, 3)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.head((self.one(x) + self.two(x).relu()).mean((2, 3)))
+
+
+def test_all_biases_beside_a_tied_weight_take_the_shift(task_for: TaskFor) -> None:
+    """The same one, because what they read has the same mean."""
+    network = PrunableNetwork(Tied(), torch.randn(2, 3, 8, 8))
+    task = task_for(network)
+
+    tensors = compensated_tensors(network.model, network.graph, without(network.graph, [1, 4]), measured(network, task))
+
+    shifts = [tensors[f"{name}.bias"] - network.model.get_submodule(name).bias for name in ("one", "two")]
+    torch.testing.assert_close(*shifts)
+    assert shifts[0].abs().min() > 1e-4
+
+
 def test_duplicate_channel_is_compensated_without_loss(task_for: TaskFor) -> None:
     """A channel that equals another can go: its weights move to the twin."""
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(80, 5))
