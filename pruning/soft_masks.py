@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation, Units
-from prunegym.pruning.importance.functional_reads import FunctionalReads, functional_reads
-from prunegym.pruning.importance.statistics import reader_modules
+from prunegym.pruning.importance.statistics import reading_through
 
 
 class SoftMasks:
@@ -45,13 +44,8 @@ class SoftMasks:
         with headwise(self._model), ExitStack() as stack:
             modules = dict(self._model.named_modules())
             read = np.zeros(self._graph.units + 1, dtype=np.bool_)
-            readers = reader_modules(self._graph, self._model)
-            for operation, module in readers.values():
+            for operation in stack.enter_context(reading_through(self._model, self._graph, self._masked_read)):
                 read[operation.inputs] = True
-                stack.callback(module.register_forward_pre_hook(self._reading(operation)).remove)
-            if others := functional_reads(self._graph, self._model, list(readers)):
-                read[np.concatenate([operation.inputs for operation in others])] = True
-                stack.enter_context(FunctionalReads(self._model, others, self._masked_read))
             for operation in self._graph.operations:
                 maker, units = modules.get(operation.module), operation.outputs
                 unread = np.where(read[units], -1, units)
@@ -61,9 +55,6 @@ class SoftMasks:
                 hook = self._blending(path)
                 stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
             yield
-
-    def _reading(self, operation: Operation) -> Any:
-        return lambda _, args: (self._masked_read(operation, args[0]), *args[1:])
 
     def _masked_read(self, operation: Operation, data: Tensor) -> Tensor:
         return self._masked(data, torch.from_numpy(operation.inputs), last=operation.kind == "linear")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.network import PrunableNetwork
@@ -15,13 +16,8 @@ Toys = Callable[[str], PrunableNetwork]
 NAMES = ("concat", "flattened", "grouped", "mobile", "residual", "sequential", "twice", "two_inputs", "unnormalised")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_hard_masks_give_the_outputs_of_the_pruned_network(
-    toys: Toys, name: str, random_plan: Callable[..., PruningPlan], rng: np.random.Generator
-) -> None:
-    """Channels that are read by nobody, and channels that are not there, are the same."""
-    network = toys(name)
-    plan = random_plan(network, rng)
+def outputs_agree(network: PrunableNetwork, plan: PruningPlan) -> None:
+    """Those under hard masks with those of the pruned network, and with no others."""
     masks = SoftMasks(network.model, network.graph)
     masks.units[:-1] = torch.from_numpy(plan.mask(network.graph)).float()
     with torch.no_grad(), masks.attached():
@@ -32,6 +28,35 @@ def test_hard_masks_give_the_outputs_of_the_pruned_network(
     for ours, theirs, other in zip(tree_leaves(masked), tree_leaves(pruned), tree_leaves(whole), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(ours, other, rtol=1e-4, atol=1e-5)  # hooks are gone, and the masks did something
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hard_masks_give_the_outputs_of_the_pruned_network(
+    toys: Toys, name: str, random_plan: Callable[..., PruningPlan], rng: np.random.Generator
+) -> None:
+    """Channels that are read by nobody, and channels that are not there, are the same."""
+    outputs_agree(toys(name), random_plan(toys(name), rng))
+
+
+def test_all_layers_that_read_with_a_tied_weight_are_masked(
+    random_plan: Callable[..., PruningPlan], rng: np.random.Generator
+) -> None:
+    """Also those whose weight is another's."""
+    layers = nn.ModuleList([nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)])
+    layers[2].weight = layers[1].weight
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[0](x)
+            x = self.layers[2](self.layers[1](x).sin())
+            return self.layers[3](x.cos().mean((2, 3)))
+
+    network = PrunableNetwork(Tied(), torch.randn(2, 3, 4, 4))
+    outputs_agree(network, random_plan(network, rng))
 
 
 @pytest.mark.parametrize("there", [0.0, 1.0])
