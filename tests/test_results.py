@@ -2,12 +2,16 @@
 
 import csv
 import importlib
+import inspect
 import re
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
 
 import pytest
+
+from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.pruning.scoring import QUICK_EXAMPLES, ScorerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md")}
@@ -223,6 +227,28 @@ def test_time_of_the_agent_is_that_of_the_rows() -> None:
 
     assert f"took {' and '.join(ratios)} times the seconds of CMA-ES" in RESULTS
     assert f"CMA-ES took {same[0]:.0f} to {same[-1]:.0f} s for the same evaluations on ResNet-20 at 35 %" in RESULTS
+
+
+def test_gain_of_rounds_is_that_of_the_rows(tables: ModuleType) -> None:
+    """What rounds give before and after learning, in the table of the agent against its start."""
+    means = {
+        name: fmean(100 * float(one["selection_score"]) for one in tables.read("post_training")
+                    if (one["searcher"], one["budget"]) == (name, "macs:0.35"))
+        for name in ("untrained agent", "knapsack", "agent")
+    }  # fmt: skip
+    before, start, learned = (f"{value:.1f}" for value in means.values())
+
+    assert f"gave {before} where the knapsack has {start}, and learning {learned} (below)" in RESULTS
+
+
+def test_price_of_looks_is_that_of_the_defaults() -> None:
+    """By the images that run, as searches pay for training steps: two forwards for one backwards."""
+    settings = ScorerSettings()
+    examples = inspect.signature(ChannelPruningEnv).parameters["round_examples"].default
+    look, evaluation = QUICK_EXAMPLES + 3 * examples, settings.recalibration_examples + settings.examples
+
+    price = f"passes of {look} images each, backward ones counted twice, where an evaluation is {evaluation:,}"
+    assert price in RESULTS
 
 
 def test_luck_with_the_reward_images_is_that_of_the_rows() -> None:
