@@ -123,7 +123,7 @@ def prune(
         device: Where to compute; ``auto`` takes a graphics card if there is one.
         seed: Of everything random.
         progress: Show bars on standard error.
-        **options: Any other option of ``prunegym prune``, such as ``criterion``, ``regime`` or ``distill``,
+        **options: Any other option of ``prunegym prune``, such as ``criterion``, ``recovery`` or ``distill``,
             under the name it has in :class:`prunegym.agents.configuration.config.PruneConfig`. One that is unknown, or
             would change nothing, is refused: ``split_seed`` where the data are read already, ``temperature`` without
             ``distill``.
@@ -198,7 +198,7 @@ def make_env(
         name: What the network is called; by default its class.
         device: Where to compute.
         seed: Of the recovery steps. The environment itself is seeded by ``reset``.
-        **options: Any other option of how plans are scored, such as ``criterion``, ``regime`` or
+        **options: Any other option of how plans are scored, such as ``criterion``, ``recovery`` or
             ``reward_examples``, under the name it has in :class:`prunegym.agents.configuration.options.ProblemOptions`.
             One that is unknown, or would change nothing, is refused.
 
@@ -303,9 +303,8 @@ def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapp
 def _idle(options: Mapping[str, Any], measured: bool, by: str) -> dict[str, str]:
     """Options about latency where none is measured, and about training before a score where there is none."""
     idle = {} if measured else {one.name: by for one in fields(LatencyOptions)}
-    steps = options.get("recovery_steps")
-    if not (options.get("regime") == "finetuned" if steps is None else steps):
-        idle["recovery_rate"] = "recovery_steps above 0 or regime='finetuned'"
+    if options.get("recovery") != "distill":
+        idle |= dict.fromkeys(("recovery_steps", "recovery_rate", "recovery_split"), "recovery='distill'")
     return idle
 
 

@@ -84,7 +84,7 @@ class _Demo:
             "seed": config.seed,
             "device": "cpu",
             "statistics_examples": self.effort.examples,
-            "recalibration_examples": self.effort.examples,
+            "recovery_examples": self.effort.examples,
             "reward_examples": self.effort.examples,
         }
 

@@ -137,7 +137,7 @@ def plan_row(
         "network": network.name,
         "budget": str(budget),
         "searcher": searcher,
-        "regime": "finetuned" if settings.recovery_steps else "post-training",
+        "recovery": settings.recovery,
         "cost": problem.limit_of(result.plan, budget).fraction(counts),
         "macs": cost.macs,
         "parameters": cost.parameters,

@@ -58,7 +58,7 @@ class PruneResult:
     plan: PruningPlan = field(repr=False)
     searcher: str
     budget: str
-    regime: str
+    recovery: str
     scores: dict[str, float]
     """On the test split: ``unpruned``, ``after_pruning`` (cut, nothing else; NaN where its outputs are),
     ``after_recovery`` and, if there was any, ``after_finetuning`` (last epoch)."""
@@ -67,6 +67,8 @@ class PruneResult:
     memory: tuple[PeakMemory, PeakMemory]
     """Peak memory of activations for one example, before and after."""
     search: SearchResult = field(repr=False)
+    skipped: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Weights that reconstruction left as compensation made them, with the reason."""
     epochs: tuple[EpochRow, ...] = field(default=(), repr=False)
     latency: tuple[dict[str, Any], ...] = ()
     """Per runtime: latency before and after, measured side by side, and what can be said of it."""
@@ -87,7 +89,8 @@ class PruneResult:
             "network": self.network.name,
             "searcher": self.searcher,
             "budget": self.budget,
-            "regime": self.regime,
+            "recovery": self.recovery,
+            "layers_not_reconstructed": dict(self.skipped),
             "test_scores": {name: self.scores.get(name) for name in STAGES},
             "macs": {"before": self.before.macs, "after": self.after.macs},
             "parameters": {"before": self.before.parameters, "after": self.after.parameters},
@@ -174,7 +177,7 @@ def carry_out(
     """
     scorer, network, plan = problem.scorer, problem.scorer.network, found.plan
     before, after = network.full_cost, network.cost(plan)
-    recovered = scorer.recovered(plan)
+    recovered, skipped = scorer.recover(plan, progress=progress)
     model = duplicate(recovered)
     check_cost(network, model, after)
     check_outputs(network, plan)
@@ -189,7 +192,8 @@ def carry_out(
         plan=plan,
         searcher=config.searcher_name,
         budget="none" if config.plan is not None else config.budget,
-        regime=config.regime,
+        recovery=scorer.settings.recovery,
+        skipped=skipped,
         scores=scores,
         before=before,
         after=after,
@@ -321,6 +325,8 @@ def describe(content: Mapping[str, Any]) -> str:
         )
     lines = [format_table(rows), ""]
     blocks = content.get("blocks_left_out")  # results of version 0.1.0 have none
+    skipped = content.get("layers_not_reconstructed")  # results of version 0.1.0 have none
+    lines += [f"compensated, not reconstructed: {name} ({reason})" for name, reason in (skipped or {}).items()]
     lines += [f"blocks left out: {', '.join(blocks)}"] if blocks else []
     kept = content.get("latency_budget")  # results of version 0.1.0 have none
     lines += [kept["sentence"]] if kept else []

@@ -227,7 +227,7 @@ def milliseconds(seconds: float) -> float:
 def problem_of(known: LatencyTable, budget: Budget) -> PruningProblem:
     """A pruning problem on random images, which the knapsack needs for its gradients."""
     network = known.network
-    few = ScorerSettings(statistics_examples=4, recalibration_examples=4, examples=4, batch_size=2, precision="float32")
+    few = ScorerSettings(statistics_examples=4, recovery_examples=4, examples=4, batch_size=2, precision="float32")
     scorer = Scorer(network, RandomImages(network.example_inputs[0].shape[1:]), few)
     return PruningProblem(scorer, (budget,), known)
 

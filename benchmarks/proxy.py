@@ -163,7 +163,7 @@ class Proxies:
             first = self.problem.scorer
             settings = replace(first.settings, recovery_steps=0)
             if measure == "pruned":
-                settings = replace(settings, compensate=False, recalibration_examples=0)
+                settings = replace(settings, compensate=False, recovery_examples=0)
             elif measure == "recalibrated":
                 settings = replace(settings, compensate=False)
             elif measure != "compensated":

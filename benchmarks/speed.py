@@ -91,7 +91,7 @@ def evaluation(
     """Time one evaluation beside its forward passes, and beside deep copy + torch_pruning + float32."""
     model = build_network(name, num_classes=10, weights=weights)
     network = PrunableNetwork(model, torch.randn(2, 3, 32, 32), name=name)
-    settings = ScorerSettings(recalibration_examples=RECALIBRATION, examples=SCORED)
+    settings = ScorerSettings(recovery_examples=RECALIBRATION, examples=SCORED)
     problem = PruningProblem(Scorer(network, task, settings), (Budget.parse(BUDGET),))
     limit = problem.limits[problem.budgets[0]]
     counts = problem.uniform_counts(limit)
@@ -262,7 +262,7 @@ def peak_memory() -> float:
 
 
 def _tiny() -> ScorerSettings:
-    return ScorerSettings(statistics_examples=4, recalibration_examples=4, examples=4, batch_size=2)
+    return ScorerSettings(statistics_examples=4, recovery_examples=4, examples=4, batch_size=2)
 
 
 class RandomImages(ClassificationTask):

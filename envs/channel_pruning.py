@@ -204,6 +204,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
             "parameters": cost.parameters,
             "cost": outcome.cost,
             "network": self._network.name,
+            "recovery": self._scorer.settings.recovery,
             "budget": str(self._budget),
             "counts": self._counts.copy(),
             "plan": self.plan,
@@ -276,7 +277,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
                 self._limit.fraction(self._counts),
                 self._scorer.unpruned().score,
                 np.log2(len(self._counts)) / 8,
-                float(self._scorer.settings.recovery_steps > 0),
+                float(self._scorer.settings.recovery == "distill"),
             ],
             dtype=np.float32,
         )

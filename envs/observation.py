@@ -87,7 +87,7 @@ STATE_FEATURES = (
     "cost",  # share of the cost that remains now
     "unpruned_score",
     "log_groups",  # log2 of the number of groups, over 8
-    "finetuned",  # 1 in the fine-tuned regime
+    "finetuned",  # 1 where training steps come before a score
 )
 
 _FLOOR = 1e-6  # of the mean: what is smaller counts as nothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class InferenceForm:
         weight = laid_out(self._rounded(weight), self.layout)
         module.weight = nn.Parameter(weight, requires_grad=False)
 
-    def run(self, model: nn.Module, inputs: Inputs) -> Any:
+    def run(self, model: Callable[..., Any], inputs: Inputs) -> Any:
         """Outputs, in float32, of a network that is trained: its layers are not prepared, autocast rounds them."""
         kind = next((one.device.type for one in tensors_of(inputs)), "cpu")
         with torch.autocast(kind, torch.bfloat16, enabled=self.half):

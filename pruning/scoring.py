@@ -9,35 +9,63 @@ float32.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunegym.pruning.copies import duplicate
-from prunegym.pruning.errors import PruningError
+from prunegym.pruning.errors import PruningError, unknown_name
 from prunegym.pruning.importance.criteria import Calibration, Context, Criterion, Scores, unit_scores
 from prunegym.pruning.importance.statistics import Statistics, collect_statistics, without_gradient
 from prunegym.pruning.inference import InferenceForm, has_fast_bfloat16, tensors_of, to_float
 from prunegym.pruning.layout import common, layout_for
+from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.modes import evaluating
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.recovery import compensated_tensors, recalibrating, train_steps
+from prunegym.pruning.recovery import (
+    Fitting,
+    Reconstruction,
+    Targets,
+    Teacher,
+    compensated_tensors,
+    divergence,
+    observe_targets,
+    recalibrating,
+    reconstruct,
+    train_steps,
+)
 from prunegym.pruning.surgery import rebuilt, sliced_tensors
 from prunegym.pruning.task import Task, empty_split, first_batch, forward, scores_of
 
 CACHE_LIMIT = 1 << 30
 """Most bytes of prepared batches kept in memory; beyond that batches are prepared anew for each plan."""
 
+Recovery: TypeAlias = Literal["none", "bn", "compensate", "reconstruct", "distill"]
+RECOVERIES: tuple[str, ...] = get_args(Recovery)
+Measure: TypeAlias = Literal["task", "divergence"]
+MEASURES: tuple[str, ...] = get_args(Measure)
+
 QUICK_EXAMPLES = 128
-"""Calibration examples of the recalibration between rounds."""
+"""Calibration examples of a look between rounds, and of reconstruction where a plan is only scored."""
+QUICK_POSITIONS = 8
+"""Positions for each unknown in a reconstruction where a plan is only scored."""
+QUICK_STEPS = 20
+"""Most steps of distillation where a plan is only scored."""
+ACTIVATION_LIMIT = 1 << 30
+"""Most bytes of activations of a batch that is reconstructed on; more examples make several batches."""
+CHUNK_SHARE = 4
+"""Where there are several batches, each gives so many times its share of the positions: the first are of a network
+whose early layers were fitted to few examples."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +84,26 @@ class ScorerSettings:
 
     criterion: str = "taylor"
     """Which channels of a group are kept."""
-    compensate: bool = True
-    """Fold removed input channels into kept ones by least squares."""
+    recovery: Recovery = "reconstruct"
+    """What follows pruning: nothing, recalibrated normalisation, that after least-squares compensation, layer-wise
+    reconstruction, or steps towards the unpruned network."""
     statistics_examples: int = 512
     """Calibration examples for activations, covariances and Taylor scores."""
-    recalibration_examples: int = 512
-    """Calibration examples for batch normalisation; 0 leaves the running statistics as they are."""
+    recovery_examples: int = 512
+    """Calibration examples for recalibration and reconstruction."""
+    recovery_steps: int = 200
+    """Optimiser steps of the recovery `distill`."""
+    recovery_rate: float = 0.02
+    """Learning rate of the first of them."""
+    recovery_split: str = "train"
+    """Where their examples come from: all of `train`, or the first `recovery_examples` of `calibration`."""
     split: str = "reward"
     examples: int = 1000
     """Examples of the split that are scored."""
     batch_size: int = 250
-    recovery_steps: int = 0
-    """Optimiser steps before scoring: the reward of the fine-tuned regime."""
-    learning_rate: float = 0.02
+    measure: Measure = "task"
+    """What a score is: the task's own, or `divergence`, which needs no labels: exp(-d), with d the divergence from the
+    outputs of the unpruned network."""
     precision: str = "auto"
     """`float32`, `bfloat16`, or `auto`: bfloat16 where the device has fast instructions for it."""
     seed: int = 0
@@ -77,7 +112,10 @@ class ScorerSettings:
     def __post_init__(self) -> None:
         if self.precision not in {"auto", "float32", "bfloat16"}:
             raise PruningError(f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}.")
-        for name in ("examples", "batch_size", "statistics_examples"):
+        for name, known in (("recovery", RECOVERIES), ("measure", MEASURES)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        for name in ("examples", "batch_size", "statistics_examples", "recovery_examples", "recovery_steps"):
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
 
@@ -127,6 +165,8 @@ class Scorer:
         """Layout and precision in which candidates run."""
         self._cache: dict[tuple[PruningPlan, str, int], Score] = {}
         self._unpruned: dict[tuple[str, int], Score] = {}
+        self._outputs: dict[tuple[str, int], list[Any]] = {}
+        self._targets: dict[tuple[int, bool], list[Targets]] = {}
         self.scored = 0
         """Plans run so far; cached ones do not count."""
         self.journal: Journal | None = None
@@ -167,7 +207,7 @@ class Scorer:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker gets: neither prepared batches, which are large, nor the journal, which has one writer."""
-        return {**self.__dict__, "_prepared": {}, "journal": None}
+        return {**self.__dict__, "_prepared": {}, "_outputs": {}, "_targets": {}, "journal": None}
 
     def unpruned(self, *, split: str | None = None, examples: int | None = None) -> Score:
         """The unpruned network's score, in the same precision and on the same examples."""
@@ -183,25 +223,35 @@ class Scorer:
         self._cache.clear()
 
     def pruned(self, plan: PruningPlan) -> nn.Module:
-        """The smaller network right after surgery and compensation, in float32."""
+        """The smaller network right after surgery, and compensation where the recovery has it, in float32."""
         graph, model = self.network.graph, self.network.model
         mask = plan.mask(graph)
-        replaced = compensated_tensors(model, graph, mask, self.statistics) if self.settings.compensate else None
+        compensates = self.settings.recovery not in {"none", "bn"}
+        replaced = compensated_tensors(model, graph, mask, self.statistics) if compensates else None
         return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced), plan.removed)
 
     def recovered(self, plan: PruningPlan, *, quick: bool = False) -> nn.Module:
-        """The smaller network after recovery, in float32.
+        """The smaller network after its whole recovery, in float32: what the user gets.
 
         Args:
             plan: channels to keep.
-            quick: for a look between rounds: fewer calibration examples and no optimiser steps.
+            quick: the cheap form of the recovery, as for a look between rounds.
         """
-        model = self.pruned(plan)
-        if self.settings.recovery_steps and not quick:
+        return self.recover(plan, quick=quick)[0]
+
+    def recover(
+        self, plan: PruningPlan, *, quick: bool = False, progress: bool = False
+    ) -> tuple[nn.Module, dict[str, str]]:
+        """The smaller network after recovery, in float32, and the layers that reconstruction left, with the reason."""
+        model, settings = self.pruned(plan), self.settings
+        if settings.recovery == "reconstruct":
+            return model, self._reconstruct(model, plan, quick=quick, exact=None).skipped
+        if settings.recovery == "distill" and not quick:
             self._recalibrate(model, half=False)
-            self._train(model)
+            self._distill(model, plan, settings.recovery_steps, progress=progress)
+            return model, {}  # recalibrated after training it would lose 2 to 3 points
         self._recalibrate(model, half=False, examples=QUICK_EXAMPLES if quick else None)
-        return model
+        return model, {}
 
     def look(self, plan: PruningPlan, examples: int) -> tuple[Statistics, Scores]:
         """What the network that a plan leaves looks like to the next round of pruning.
@@ -241,38 +291,98 @@ class Scorer:
         )
 
     def run(self, plan: PruningPlan, split: str | None = None, examples: int | None = None) -> Score:
-        """Prune, recover and score, whether or not the plan has been scored before."""
-        _, folded = self.candidate(plan)
-        return self._measure(folded, split or self.settings.split, examples or self.settings.examples)
+        """Prune, recover and score, whether or not the plan has been scored before.
 
-    def candidate(self, plan: PruningPlan) -> tuple[nn.Module, nn.Module]:
-        """The recovered network as it is recalibrated, and as it is scored: in the form chosen, then folded.
+        On more examples of the settings' split than searches score on, which is a second look at a candidate for the
+        result, reconstruction takes its full form.
+        """
+        split, examples = split or self.settings.split, examples or self.settings.examples
+        whole = split == self.settings.split and examples > self.settings.examples
+        _, folded = self.candidate(plan, quick=not whole)
+        return self._measure(folded, split, examples)
+
+    def candidate(self, plan: PruningPlan, *, quick: bool = True) -> tuple[nn.Module, nn.Module]:
+        """The network after recovery in its cheap form, as it is recovered, and as it is scored: folded.
 
         Both share what they can; the first is not usable once the second has been trained or changed.
         """
-        model = self.pruned(plan)
-        if self.settings.recovery_steps:
+        model, settings = self.pruned(plan), self.settings
+        if settings.recovery == "distill":
             self._recalibrate(model, half=False)
-            self._train(model)
+            self._distill(model, plan, min(settings.recovery_steps, QUICK_STEPS))
         weights = self.form.prepare_layers(model)
-        self._recalibrate(model, half=self.form.half)
+        if settings.recovery == "reconstruct":
+            exact = {f"{path}.weight": weight for path, weight in weights.items()}
+            self._reconstruct(model, plan, quick=quick, exact=exact)
+            weights = {path: exact[f"{path}.weight"] for path in weights}
+        elif settings.recovery != "distill":
+            self._recalibrate(model, half=self.form.half)
         return model, self.form.folded(model, weights)
 
-    def _train(self, model: nn.Module) -> None:
+    def _reconstruct(
+        self, model: nn.Module, plan: PruningPlan, *, quick: bool, exact: dict[str, Tensor] | None
+    ) -> Reconstruction:
+        """Fit the layers of a pruned network, in the form that they are in."""
+        graph, settings = self.network.graph, self.settings
+        examples = min(settings.recovery_examples, QUICK_EXAMPLES) if quick else settings.recovery_examples
+        fitting = Fitting(per_unknown=QUICK_POSITIONS) if quick else Fitting()
+        rounded = exact is not None and self.form.half
+        return reconstruct(
+            model, graph, plan.mask(graph), self._targets_on(examples, fitting, rounded), fitting, exact=exact
+        )
+
+    def _targets_on(self, examples: int, fitting: Fitting, rounded: bool) -> Iterable[Targets]:
+        """What the unpruned network computes; remembered where one batch holds all examples."""
+        key = (examples, rounded)
+        if key in self._targets:
+            return self._targets[key]
+        size = max(1, min(examples, ACTIVATION_LIMIT // max(1, self._activations)))
+        targets = self._observed(examples, size, fitting, rounded)
+        if size < examples:
+            return targets
+        self._targets[key] = list(targets)
+        return self._targets[key]
+
+    @cached_property
+    def _activations(self) -> int:
+        """Bytes of activations for one example."""
+        return peak_memory(self.network.model, self.network.example_inputs).bytes
+
+    def _observed(self, examples: int, size: int, fitting: Fitting, rounded: bool) -> Iterator[Targets]:
+        teacher, form = self.network.model, InferenceForm((), half=rounded, layout=self.form.layout)
+        if rounded:
+            teacher = duplicate(teacher)
+            form.prepare_layers(teacher)
+        batches = self.task.batches("calibration", batch_size=size, limit=examples, device=self.device)
+        for number, (inputs, _) in enumerate(batches):
+            yield observe_targets(
+                teacher,
+                tree_map(form.prepare_input, inputs),
+                per_unknown=fitting.per_unknown * min(1.0, CHUNK_SHARE * size / examples),
+                seed=self.settings.seed + number,
+            )
+
+    def _distill(self, model: nn.Module, plan: PruningPlan, steps: int, *, progress: bool = False) -> None:
+        """Draw a pruned network towards the unpruned one."""
+        graph, settings = self.network.graph, self.settings
         train_steps(
             model,
             self.task,
-            steps=self.settings.recovery_steps,
-            learning_rate=self.settings.learning_rate,
-            seed=self.settings.seed,
+            steps=steps,
+            learning_rate=settings.recovery_rate,
+            seed=settings.seed,
             form=self.form,
             device=self.device,
+            teacher=Teacher(self.network.model, graph, plan.mask(graph)),
+            split=settings.recovery_split,
+            limit=settings.recovery_examples if settings.recovery_split == "calibration" else None,
+            progress=progress,
         )
 
     def _recalibrate(self, model: nn.Module, *, half: bool, examples: int | None = None) -> None:
-        if self.settings.recalibration_examples == 0:
+        if self.settings.recovery == "none":
             return
-        examples = min(examples or self.settings.recalibration_examples, self.settings.recalibration_examples)
+        examples = min(examples or self.settings.recovery_examples, self.settings.recovery_examples)
         with recalibrating(model) as needed, torch.no_grad():
             if needed:
                 for inputs, _ in self.batches("calibration", examples):
@@ -280,16 +390,31 @@ class Scorer:
 
     def _measure(self, model: nn.Module, split: str, examples: int) -> Score:
         total, losses, count = 0.0, 0.0, 0
+        wanted = self._wanted(split, examples) if self.settings.measure == "divergence" else None
         with evaluating(model), torch.inference_mode():
-            for inputs, targets in self.batches(split, examples):
+            for number, (inputs, targets) in enumerate(self.batches(split, examples)):
                 outputs = tree_map(to_float, forward(model, inputs))
                 scores = scores_of(self.task, outputs, targets)
-                total += float(scores.sum())
-                losses += float(self.task.loss(outputs, targets)) * len(scores)
+                if wanted is None:
+                    total += float(scores.sum())
+                    losses += float(self.task.loss(outputs, targets)) * len(scores)
+                else:
+                    losses += float(divergence(outputs, wanted[number])) * len(scores)
                 count += len(scores)
         if not count:
             raise empty_split(self.task, split)
-        return Score(total / count, losses / count, count)
+        return Score(total / count if wanted is None else math.exp(-losses / count), losses / count, count)
+
+    def _wanted(self, split: str, examples: int) -> list[Any]:
+        """Outputs of the unpruned network on a split, batch by batch."""
+        key = (split, examples)
+        if key not in self._outputs:
+            model = duplicate(self.network.model)
+            model = self.form.folded(model, self.form.prepare_layers(model))
+            with evaluating(model), torch.inference_mode():
+                found = [tree_map(to_float, forward(model, inputs)) for inputs, _ in self.batches(split, examples)]
+            self._outputs[key] = found
+        return self._outputs[key]
 
     def batches(self, split: str, examples: int) -> Iterable[tuple[Any, Any]]:
         """Batches in the layout and precision of the scored networks, prepared once if they fit in memory."""
@@ -318,7 +443,7 @@ class Scorer:
         """Channels last and bfloat16 (asked for, or fast here) where this network takes the one and bears the other."""
         folds, wanted = self.network.graph.folds, self.settings.precision
         inputs, _ = first_batch(self.task, "calibration", 8, self.device)
-        modes = (False, True) if self.settings.recovery_steps else (False,)
+        modes = (False, True) if self.settings.recovery == "distill" else (False,)
         layout = common(layout_for(self.network.model, inputs, training=mode) for mode in modes)
         exact = InferenceForm(folds, half=False, layout=layout)
         if wanted == "float32" or (wanted == "auto" and not has_fast_bfloat16(self.device)):

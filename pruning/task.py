@@ -4,14 +4,14 @@ Image classification is built in (:class:`ClassificationTask`). Detection, segme
 small object with the methods of :class:`Task`; everything in the library takes either.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunegym.pruning.datasets.data import DataSplits
 from prunegym.pruning.datasets.image_sets import ALL_BATCHES
@@ -74,7 +74,7 @@ class Task(Protocol):
         """
 
 
-def forward(model: nn.Module, inputs: Inputs) -> Any:
+def forward(model: Callable[..., Any], inputs: Inputs) -> Any:
     """Call a network with the inputs of a task: ``model(x)``, or ``model(*inputs)`` for a tuple."""
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
@@ -141,7 +141,7 @@ def running(what: str, task: Task, batch_size: int) -> Iterator[None]:
         raise PruningError(
             f"`network` should {what}. Received '{task.name}' in batches of {batch_size}, with which it raised "
             f"{type(fault).__name__}: {fault}. Correct what the message names; if training alone raises "
-            "it, choose another batch_size, or do without (epochs=0, recovery_steps=0)."
+            "it, choose another batch_size, or do without (epochs=0, another recovery than distill)."
         ) from fault
 
 

@@ -412,7 +412,7 @@ class Stopwatch:
 def scorer(trained: PrunableNetwork, digits: ClassificationTask) -> Scorer:
     """Scores plans of the trained network on few examples, in single precision."""
     settings = ScorerSettings(
-        precision="float32", statistics_examples=64, recalibration_examples=64, examples=150, batch_size=75
+        precision="float32", statistics_examples=64, recovery_examples=64, examples=150, batch_size=75
     )
     return Scorer(trained, digits, settings)
 
@@ -482,7 +482,7 @@ def live_problem() -> PruningProblem:
     """Three groups and a budget that the channels which reach the output cost exactly: the best plan scores 1."""
     network = PrunableNetwork(made(Live), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)))
     cost = network.costs.macs(np.array(LIVE))
-    settings = ScorerSettings(precision="float32", compensate=False, recalibration_examples=0, batch_size=100)
+    settings = ScorerSettings(precision="float32", compensate=False, recovery_examples=0, batch_size=100)
     scorer = Scorer(network, ImitationTask(network), settings)
     return PruningProblem(scorer, (Budget("macs", (cost + 0.5) / network.full_cost.macs),))
 
@@ -499,7 +499,7 @@ def loss_problem(live_problem: PruningProblem) -> PruningProblem:
     """The same toy, budget and best plan, where the loss says what the score says; channels are kept by norm."""
     network = live_problem.scorer.network
     settings = ScorerSettings(
-        criterion="l2", precision="float32", compensate=False, recalibration_examples=0, examples=60, batch_size=100
+        criterion="l2", precision="float32", compensate=False, recovery_examples=0, examples=60, batch_size=100
     )
     return PruningProblem(Scorer(network, PlainImitationTask(network), settings), live_problem.budgets)
 
@@ -608,7 +608,7 @@ def random_plan() -> Callable[[PrunableNetwork, np.random.Generator], PruningPla
 def pruning_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders of `train`, `evaluate`, `prune` and `compare` on digits, by command: little of everything."""
     folders = {name: tmp_path_factory.mktemp("runs") / name for name in ("train", "evaluate", "prune", "compare")}
-    few = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32"]
+    few = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32"]
     shared = ["--network", "digits_resnet", "--budget", "macs:0.5", "--device", "cpu", *few]
     size = ["--evaluations", "8", "--update-evaluations", "2", "--rounds", "1"]
     learning = [*size, "--imitation-steps", "1", "--ppo-epochs", "1"]

@@ -21,7 +21,7 @@ from prunegym.pruning.task import ClassificationTask
 Toys = Callable[[str], PrunableNetwork]
 Tasks = Callable[[PrunableNetwork], Any]
 #: Few examples of everything: the numbers do not matter.
-FEW = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+FEW = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16, "device": "cpu"}
 
 
 @pytest.fixture(params=["residual", "two_inputs", "dict_output"])

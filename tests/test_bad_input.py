@@ -16,7 +16,7 @@ from prunegym.envs.observation import OBSERVATION_VERSION
 from prunegym.pruning.networks.zoo import build_network
 
 #: Few images of everything: the numbers do not matter.
-FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32"]
+FEW = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32"]
 NETWORK = ["--network", "digits_vgg"]
 
 

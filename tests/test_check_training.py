@@ -101,7 +101,7 @@ def search(*_: Any, **__: Any) -> None:
     raise AssertionError("the search has begun")
 
 
-FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "16", "--device", "cpu"]
+FEW = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "16", "--device", "cpu"]
 
 
 def test_command_refuses_before_the_search(
@@ -201,7 +201,7 @@ def test_branch_of_training_is_refused_before_the_search(
 ) -> None:
     """After it, what it found would be lost."""
     monkeypatch.setattr(api, "find_plan", search)
-    few = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+    few = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16, "device": "cpu"}
 
     with pytest.raises(PruningError, match="Use --keep 'first', or a network without that branch; or do not fine-tune"):
         prunegym.prune(Regularised(), short, epochs=1, batch_size=16, **few)

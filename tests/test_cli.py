@@ -20,7 +20,7 @@ from prunegym.agents.prune import describe
 from prunegym.agents.searching.search import Search
 
 #: Few images of everything: the numbers do not matter.
-FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
+FEW = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32", "--device", "cpu"]
 NETWORK = ["--network", "digits_vgg"]
 Run = Callable[..., Any]
 

@@ -104,7 +104,7 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"criterion": "taylor_sqared"}, "Did you mean 'taylor_squared'"),
         (TrainConfig, {"criterion": "encoder_attention"}, "`--policy` should be a policy file with --criterion"),
         (TrainConfig, {"statistics_examples": 1}, "`--statistics-examples` should be at least 2"),
-        (TrainConfig, {"recalibration_examples": -1}, "`--recalibration-examples` should be at least 0"),
+        (TrainConfig, {"recovery_examples": -1}, "`--recovery-examples` should be at least 0"),
         (TrainConfig, {"reward_examples": 0}, "`--reward-examples` should be at least 1"),
         (TrainConfig, {"recovery_steps": -1}, "`--recovery-steps` should be at least 0"),
         (

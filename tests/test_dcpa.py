@@ -163,7 +163,7 @@ def test_searcher_may_not_leave_out_blocks_that_a_latency_table_does_not_know(pr
 
 def test_price_of_a_step_is_that_of_its_images() -> None:
     """By hand: 64 images forwards and backwards, against 512 and 1,000 forwards, and 128 in each of 50 steps."""
-    plain = ScorerSettings(recalibration_examples=512, examples=1000)
+    plain = ScorerSettings(recovery_examples=512, examples=1000)
 
     assert evaluations_per_step(plain, 64) == pytest.approx(192 / 1512)
     assert evaluations_per_step(replace(plain, recovery_steps=50), 64) == pytest.approx(192 / (1512 + 3 * 128 * 50))

@@ -28,7 +28,7 @@ from prunegym.pruning.deployment.saving import read_recipe
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
 
-FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
+FEW = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32", "--device", "cpu"]
 #: As few steps as there can be.
 QUICK = ["--epochs", "1", "--batch-size", "256", "--device", "cpu"]
 Run = Callable[..., Any]
@@ -357,7 +357,7 @@ def finder() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(108, 2))
 
 
-SMALL = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+SMALL = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16, "device": "cpu"}
 FIT: dict[str, Any] = {"batch_size": 16, "device": "cpu"}
 
 

@@ -27,7 +27,7 @@ from prunegym.pruning.scoring import Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 
 NAME = "encoder_attention"
-FEW: dict[str, Any] = {"statistics_examples": 32, "recalibration_examples": 32, "examples": 32, "precision": "float32"}
+FEW: dict[str, Any] = {"statistics_examples": 32, "recovery_examples": 32, "examples": 32, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_worker_processes_can_have_it(problem: PruningProblem, trained: Prunable
 
 
 FLAGS = ["--network", "digits_vgg", "--criterion", NAME, "--device", "cpu", "--json"]
-IMAGES = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32"]
+IMAGES = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32"]
 
 
 def test_prune_takes_the_criterion_with_another_searcher(
@@ -170,7 +170,7 @@ def test_python_face_takes_the_criterion(
 ) -> None:
     """With the policy that it is given."""
     network = toys("residual")
-    few = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+    few = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16, "device": "cpu"}
 
     result = prunegym.prune(
         network.model, task_for(network), searcher="uniform", policy=policy_file, criterion=NAME, **few

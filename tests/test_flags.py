@@ -29,14 +29,14 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.training import TrainingSettings
 
 #: Few images of everything: the numbers do not matter.
-FEW = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 16, "device": "cpu"}
+FEW = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16, "device": "cpu"}
 
 SCORING = {
     "criterion": "l1",
     "regime": "finetuned",
     "compensate": False,
     "statistics_examples": 8,
-    "recalibration_examples": 8,
+    "recovery_examples": 8,
     "reward_examples": 8,
     "recovery_steps": 3,
     "recovery_rate": 0.5,

@@ -58,7 +58,7 @@ for line in sys.stdin:
 """
 
 #: Little of everything: the numbers do not matter.
-FEW = ["--statistics-examples", "32", "--recalibration-examples", "32", "--reward-examples", "64", "--device", "cpu"]
+FEW = ["--statistics-examples", "32", "--recovery-examples", "32", "--reward-examples", "64", "--device", "cpu"]
 AGENT = ["--update-evaluations", "4", "--imitation-steps", "4", "--ppo-epochs", "2", "--rounds", "2"]
 NETWORK = ["--network", "digits_vgg"]
 COMMANDS = {

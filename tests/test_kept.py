@@ -33,7 +33,7 @@ def compare() -> ModuleType:
 
 def config(runs: Path, repeats: int = 1) -> CompareConfig:
     """A grid of two searchers, fine-tuned for a moment."""
-    few = {"statistics_examples": 16, "recalibration_examples": 16, "reward_examples": 32, "evaluations": 4}
+    few = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 32, "evaluations": 4}
     tuned = {"epochs": 1, "finetune_repeats": 1}
     grid = {"network": ("digits_vgg",), "budget": ("macs:0.5",), "searcher": ("uniform", "random")}
     return CompareConfig(**grid, **few, **tuned, repeats=repeats, device="cpu", out=runs / "compare_tiny")

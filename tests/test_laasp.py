@@ -166,7 +166,7 @@ def test_hybrid_network_is_pruned(name: str, task_for: Callable[..., object]) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = PrunableNetwork(Hybrid().eval(), torch.randn(2, 3, 8, 8), name="hybrid")
-    settings = ScorerSettings(precision="float32", statistics_examples=40, recalibration_examples=40, examples=60)
+    settings = ScorerSettings(precision="float32", statistics_examples=40, recovery_examples=40, examples=60)
     problem = PruningProblem(Scorer(network, task_for(network), settings), (Budget("macs", 0.6),))
     result = searcher_named(name)(problem, problem.budgets[0], SearchSettings(evaluations=30))
 

@@ -36,7 +36,7 @@ from prunegym.pruning.task import ClassificationTask
 
 HALF = Budget("macs", 0.5)
 SOURCE = {"network": "digits_vgg", "num_classes": 10, "in_channels": 1, "image_size": 8}
-SETTINGS = ScorerSettings(statistics_examples=64, recalibration_examples=64, examples=64, precision="float32")
+SETTINGS = ScorerSettings(statistics_examples=64, recovery_examples=64, examples=64, precision="float32")
 
 
 def config(**changes: Any) -> PruneConfig:

@@ -13,7 +13,8 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.importance.statistics import Statistics, collect_statistics
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.recovery import RIDGE, compensated_tensors, recalibrate, recalibrating, train_steps
+from prunegym.pruning.recovery import compensated_tensors, recalibrate, recalibrating, train_steps
+from prunegym.pruning.recovery.compensation import RIDGE
 
 Toys = Callable[[str], PrunableNetwork]
 TaskFor = Callable[[PrunableNetwork], Any]

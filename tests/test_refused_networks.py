@@ -15,7 +15,7 @@ from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask
 
 CLASSES = 4
-SMALL = {"statistics_examples": 64, "recalibration_examples": 64, "reward_examples": 60, "device": "cpu"}
+SMALL = {"statistics_examples": 64, "recovery_examples": 64, "reward_examples": 60, "device": "cpu"}
 
 
 class Convolutions(nn.Module):

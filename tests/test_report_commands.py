@@ -24,7 +24,7 @@ COMMANDS = ("inspect", "pretrain", "train", "evaluate", "transfer", "compare", "
 def folders(pruning_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A finished run folder of every command."""
     made = tmp_path_factory.mktemp("commands")
-    few = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32"]
+    few = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32"]
     policy = str(pruning_runs["train"] / "policy.safetensors")
     arguments = {
         "inspect": ["--network", "digits_vgg"],
@@ -79,7 +79,7 @@ def test_comparison_that_is_extended_is_not_finished_until_it_is_done(
     options = {"network": "digits_resnet", "budget": "macs:0.5", "repeats": "2", "rounds": "1"}
     for name in ("evaluations", "update_evaluations", "imitation_steps", "ppo_epochs", "statistics_examples"):
         options[name] = str(config[name])
-    for name in ("recalibration_examples", "reward_examples"):
+    for name in ("recovery_examples", "reward_examples"):
         options[name] = str(config[name])
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     searchers = [part for name in (*config["searcher"], "knapsack") for part in ("--searcher", name)]

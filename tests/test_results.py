@@ -245,7 +245,7 @@ def test_price_of_looks_is_that_of_the_defaults() -> None:
     """By the images that run, as searches pay for training steps: two forwards for one backwards."""
     settings = ScorerSettings()
     examples = inspect.signature(ChannelPruningEnv).parameters["round_examples"].default
-    look, evaluation = QUICK_EXAMPLES + 3 * examples, settings.recalibration_examples + settings.examples
+    look, evaluation = QUICK_EXAMPLES + 3 * examples, settings.recovery_examples + settings.examples
 
     price = f"passes of {look} images each, backward ones counted twice, where an evaluation is {evaluation:,}"
     assert price in RESULTS

@@ -20,7 +20,7 @@ from prunegym.pruning.task import ClassificationTask, Task, forward
 
 Toys = Callable[[str], PrunableNetwork]
 TaskFor = Callable[[PrunableNetwork], Any]
-SMALL = {"statistics_examples": 64, "recalibration_examples": 128, "examples": 200, "batch_size": 90}
+SMALL = {"statistics_examples": 64, "recovery_examples": 128, "examples": 200, "batch_size": 90}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_without_recovery_the_kept_filters_are_the_original_ones(
     trained: PrunableNetwork, digits: ClassificationTask, statistics: Statistics, half_plan: PruningPlan
 ) -> None:
     """Surgery alone: no weight and no running statistic is touched."""
-    settings = ScorerSettings(compensate=False, **{**SMALL, "recalibration_examples": 0})
+    settings = ScorerSettings(compensate=False, **{**SMALL, "recovery_examples": 0})
     plain = Scorer(trained, digits, settings, statistics=statistics).recovered(half_plan)
 
     expected = trained.pruned(half_plan)

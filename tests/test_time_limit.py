@@ -14,7 +14,7 @@ from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.errors import PruningError
 
 #: Little of everything: the numbers do not matter.
-FEW = ["--statistics-examples", "16", "--recalibration-examples", "16", "--reward-examples", "32", "--device", "cpu"]
+FEW = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32", "--device", "cpu"]
 NETWORK = ["--network", "digits_vgg"]
 
 

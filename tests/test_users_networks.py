@@ -18,7 +18,7 @@ from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-SMALL = {"statistics_examples": 64, "recalibration_examples": 64, "reward_examples": 60, "device": "cpu"}
+SMALL = {"statistics_examples": 64, "recovery_examples": 64, "reward_examples": 60, "device": "cpu"}
 
 CLASSES = 4
 

@@ -135,7 +135,7 @@ def _conditions(table: Table, config: CompareConfig) -> str:
     if pairs == 1:
         units = f"{seeds} search seeds{tuned}, of the only (network, budget) pair: nothing is said about others"
     return (
-        f"Regime: {first['regime']}{f', then fine-tuned for {config.epochs} epochs' if config.epochs else ''}. "
+        f"Recovery: {first['recovery']}{f', then fine-tuned for {config.epochs} epochs' if config.epochs else ''}. "
         f"Data: {first['data']} (split seed {first['split_seed']}). Criterion: {first['criterion']}. "
         f"Searches see {first['reward_examples']} images of the reward split; scores are accuracies in percent on the "
         "selection split, which no search sees, of the rebuilt float32 network. "

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from prunegym.agents.configuration.option_rules import Names, Options, at_least, positive, require
 from prunegym.agents.configuration.width_options import WidthOptions
@@ -21,13 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from prunegym.pruning.budget import Budget
-    from prunegym.pruning.scoring import ScorerSettings
+    from prunegym.pruning.scoring import Recovery, ScorerSettings
     from prunegym.pruning.timing.latency import LatencySettings
 
 DEFAULT_BUDGET = "macs:0.5"
 DEFAULT_EVALUATIONS = 300
-#: Steps of recovery before scoring in the fine-tuned regime, unless asked for.
-FINETUNED_STEPS = 20
 #: Share of the cost from which one round of pruning is taken.
 _MILD = 0.5
 
@@ -196,28 +192,26 @@ class ScoringOptions(Options):
     """Which channels of a group stay. By weights: l1, l2, bn_scale, fpgm or cosine. By calibration images: taylor,
     taylor_squared, taylor_weight, taylor_second, activation, activation_variance, apoz, group_attention, or, with
     --policy, encoder_attention. The control: random."""
-    regime: Literal["post-training", "finetuned"] = "post-training"
-    """post-training: plans are scored after recovery, which is what you get without training. finetuned: a
-    few training steps come before the score, to rank plans by what fine-tuning makes of them."""
-    compensate: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Leave out the compensation, which folds removed channels into kept ones by least squares.",
-            help_behavior_hint="(by default it is done)",
-        ),
-    ] = True
-    """Fold removed channels into kept ones by least squares."""
+    recovery: Literal["none", "bn", "compensate", "reconstruct", "distill"] | None = None
+    """What follows pruning, without labels. none: nothing. bn: batch normalisation is measured anew. compensate:
+    removed channels are folded into kept ones by least squares, then bn. reconstruct: each layer is fitted to what the
+    unpruned network computes there. distill: compensate, then training steps towards the unpruned network. Plans are
+    scored after a cheap form of it. By default compensate where fine-tuning follows, and else reconstruct."""
     statistics_examples: int = 512
     """Calibration images for activations, covariances and Taylor scores."""
-    recalibration_examples: int = 512
-    """Calibration images for the running statistics of batch normalisation; 0 leaves these as they are."""
+    recovery_examples: int = 512
+    """Calibration images of the recovery: 512 for all of them; more make reconstruction better, and slower."""
     reward_examples: int = 1000
     """Images of the reward split that a plan is scored on while searching."""
-    recovery_steps: int | None = None
-    """Training steps before a plan is scored; by default 0 in the post-training regime and 20 in the
-    fine-tuned."""
+    measure: Literal["task", "divergence"] = "task"
+    """What the score of a plan is. task: that of the task, such as accuracy. divergence: exp(-d), with d the
+    divergence from the outputs of the unpruned network; it needs no labels."""
+    recovery_steps: int = 400
+    """Training steps of --recovery distill."""
     recovery_rate: float = 0.02
-    """Learning rate of those steps."""
+    """Learning rate of the first of those steps."""
+    recovery_split: Literal["train", "calibration"] = "train"
+    """Images of those steps: the training images, or only the calibration images of the other recoveries."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of scoring; auto takes bfloat16 where the device computes it fast and the network allows
     it."""
@@ -235,23 +229,14 @@ class ScoringOptions(Options):
             "none",
             "Train one with `prunegym train`, or choose another criterion.",
         )
-        at_least(self, 0, "recalibration_examples", "recovery_steps")
-        at_least(self, 1, "reward_examples")
+        at_least(self, 1, "reward_examples", "recovery_steps", "recovery_examples")
         at_least(self, 2, "statistics_examples")
-        require(
-            self.regime == "post-training" or self.steps > 0,
-            "recovery-steps",
-            "at least 1 in the finetuned regime",
-            self.recovery_steps,
-        )
         positive(self, "recovery_rate")
 
     @property
-    def steps(self) -> int:
-        """Training steps before a plan is scored."""
-        if self.recovery_steps is not None:
-            return self.recovery_steps
-        return FINETUNED_STEPS if self.regime == "finetuned" else 0
+    def recovery_name(self) -> Recovery:
+        """The recovery asked for, or the one that fits what follows."""
+        return self.recovery or ("compensate" if getattr(self, "epochs", 0) else "reconstruct")
 
     @property
     def scorer_settings(self) -> ScorerSettings:
@@ -260,12 +245,14 @@ class ScoringOptions(Options):
 
         return ScorerSettings(
             criterion=self.criterion,
-            compensate=self.compensate,
+            recovery=self.recovery_name,
             statistics_examples=self.statistics_examples,
-            recalibration_examples=self.recalibration_examples,
+            recovery_examples=self.recovery_examples,
             examples=self.reward_examples,
-            recovery_steps=self.steps,
-            learning_rate=self.recovery_rate,
+            measure=self.measure,
+            recovery_steps=self.recovery_steps,
+            recovery_rate=self.recovery_rate,
+            recovery_split=self.recovery_split,
             precision=self.precision,
         )
 

@@ -74,7 +74,7 @@ def _pruned_column(result: Record) -> dict[str, str]:
         "network": result["network"],
         "budget": result["budget"],
         "plan by": result["searcher"],
-        "regime": result["regime"],
+        "recovery": result["recovery"],
         "accuracy, unpruned": percent(scores["unpruned"]),
         **{f"accuracy, {words}": percent(scores.get(stage)) for stage, words in WORDS.items()},
         "MACs": _before_after(result["macs"]),

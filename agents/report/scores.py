@@ -39,7 +39,7 @@ class Field:
     split: str
     stage: str
     """One of :data:`WORDS`."""
-    regime: str
+    recovery: str
     epochs: int
     """Of fine-tuning; 0 for the stages before it."""
 
@@ -160,8 +160,8 @@ def _rows_of(run: Run) -> Iterator[Scored]:
                 yield from _evaluated(run, row)
 
 
-def _field(run: Run, network: str, split: str, stage: str, regime: str, epochs: int = 0) -> Field:
-    return Field(network=network, data=data_of(run), split=split, stage=stage, regime=regime, epochs=epochs)
+def _field(run: Run, network: str, split: str, stage: str, recovery: str, epochs: int = 0) -> Field:
+    return Field(network=network, data=data_of(run), split=split, stage=stage, recovery=recovery, epochs=epochs)
 
 
 def data_of(run: Run) -> str:
@@ -191,7 +191,7 @@ def _evaluated(run: Run, row: Record) -> Iterator[Scored]:
     for split in ("selection", "test"):
         if row.get(f"{split}_score") is not None:
             yield Scored(
-                where=_field(run, row["network"], split, "after_recovery", row.get("regime", "post-training")),
+                where=_field(run, row["network"], split, "after_recovery", row.get("recovery", "compensate")),
                 score=float(row[f"{split}_score"]),
                 identity=identity,
                 latency_ratio=None,
@@ -215,7 +215,7 @@ def _compared(run: Run, row: Record) -> Iterator[Scored]:
             plan = "" if row["searcher"] in SIMPLE else f"{run.name} {row['plan']}"
             seeds = f"{plan} f{row['finetune_seed']}" if tuned else plan
             yield Scored(
-                where=_field(run, row["network"], split, stage, row["regime"], epochs),
+                where=_field(run, row["network"], split, stage, row["recovery"], epochs),
                 score=float(score),
                 identity=_settings(run) + seeds,
                 latency_ratio=row.get("latency_ratio"),
@@ -240,7 +240,7 @@ def _pruned(run: Run, result: Record) -> Iterator[Scored]:
             continue
         epochs = int(result.get("epochs") or 0) if stage == "after_finetuning" else 0
         yield Scored(
-            where=_field(run, result["network"], "test", stage, result["regime"], epochs),
+            where=_field(run, result["network"], "test", stage, result["recovery"], epochs),
             score=float(score),
             identity=_identity(run, result["searcher"]) + (f" f{run.asked['seed']}" if epochs else ""),
             latency_ratio=1 / latency["speed_up"] if latency else None,
@@ -261,7 +261,7 @@ def _identity(run: Run, searcher: str) -> str:
 def _settings(run: Run) -> str:
     """Options that make another result of the same searcher."""
     config = run.config
-    return f"{config.get('criterion')} {config.get('compensate')} {config.get('align')} {config.get('bound')} "
+    return f"{config.get('criterion')} {config.get('align')} {config.get('bound')} "
 
 
 def _conditions(sentence: str) -> str | None:

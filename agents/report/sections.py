@@ -32,7 +32,7 @@ def asked(runs: Sequence[Run]) -> Section:
                 "network": ", ".join(run.network_names),
                 "data": data_of(run) if config.get("data") else "",
                 "budget": ", ".join(texts(config.get("budget"))),
-                "regime": str(config.get("regime") or ""),
+                "recovery": str(config.get("recovery") or ""),
                 "searcher": ", ".join(texts(config.get("searcher"))) or _searcher(run),
                 "seed": str(run.asked.get("seed", "")),
                 "evaluations": str(config.get("evaluations", "")) if run.command in ("train", "compare") else "",

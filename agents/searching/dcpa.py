@@ -56,9 +56,9 @@ def dcpa(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> S
     network; loss of the task plus the excess of the expected cost over the budget are minimised. The weight of the
     excess rises while there is one, and the temperature falls until draws are nearly hard. MACs are differentiated
     through their exact formula at expected widths; parameters and latency, which come in steps, by their slope. Batch
-    normalisation takes the statistics of the batch, as recalibration will, unless that is turned off. In the
-    post-training regime the weights are frozen; in the fine-tuned one they are trained along with the masks from those
-    inherited, and then dropped: as for every searcher, the plan is scored from the inherited weights after recovery.
+    normalisation takes the statistics of the batch, as recalibration will, unless the recovery is `none`.
+    The weights are frozen; where the recovery is `distill` they are trained along with the masks from those inherited,
+    and then dropped: as for every searcher, the plan is scored from the inherited weights after recovery.
     Blocks that are more likely to go than to stay are left out, and expected widths are projected onto the budget.
     Which channels stay is up to the scorer's criterion. The second stage is ordinary fine-tuning (``prunegym prune
     --epochs``).
@@ -186,7 +186,7 @@ def train(choice: SoftChoice, steps: int, *, progress: bool = False) -> None:
     batches = training_batches(scorer.task, BATCH, choice.seed, scorer.device)
     with supernet(choice.problem, choice.blocks) as (model, masks):
         weights = [one for one in model.parameters() if one.requires_grad]
-        tuning = torch.optim.SGD(weights, lr=scorer.settings.learning_rate, momentum=0.9) if weights else None
+        tuning = torch.optim.SGD(weights, lr=scorer.settings.recovery_rate, momentum=0.9) if weights else None
         worth, weight = 1.0, LIGHT
         bar = tqdm(islice(batches, steps), total=steps, desc="dcpa", unit="step", disable=not progress)
         for step, (inputs, targets) in enumerate(bar):
@@ -231,10 +231,10 @@ def supernet(
     lay_out(model, scorer.form.layout)
     remove_blocks(model, problem.removed)
     masks = SoftMasks(model, scorer.network.graph, blocks)
-    joint = scorer.settings.recovery_steps > 0 and not frozen
+    joint = scorer.settings.recovery == "distill" and not frozen
     trained = [name for name, _ in model.named_parameters()] if joint else []
     with evaluating(model), differentiating(model, trained), masks.attached(), torch.enable_grad():
-        if scorer.settings.recalibration_examples:
+        if scorer.settings.recovery != "none":
             for layer in model.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
                     layer.train()

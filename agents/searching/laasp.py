@@ -19,6 +19,7 @@ from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.importance.criteria import Context, Scores, unit_scores
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import recalibrate, train_steps
+from prunegym.pruning.scoring import QUICK_STEPS
 from prunegym.pruning.surgery import kept_indices, rebuilt, sliced_tensors
 from prunegym.pruning.training import evaluate_network
 
@@ -42,8 +43,8 @@ def laasp(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
 
     Our reading of the details: a candidate is one group that gives up a whole step by itself, as many channels as that
     takes, those that one criterion scores lowest; candidates that come to the same channels are one. Its loss is
-    measured on the first images of the train split, after the recovery that all plans get. In the post-training regime
-    nothing is trained: the recovery is compensation and recalibration. In the fine-tuned regime candidates are cut out
+    measured on the first images of the train split, after the recovery that all plans get. With a recovery that
+    trains nothing, plans are scored after it. With `distill` candidates are cut out
     of the network as the step before left it and recalibrated; the one that is taken is trained for as many steps as
     every plan is before its score, and passes its weights on. The plan is scored from the unpruned network, as every
     searcher's.
@@ -56,7 +57,7 @@ def laasp(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
     The criteria are those of :data:`POOL`, whatever ``--criterion`` says: to choose among them is the method.
     """
     search = Search("laasp", problem, budget, settings, choosing=False)
-    walk = Walk(problem, retrains=problem.scorer.settings.recovery_steps > 0)
+    walk = Walk(problem, retrains=problem.scorer.settings.recovery == "distill")
     decrements = min(DECREMENTS, isqrt(search.left - 1))
     for left in range(decrements, 0, -1):
         share = (search.left - 1) // left - walk.retrains
@@ -157,8 +158,8 @@ class Walk:
         train_steps(
             smaller,
             scorer.task,
-            steps=settings.recovery_steps,
-            learning_rate=settings.learning_rate,
+            steps=min(settings.recovery_steps, QUICK_STEPS),
+            learning_rate=settings.recovery_rate,
             seed=settings.seed,
             form=scorer.form,
             device=scorer.device,
@@ -176,8 +177,8 @@ class Walk:
         scorer, mask = self._scorer, plan.mask(self._graph)
         tensors = sliced_tensors(self._model, self._graph, mask)
         model = rebuilt(self._model, self._graph, mask, tensors, plan.removed)
-        if scorer.settings.recalibration_examples:
-            examples = scorer.settings.recalibration_examples
+        if scorer.settings.recovery != "none":
+            examples = scorer.settings.recovery_examples
             batches = scorer.task.batches("calibration", batch_size=128, limit=examples, device=scorer.device)
             recalibrate(model, (inputs for inputs, _ in batches))
         return model

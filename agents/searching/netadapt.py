@@ -21,8 +21,8 @@ def netadapt(problem: PruningProblem, budget: Budget, settings: SearchSettings) 
     Ours is how this fits an allowance: every step is the smallest that the rest of the allowance pays for, if as many
     groups make a proposal in the iterations to come and all do in the last. So steps are equal where all groups make
     one throughout. Where no group can give the step by itself, each offers all it has. The proposals of the last
-    iteration are projected onto the budget. NetAdapt's short fine-tuning is the scorer's recovery (training steps in
-    the fine-tuned regime), and the channels that stay are those of the scorer's criterion.
+    iteration are projected onto the budget. NetAdapt's short fine-tuning is the scorer's recovery (training steps with
+    `distill`), and the channels that stay are those of the scorer's criterion.
 
     Raises:
         PruningError: the allowance does not hold one evaluation for each group that may be pruned.

@@ -32,7 +32,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import RECOVERY_BATCH
-from prunegym.pruning.scoring import ScorerSettings
+from prunegym.pruning.scoring import QUICK_EXAMPLES, QUICK_STEPS, ScorerSettings
 
 Counts: TypeAlias = NDArray[np.int64]
 
@@ -273,8 +273,12 @@ def evaluations_on(settings: ScorerSettings, examples: int) -> int:
 
 def _images(settings: ScorerSettings) -> int:
     """Images that an evaluation runs, those of its recovery steps forwards and backwards."""
-    steps = _RUNS_PER_STEP * RECOVERY_BATCH * settings.recovery_steps
-    return settings.recalibration_examples + settings.examples + steps
+    examples, steps = settings.recovery_examples, 0
+    if settings.recovery == "reconstruct":
+        examples = min(examples, QUICK_EXAMPLES)
+    elif settings.recovery == "distill":
+        steps = _RUNS_PER_STEP * RECOVERY_BATCH * min(settings.recovery_steps, QUICK_STEPS)
+    return examples * (settings.recovery != "none") + settings.examples + steps
 
 
 def checked(name: str, searcher: Searcher) -> Searcher:

@@ -312,7 +312,7 @@ class Trainer:
             PRIORS: {prior_key(problem, budget): problem.priors[budget] for problem, budget in self.pairs},
             "budgets": sorted({str(budget) for problem in self.problems for budget in problem.budgets}),
             "rounds": self.config.episode_rounds,
-            "regime": self.config.regime,
+            "recovery": self.config.recovery_name,
             "criterion": self.config.criterion,
             "evaluations": self.notes.evaluations,
             "seed": self.config.seed,

@@ -14,6 +14,8 @@ from torchvision.models import EfficientNet, MobileNetV2, ResNet
 from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from prunegym.pruning.networks.hybrid import CifarHybrid
+
 Builder = Callable[..., nn.Module]
 """Makes a network from the keyword arguments ``num_classes`` and ``in_channels``."""
 
@@ -249,4 +251,5 @@ CIFAR_NETWORKS: Mapping[str, Builder] = {
     "cifar_vgg19": partial(PlainConvNet, _VGG19),
     "cifar_mobilenet_v2": _mobilenet_v2,
     "cifar_efficientnet_b0": _efficientnet_b0,
+    "cifar_hybrid": CifarHybrid,
 }

@@ -1,0 +1,156 @@
+"""Features at the end of each stage, in the unpruned network and in the pruned one.
+
+A stage ends where the number of positions falls: at a convolution with a stride, at a pooling, where one token of many
+is taken. Of all tensors with one number of positions the last to be shrunk is the end of that stage. They are found by
+watching the unpruned network, and met again in the pruned one by their places.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from prunegym.pruning.graph import ChannelGraph
+from prunegym.pruning.recovery.reads import Read
+from prunegym.pruning.recovery.watching import Instead, Place, Watch, WeightPart
+from prunegym.pruning.task import Inputs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The end of a stage."""
+
+    place: Place
+    """The call that shrinks its last tensor."""
+    func: Any
+    kept: Tensor | None
+    """Channels of the tensor that the pruned network has; None for all."""
+
+    def error(self, present: Tensor, wanted: Tensor) -> Tensor:
+        """Squared error of the present features as a share of the variance of the wanted ones: a scalar."""
+        if self.kept is not None:
+            wanted = wanted.index_select(_channels(wanted), self.kept.to(wanted.device))
+        wanted = wanted.float()
+        return F.mse_loss(present.float(), wanted) / wanted.var().clamp(min=1e-6)
+
+
+def find_stages(
+    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], inputs: Inputs
+) -> dict[Place, Stage]:
+    """The ends of the stages of the unpruned network whose channels are known in the pruned one.
+
+    Args:
+        model: the unpruned network.
+        graph: its channel graph.
+        mask: units kept ``(units,)``.
+        inputs: of a few examples.
+    """
+    watch = _StageWatch(model, graph)
+    with torch.no_grad():
+        watch.run(inputs)
+    stages = {}
+    padded = np.append(mask, True)
+    for end in watch.ends.values():
+        units = watch.units.get(end.place)
+        if units is None or len(units) % end.channels:
+            continue
+        kept = np.flatnonzero(padded[units[:: len(units) // end.channels]])
+        stages[end.place] = Stage(end.place, end.func, None if len(kept) == end.channels else torch.from_numpy(kept))
+    return stages
+
+
+class StageFeatures(Watch):
+    """Collects the features at the ends of stages while a network runs.
+
+    Args:
+        model: the unpruned or the pruned network.
+        stages: from :func:`find_stages`.
+    """
+
+    def __init__(self, model: nn.Module, stages: Mapping[Place, Stage]) -> None:
+        super().__init__(model)
+        self.stages = stages
+        self.features: dict[Place, Tensor] = {}
+
+    def before(
+        self, place: Place, func: Any, tensors: list[Tensor], read: Read | None, part: WeightPart | None
+    ) -> Instead | None:
+        """Keep what the call is about to shrink."""
+        stage = self.stages.get(place)
+        if stage is not None and stage.func is func and tensors:
+            self.features[place] = tensors[0]
+        return None
+
+
+class _StageWatch(Watch):
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        super().__init__(model)
+        self.inputs = {one.weight: one.inputs for one in graph.operations if one.weight is not None}
+        self.ends: dict[int, _End] = {}
+        """By number of positions, the last tensor of so many that a call shrinks."""
+        self.units: dict[Place, NDArray[np.int64]] = {}
+        """Units of its channels, as the layer tells that reads it, or what becomes of it."""
+        self._ends_in: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def after(
+        self,
+        place: Place,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        result: Tensor,
+        read: Read | None,
+        part: WeightPart | None,
+    ) -> None:
+        """Note calls that shrink a tensor, and follow what they give to the layer that reads it."""
+        if not tensors or not tensors[0].is_floating_point():
+            return
+        source = tensors[0]
+        known: tuple[_End, ...] = self._ends_in.get(source, ())
+        if source.ndim > 2 and len(result) == len(source) and _positions(result) < _positions(source):
+            before = self.ends.get(_positions(source))
+            # a shortcut shrinks the same tensor once more
+            if before is None or before.tensor() is not source:
+                end = _End(place, func, source.shape[_channels(source)], weakref.ref(source))
+                self.ends[_positions(source)] = end
+                known = (*known, end)
+        units = self.inputs.get(part.name) if part is not None else None
+        for end in known:
+            if units is not None:
+                self.units.setdefault(end.place, units)
+        if read is None and result is not source:
+            width = result.shape[_channels(result)] if result.ndim > 1 else 0
+            still = tuple(end for end in known if width and width % end.channels == 0)
+            if still:
+                self._ends_in[result] = still
+
+
+@dataclass(frozen=True)
+class _End:
+    """A call that shrinks a tensor."""
+
+    place: Place
+    func: Any
+    channels: int
+    tensor: weakref.ref[Tensor]
+
+
+def _positions(tensor: Tensor) -> int:
+    """Positions of one example: pixels of a map, or tokens of a sequence."""
+    return prod(tensor.shape[2:]) if tensor.ndim > 3 else tensor.shape[1] if tensor.ndim == 3 else 1
+
+
+def _channels(tensor: Tensor) -> int:
+    """The dimension of the channels: after the batch for maps, the last for tokens."""
+    return 1 if tensor.ndim > 3 else tensor.ndim - 1

@@ -1,0 +1,272 @@
+"""What the unpruned network computes at the layers of the pruned one: the targets of reconstruction.
+
+A layer whose output ends in a sum is also asked for what the other branch of the sum misses. The sum, and the
+normalisation, scaling and reordering on the way to it, are found by following the layer's output from function to
+function, for any network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from prunegym.pruning.recovery.reads import Read, count_positions, sampled
+from prunegym.pruning.recovery.watching import Place, Watch, WeightPart
+from prunegym.pruning.task import Inputs
+
+MAX_UNKNOWNS = 4608
+"""Layers with more unknowns for an output channel (512 channels under a 3x3 kernel) keep what compensation gives."""
+MAX_ROWS = 20_000
+"""Most positions that a layer is fitted on."""
+_SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
+_PERMUTES = {torch.permute, Tensor.permute}
+_REORDERS = {*_PERMUTES, torch.transpose, Tensor.transpose}
+
+
+@dataclass(frozen=True)
+class Trail:
+    """How a tensor comes from a layer's output: normalised, scaled, reordered. The map is affine for each channel."""
+
+    layer: Place
+    number: int
+    """Of the layer, in the order in which they run."""
+    channels: int
+    """Dimension of the channels."""
+    scale: Tensor | None = None
+    """By which the layer's output is multiplied on the way ``(C,)``."""
+    redo: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """The reorderings, first to last."""
+    undo: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """Their reverses, last to first."""
+
+    def scaled(self, scale: Tensor) -> Trail:
+        """Further, by a multiplication."""
+        return replace(self, scale=scale if self.scale is None else self.scale * scale)
+
+    def reordered(self, order: list[int]) -> Trail:
+        """Further, by a permutation of the dimensions."""
+        back = [order.index(dim) for dim in range(len(order))]
+        return replace(
+            self,
+            channels=order.index(self.channels),
+            redo=(*self.redo, lambda output: output.permute(order)),
+            undo=(lambda branch: branch.permute(back), *self.undo),
+        )
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum that a layer's output ends in, and nothing else reads."""
+
+    place: Place
+    operand: int
+    """Which of the two operands comes from the layer."""
+    other: Tensor
+    """What the other branch gives in the unpruned network, at the layer's positions ``(R, C)``."""
+    trail: Trail
+
+    def branch_at(self, branch: Tensor, positions: Tensor, last: bool) -> Tensor:
+        """The other branch ``(R, C)`` at positions of the layer's output."""
+        for step in self.trail.undo:
+            branch = step(branch)
+        return sampled(branch, positions, last)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The running mean of a batch normalisation."""
+
+    name: str
+    """Of the buffer."""
+    values: Tensor
+    """In the unpruned network ``(C,)``."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one layer of the unpruned network computes."""
+
+    part: WeightPart
+    outputs: int
+    """Dimension of the parameter that holds the output channels."""
+    last: bool
+    """Channels are the last dimension of the output, not the second."""
+    size: tuple[int, ...]
+    """Sizes of the output's dimensions after the channels."""
+    positions: Tensor
+    """Positions of the output ``(R,)``, in an order that makes any first few of them a fair sample."""
+    values: Tensor
+    """The output there ``(R, C)``."""
+    sum: Sum | None = None
+    mean: Mean | None = None
+    """What the layer's output is centred by, and nothing else: it can take the layer's intercept."""
+
+
+@dataclass
+class Targets:
+    """Targets of a network on one batch, by place."""
+
+    inputs: Inputs
+    layers: dict[Place, Target] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Parameters that are read and have no target, with the reason."""
+
+
+def observe_targets(
+    model: nn.Module, inputs: Inputs, *, per_unknown: float, limit: int = MAX_ROWS, sums: bool = True, seed: int = 0
+) -> Targets:
+    """Run the unpruned network once and keep what its layers compute at some positions.
+
+    Args:
+        model: the unpruned network; not changed.
+        inputs: of calibration examples, on the network's device.
+        per_unknown: positions for each unknown of a layer.
+        limit: most positions of a layer.
+        sums: ask layers that end in a sum for what its other branch misses.
+        seed: of the positions.
+    """
+    watch = _TargetWatch(model, per_unknown, limit, sums, seed)
+    with torch.no_grad():
+        watch.run(inputs)
+    return watch.targets(inputs)
+
+
+class _TargetWatch(Watch):
+    def __init__(self, model: nn.Module, per_unknown: float, limit: int, sums: bool, seed: int) -> None:
+        super().__init__(model)
+        self.per_unknown, self.limit, self.sums = per_unknown, limit, sums
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buffers = {id(tensor): name for name, tensor in model.named_buffers()}
+        self.layers: dict[Place, Target] = {}
+        self.skipped: dict[str, str] = {}
+        self.parts: dict[WeightPart, Place] = {}
+        self.means: dict[str, list[tuple[Place, Tensor]]] = {}
+        self.readers: dict[Place, int] = {}
+        """How often a layer's output, and what it is turned into, is read on the way to a sum."""
+        self.steps: dict[Place, int] = {}
+        self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def before(
+        self, place: Place, func: Any, tensors: list[Tensor], read: Read | None, part: WeightPart | None
+    ) -> None:
+        if func in _SUMS and self.sums and len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+            self._note_sum(place, tensors)
+
+    def _note_sum(self, place: Place, operands: list[Tensor]) -> None:
+        """The layer that runs later takes over what the other branch misses."""
+        trails = {index: trail for index, one in enumerate(operands) if (trail := self._trails.get(one)) is not None}
+        if not trails:
+            return
+        index, trail = max(trails.items(), key=lambda item: item[1].number)
+        target = self.layers.get(trail.layer)
+        if target is None or target.sum is not None:
+            return
+        found = Sum(place, index, operands[0], trail)
+        other = found.branch_at(operands[1 - index], target.positions, target.last).float()
+        self.layers[trail.layer] = replace(target, sum=replace(found, other=other))
+
+    def after(
+        self,
+        place: Place,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        result: Tensor,
+        read: Read | None,
+        part: WeightPart | None,
+    ) -> None:
+        trails = [trail for one in tensors if (trail := self._trails.get(one)) is not None]
+        for trail in {id(one): one for one in trails}.values():
+            self.readers[trail.layer] += 1
+        self._trails.pop(result, None)  # changed in place, it is something else
+        if read is not None and part is not None:
+            self._note_layer(place, read, part, result)
+            return
+        further = None
+        if func is F.batch_norm:
+            further = self._normalised(args, kwargs, trails)
+        elif len(trails) == 1:
+            further = _further(func, args, tensors, trails[0], self._trails)
+        if further is not None:
+            self._trails[result] = further
+            self.steps[further.layer] += 1
+
+    def _note_layer(self, place: Place, read: Read, part: WeightPart, result: Tensor) -> None:
+        if part in self.parts:
+            self.skipped[part.name] = "its weight is read more than once"
+            self.layers.pop(self.parts[part], None)
+            return
+        self.parts[part] = place
+        if read.unknowns > MAX_UNKNOWNS:
+            self.skipped[part.name] = f"{read.unknowns} unknowns for an output channel are more than {MAX_UNKNOWNS}"
+            return
+        last = not read.spatial
+        total = count_positions(tuple(result.shape), last)
+        wanted = min(total, self.limit, max(1, round(self.per_unknown * read.unknowns)))
+        positions = self._positions(total, wanted).to(result.device)
+        turned = read.columns and read.weight.stride() != read.weight.contiguous().stride()
+        outputs = int((read.columns and not turned) or read.transposed)
+        values = sampled(result, positions, last).float()
+        self.layers[place] = Target(part, outputs, last, tuple(result.shape[2:]), positions, values)
+        self.readers[place] = self.steps[place] = 0
+        channels = result.ndim - 1 if last else 1
+        self._trails[result] = Trail(place, len(self.parts), channels)
+
+    def _positions(self, total: int, wanted: int) -> Tensor:
+        if total <= 4 * wanted:
+            return torch.randperm(total, generator=self.generator)[:wanted]
+        return torch.randint(total, (wanted,), generator=self.generator)
+
+    def _normalised(self, args: tuple[Any, ...], kwargs: dict[str, Any], trails: list[Trail]) -> Trail | None:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mean, variance, weight = given.get("running_mean"), given.get("running_var"), given.get("weight")
+        if len(trails) != 1 or mean is None or variance is None or given.get("training") or trails[0].channels != 1:
+            return None
+        trail = trails[0]
+        if trail.scale is None and not trail.redo:
+            self.means.setdefault(self.buffers.get(id(mean), ""), []).append((trail.layer, mean.clone()))
+        scale = torch.rsqrt(variance.float() + given.get("eps", 1e-5))
+        return trail.scaled(scale if weight is None else scale * weight.float())
+
+    def targets(self, inputs: Inputs) -> Targets:
+        """What was seen, without sums that a layer's output does not go to alone."""
+        once = {name: runs[0] for name, runs in self.means.items() if name and len(runs) == 1}
+        means = {place: Mean(name, values) for name, (place, values) in once.items()}
+        layers: dict[Place, Target] = {}
+        for place, target in self.layers.items():
+            alone = self.readers[place] == self.steps[place] + 1
+            mean = means.get(place) if alone else None
+            layers[place] = replace(target, sum=target.sum if alone else None, mean=mean)
+        return Targets(inputs, layers, self.skipped)
+
+
+def _further(
+    func: Any, args: tuple[Any, ...], tensors: list[Tensor], trail: Trail, trails: WeakTensorKeyDictionary
+) -> Trail | None:
+    """The trail after a function that scales channels, moves dimensions, or does nothing in evaluation mode."""
+    if func is F.dropout:
+        return trail
+    if func in _PRODUCTS and len(tensors) == 2:
+        data, factor = tensors if trails.get(tensors[0]) is trail else tensors[::-1]
+        wide = [dim for dim in range(-factor.ndim, 0) if factor.shape[dim] > 1]
+        if factor.ndim <= data.ndim and all(dim % data.ndim == trail.channels for dim in wide):
+            return trail.scaled(factor.float().flatten().expand(data.shape[trail.channels]))
+    if func in _REORDERS and len(args) > 1:
+        ndim = tensors[0].ndim
+        given = [dim % ndim for dim in (args[1] if isinstance(args[1], tuple | list) else args[1:])]
+        order = list(range(ndim))
+        if len(given) == ndim and func in _PERMUTES:
+            return trail.reordered(given)
+        if len(given) == 2 and func not in _PERMUTES:
+            order[given[0]], order[given[1]] = given[1], given[0]
+            return trail.reordered(order)
+    return None
