@@ -166,7 +166,7 @@ class Scorer:
         self._cache: dict[tuple[PruningPlan, str, int], Score] = {}
         self._unpruned: dict[tuple[str, int], Score] = {}
         self._outputs: dict[tuple[str, int], list[Any]] = {}
-        self._targets: dict[tuple[int, bool], list[Targets]] = {}
+        self._targets: dict[tuple[int, float], list[Targets]] = {}
         self.scored = 0
         """Plans run so far; cached ones do not count."""
         self.journal: Journal | None = None
@@ -245,7 +245,14 @@ class Scorer:
         """The smaller network after recovery, in float32, and the layers that reconstruction left, with the reason."""
         model, settings = self.pruned(plan), self.settings
         if settings.recovery == "reconstruct":
-            return model, self._reconstruct(model, plan, quick=quick, exact=None).skipped
+            twin = duplicate(model)  # runs in the fastest form
+            exact = self._prepared_layers(twin)
+            found = self._reconstruct(twin, plan, quick=quick, exact=exact)
+            fitted = {**dict(twin.named_parameters()), **dict(twin.named_buffers()), **exact}
+            with torch.no_grad():
+                for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                    tensor.copy_(fitted[name])
+            return model, found.skipped
         if settings.recovery == "distill" and not quick:
             self._recalibrate(model, half=False)
             self._distill(model, plan, settings.recovery_steps, progress=progress)
@@ -310,34 +317,37 @@ class Scorer:
         if settings.recovery == "distill":
             self._recalibrate(model, half=False)
             self._distill(model, plan, min(settings.recovery_steps, QUICK_STEPS))
-        weights = self.form.prepare_layers(model)
+        exact = self._prepared_layers(model)
         if settings.recovery == "reconstruct":
-            exact = {f"{path}.weight": weight for path, weight in weights.items()}
             self._reconstruct(model, plan, quick=quick, exact=exact)
-            weights = {path: exact[f"{path}.weight"] for path in weights}
         elif settings.recovery != "distill":
             self._recalibrate(model, half=self.form.half)
+        weights = {name.removesuffix(".weight"): tensor for name, tensor in exact.items() if name.endswith(".weight")}
         return model, self.form.folded(model, weights)
 
+    def _prepared_layers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Bring layers into the form, in place; their exact weights and biases by name."""
+        before = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        layers = self.form.prepare_layers(model)
+        names = [f"{path}.{kind}" for path in layers for kind in ("weight", "bias")]
+        return {name: before[name] for name in names if name in before}
+
     def _reconstruct(
-        self, model: nn.Module, plan: PruningPlan, *, quick: bool, exact: dict[str, Tensor] | None
+        self, model: nn.Module, plan: PruningPlan, *, quick: bool, exact: dict[str, Tensor]
     ) -> Reconstruction:
         """Fit the layers of a pruned network, in the form that they are in."""
         graph, settings = self.network.graph, self.settings
         examples = min(settings.recovery_examples, QUICK_EXAMPLES) if quick else settings.recovery_examples
         fitting = Fitting(per_unknown=QUICK_POSITIONS) if quick else Fitting()
-        rounded = exact is not None and self.form.half
-        return reconstruct(
-            model, graph, plan.mask(graph), self._targets_on(examples, fitting, rounded), fitting, exact=exact
-        )
+        return reconstruct(model, graph, plan.mask(graph), self._targets_on(examples, fitting), fitting, exact=exact)
 
-    def _targets_on(self, examples: int, fitting: Fitting, rounded: bool) -> Iterable[Targets]:
+    def _targets_on(self, examples: int, fitting: Fitting) -> Iterable[Targets]:
         """What the unpruned network computes; remembered where one batch holds all examples."""
-        key = (examples, rounded)
+        key = (examples, fitting.per_unknown)
         if key in self._targets:
             return self._targets[key]
         size = max(1, min(examples, ACTIVATION_LIMIT // max(1, self._activations)))
-        targets = self._observed(examples, size, fitting, rounded)
+        targets = self._observed(examples, size, fitting)
         if size < examples:
             return targets
         self._targets[key] = list(targets)
@@ -348,16 +358,14 @@ class Scorer:
         """Bytes of activations for one example."""
         return peak_memory(self.network.model, self.network.example_inputs).bytes
 
-    def _observed(self, examples: int, size: int, fitting: Fitting, rounded: bool) -> Iterator[Targets]:
-        teacher, form = self.network.model, InferenceForm((), half=rounded, layout=self.form.layout)
-        if rounded:
-            teacher = duplicate(teacher)
-            form.prepare_layers(teacher)
+    def _observed(self, examples: int, size: int, fitting: Fitting) -> Iterator[Targets]:
+        teacher = duplicate(self.network.model)
+        self.form.prepare_layers(teacher)
         batches = self.task.batches("calibration", batch_size=size, limit=examples, device=self.device)
         for number, (inputs, _) in enumerate(batches):
             yield observe_targets(
                 teacher,
-                tree_map(form.prepare_input, inputs),
+                tree_map(self.form.prepare_input, inputs),
                 per_unknown=fitting.per_unknown * min(1.0, CHUNK_SHARE * size / examples),
                 seed=self.settings.seed + number,
             )

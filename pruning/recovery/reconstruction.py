@@ -82,7 +82,7 @@ def reconstruct(
         mask: units kept ``(units,)``.
         batches: targets of the unpruned network, from :func:`.observe_targets`.
         settings: how layers are fitted.
-        exact: weights by name where those of ``model`` are rounded for speed; replaced as the layers are.
+        exact: weights and biases by name where those of ``model`` are rounded for speed; replaced as the layers are.
 
     Returns:
         Errors before and after, and what was left as it was.
@@ -180,7 +180,9 @@ class _Layer:
         source, channels = self.read.input, len(self.outputs)
         if self.target.last:
             return source.new_zeros(*source.shape[:-1], channels)
-        return source.new_zeros(len(source), channels, *self.target.size)
+        zeros = source.new_zeros(len(source), channels, *self.target.size)
+        last = source.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last)
+        return zeros.contiguous(memory_format=torch.channels_last) if last else zeros
 
 
 class _Solver(Watch):
@@ -256,13 +258,7 @@ class _Solver(Watch):
             shift = self._set(layer)
         else:
             self.late.append(layer)
-        output = layer.run()
-        width = [1] * output.ndim
-        width[-1 if target.last else 1] = -1
-        if shift is not None:  # the normalisation ran with the mean from before
-            output = output + shift.reshape(width).to(output.dtype)
-        if scale is not None:
-            output = output * scale.reshape(width).to(output.dtype)
+        output = _scaled(layer.run(), scale, shift, target.last)
         for step in found.trail.redo:
             output = step(output)
         operands[found.operand].add_(output)
@@ -295,7 +291,9 @@ class _Solver(Watch):
     def _fit(self, layer: _Layer) -> _Fit:
         """Equations that start from the layer's present weights."""
         bias, mean = layer.read.bias, layer.target.mean
-        intercept = bias is not None and id(_base(bias)) in self.names
+        name = None if bias is None else self.names.get(id(_base(bias)))
+        intercept = name is not None
+        bias = self.exact.get(name, bias) if name is not None else bias
         if bias is None and mean is not None and mean.name in self.buffers:
             # a mean that has changed since is a bias in its place
             bias, intercept = mean.values[layer.outputs] - self.buffers[mean.name], True
@@ -317,13 +315,29 @@ class _Solver(Watch):
             return None
         assert fit.bias is not None
         if read.bias is not None:
-            read.bias.copy_(fit.bias + shift)
+            bias = fit.bias + shift
+            read.bias.copy_(bias)
+            name = self.names[id(_base(read.bias))]
+            if name in self.exact:
+                self.exact[name] = bias.to(self.exact[name].dtype)
             return None
         assert layer.target.mean is not None
         mean = self.buffers[layer.target.mean.name]
         before = mean.clone()
         mean.copy_(layer.target.mean.values[layer.outputs] - fit.bias - shift)
         return before - mean
+
+
+def _scaled(output: Tensor, scale: Tensor | None, shift: Tensor | None, last: bool) -> Tensor:
+    """``scale (output + shift)``, channel by channel."""
+    if last:
+        output = output if shift is None else output + shift.to(output.dtype)
+        return output if scale is None else output * scale.to(output.dtype)
+    channels = output.shape[1]
+    mean = torch.zeros(channels, device=output.device) if shift is None else -shift.float()
+    ones = torch.ones(channels, device=output.device)
+    # one fused kernel, several times as fast as two broadcast operations
+    return torch.batch_norm(output, scale, None, mean, ones, False, 0.0, 0.0, False)
 
 
 def _base(tensor: Tensor) -> Tensor:
