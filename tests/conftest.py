@@ -482,7 +482,7 @@ def live_problem() -> PruningProblem:
     """Three groups and a budget that the channels which reach the output cost exactly: the best plan scores 1."""
     network = PrunableNetwork(made(Live), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)))
     cost = network.costs.macs(np.array(LIVE))
-    settings = ScorerSettings(precision="float32", compensate=False, recovery_examples=0, batch_size=100)
+    settings = ScorerSettings(precision="float32", recovery="none", batch_size=100)
     scorer = Scorer(network, ImitationTask(network), settings)
     return PruningProblem(scorer, (Budget("macs", (cost + 0.5) / network.full_cost.macs),))
 
@@ -498,9 +498,7 @@ class PlainImitationTask(ImitationTask):
 def loss_problem(live_problem: PruningProblem) -> PruningProblem:
     """The same toy, budget and best plan, where the loss says what the score says; channels are kept by norm."""
     network = live_problem.scorer.network
-    settings = ScorerSettings(
-        criterion="l2", precision="float32", compensate=False, recovery_examples=0, examples=60, batch_size=100
-    )
+    settings = ScorerSettings(criterion="l2", precision="float32", recovery="none", examples=60, batch_size=100)
     return PruningProblem(Scorer(network, PlainImitationTask(network), settings), live_problem.budgets)
 
 

@@ -14,7 +14,7 @@ from prunegym.envs.observation import EpisodeState
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.scoring import Scorer
+from prunegym.pruning.scoring import Recovery, Scorer
 from prunegym.pruning.widths import Bound, WidthRules
 
 
@@ -91,10 +91,10 @@ def test_attention_is_relative_to_the_mean_of_what_is_left(scorer: Scorer) -> No
     assert ((gates.opened().detach().numpy() < 1) & (gates.opened().detach().numpy() >= 0)).all()
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_network_is_left_as_it_was_and_the_seed_decides(scorer: Scorer, steps: int) -> None:
-    """In either regime the weights are frozen."""
-    settings = replace(scorer.settings, recovery_steps=steps)
+@pytest.mark.parametrize("recovery", ["compensate", "reconstruct", "distill"])
+def test_network_is_left_as_it_was_and_the_seed_decides(scorer: Scorer, recovery: Recovery) -> None:
+    """Whatever the recovery, the weights are frozen."""
+    settings = replace(scorer.settings, recovery=recovery, recovery_steps=2)
     problem = PruningProblem(Scorer(scorer.network, scorer.task, settings), (Budget("macs", 0.5),))
     before = {name: value.clone() for name, value in scorer.network.model.state_dict().items()}
     ends = []

@@ -209,9 +209,17 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda f: ["finetune", "--network", f"{user_network(f, 10)}:net", "--data", data_file(f / "d.npz", **SMALL)],
         "`--data` should be what the network takes.*for which the network raised RuntimeError",
     ),
-    "regime without steps": (
-        lambda _: ["train", *NETWORK, "--regime", "finetuned", "--recovery-steps", "0"],
-        "`--recovery-steps` should be at least 1 in the finetuned regime",
+    "no steps of recovery": (
+        lambda _: ["train", *NETWORK, "--recovery", "distill", "--recovery-steps", "0"],
+        r"`--recovery-steps` should be at least 1\. Received 0",
+    ),
+    "no examples of recovery": (
+        lambda _: ["prune", *NETWORK, "--recovery-examples", "0"],
+        r"`--recovery-examples` should be at least 1\. Received 0",
+    ),
+    "rate of recovery": (
+        lambda _: ["evaluate", *NETWORK, "--recovery", "distill", "--recovery-rate", "0"],
+        "`--recovery-rate` should be above 0",
     ),
 }
 

@@ -397,11 +397,13 @@ def test_state_tells_budget_round_and_cost(problem: PruningProblem) -> None:
 def test_no_state_feature_is_zero_everywhere(
     problem: PruningProblem, trained: PrunableNetwork, digits: ClassificationTask
 ) -> None:
-    """Over budgets, rounds and both regimes."""
+    """Over budgets, rounds and recoveries, with training steps before a score and without."""
     tuned = Scorer(
         trained,
         digits,
-        ScorerSettings(recovery_steps=1, statistics_examples=16, recovery_examples=16, examples=50),
+        ScorerSettings(
+            recovery="distill", recovery_steps=1, statistics_examples=16, recovery_examples=16, examples=50
+        ),
         statistics=problem.scorer.statistics,
     )
     rows = [run(ChannelPruningEnv(problem, rounds=2), budget=budget)[0][1]["state"] for budget in BUDGETS[:3]]

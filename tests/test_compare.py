@@ -332,8 +332,14 @@ def test_finished_rows_need_no_network(half: PruningProblem, tmp_path: Path) -> 
     [
         ({"criterion": "l1"}, "whose criterion is taylor; now it is l1"),
         ({"examples": 60}, "whose reward examples is 150; now it is 60"),
-        ({"recovery_steps": 1}, r"now it is finetuned \(differing: regime, recovery steps\)"),
-        ({"compensate": False}, "whose compensate is True; now it is False"),
+        (
+            {"recovery": "distill", "recovery_steps": 1},
+            r"whose recovery is reconstruct; now it is distill \(differing: recovery, recovery steps\)",
+        ),
+        ({"recovery_examples": 32}, "whose recovery examples is 64; now it is 32"),
+        ({"recovery_rate": 0.5}, "whose recovery rate is 0.02; now it is 0.5"),
+        ({"recovery_split": "calibration"}, "whose recovery split is train; now it is calibration"),
+        ({"measure": "divergence"}, "whose measure is task; now it is divergence"),
     ],
 )
 def test_rows_of_other_settings_are_refused(

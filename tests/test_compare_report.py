@@ -56,9 +56,9 @@ def page(content: dict[str, Any]) -> str:
 
 
 def test_page_says_what_the_figures_are_of(page: str) -> None:
-    """Regime, data, split, what the intervals are over, and that few pairs make them too narrow."""
+    """Recovery, data, split, what the intervals are over, and that few pairs make them too narrow."""
     for words in (
-        "Regime: post-training",
+        "Recovery: reconstruct",
         "digits (split seed 0)",
         "selection split",
         "over 2 (network, budget) pairs, each the mean of 2 search seeds",

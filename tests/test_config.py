@@ -104,13 +104,13 @@ def test_defaults_keep_their_own_rules(kind: type) -> None:
         (TrainConfig, {"criterion": "taylor_sqared"}, "Did you mean 'taylor_squared'"),
         (TrainConfig, {"criterion": "encoder_attention"}, "`--policy` should be a policy file with --criterion"),
         (TrainConfig, {"statistics_examples": 1}, "`--statistics-examples` should be at least 2"),
-        (TrainConfig, {"recovery_examples": -1}, "`--recovery-examples` should be at least 0"),
+        (TrainConfig, {"recovery_examples": 0}, "`--recovery-examples` should be at least 1. Received 0"),
         (TrainConfig, {"reward_examples": 0}, "`--reward-examples` should be at least 1"),
-        (TrainConfig, {"recovery_steps": -1}, "`--recovery-steps` should be at least 0"),
+        (TrainConfig, {"recovery_steps": -1}, "`--recovery-steps` should be at least 1"),
         (
             TrainConfig,
-            {"regime": "finetuned", "recovery_steps": 0},
-            "`--recovery-steps` should be at least 1 in the finetuned regime",
+            {"recovery": "distill", "recovery_steps": 0},
+            "`--recovery-steps` should be at least 1. Received 0",
         ),
         (TrainConfig, {"recovery_rate": -1.0}, "`--recovery-rate` should be above 0"),
         (TrainConfig, {"latency_batch": 0}, "`--latency-batch` should be at least 1"),
@@ -225,17 +225,49 @@ def test_networks_are_paired_with_their_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "steps"),
+    ("kind", "changes", "recovery"),
     [
-        ({}, 0),
-        ({"regime": "finetuned"}, 20),
-        ({"regime": "finetuned", "recovery_steps": 7}, 7),
-        ({"recovery_steps": 3}, 3),
+        (TrainConfig, {}, "reconstruct"),
+        (EvaluateConfig, {}, "reconstruct"),
+        (TransferConfig, {}, "reconstruct"),
+        (CompareConfig, {}, "reconstruct"),
+        (CompareConfig, {"epochs": 2}, "compensate"),
+        (CompareConfig, {"epochs": 2, "recovery": "reconstruct"}, "reconstruct"),
+        (PruneConfig, {"epochs": 0}, "reconstruct"),
+        (PruneConfig, {"epochs": 1}, "compensate"),
+        (PruneConfig, {"epochs": 1, "recovery": "none"}, "none"),
+        (PruneConfig, {"epochs": 0, "recovery": "bn"}, "bn"),
     ],
 )
-def test_recovery_steps_follow_the_regime(changes: dict[str, Any], steps: int) -> None:
-    """Two regimes, each with its own reward; the number can be chosen."""
-    assert made(TrainConfig, **changes).steps == steps
+def test_recovery_follows_what_comes_after(kind: type, changes: dict[str, Any], recovery: str) -> None:
+    """What fine-tuning makes up for need not be reconstructed; another can be chosen."""
+    config = made(kind, **changes)
+
+    assert config.recovery_name == config.scorer_settings.recovery == recovery
+
+
+def test_steps_of_recovery_are_those_asked_for() -> None:
+    """Four hundred by default, of which a score takes some."""
+    assert made(TrainConfig, recovery="distill").scorer_settings.recovery_steps == 400
+    assert made(TrainConfig, recovery="distill", recovery_steps=7).scorer_settings.recovery_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "nearest"),
+    [("recovery", "reconstuct", "reconstruct"), ("measure", "divergense", "divergence")],
+)
+def test_unknown_name_is_refused_with_the_nearest(option: str, value: str, nearest: str) -> None:
+    """From Python, where no parser looks at it first."""
+    with pytest.raises(PruningError, match=f"`{option}` should be one of .*'{value}'. Did you mean '{nearest}'"):
+        _ = made(PruneConfig, **{option: value}).scorer_settings
+
+
+def test_agents_of_a_comparison_are_scored_as_its_plans() -> None:
+    """What follows the searches decides, and no training of an agent is followed by epochs."""
+    for changes, recovery in (({}, "reconstruct"), ({"epochs": 1}, "compensate"), ({"recovery": "bn"}, "bn")):
+        training = made(CompareConfig, **changes).training("name", Budget("macs", 0.25), 4, "structure")
+
+        assert training.recovery_name == recovery
 
 
 def test_reward_follows_the_mode() -> None:

@@ -424,7 +424,7 @@ def test_network_without_a_block_is_scored(zoo: Toys, task_for: TaskFor, few_ste
     graph, block = network.graph, network.blocks[0]
     mask = np.concatenate([np.arange(group.size) % 2 == 0 for group in graph.groups])
     plan = PruningPlan.from_mask(graph, mask).without([block])
-    few = ScorerSettings(statistics_examples=4, recovery_examples=0, compensate=False, precision="float32")
+    few = ScorerSettings(statistics_examples=4, recovery="none", precision="float32")
     scorer = Scorer(network, task_for(network), few)
     inside = [all(path.startswith(f"{block}.") for path in group.producers) for group in graph.groups]
     left = mask & ~np.array(inside)[graph.group_of]

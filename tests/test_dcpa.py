@@ -16,7 +16,7 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
-from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.scoring import Recovery, Scorer, ScorerSettings
 from prunegym.pruning.widths import Bound, WidthRules
 
 BEST = [6, 3, 4]
@@ -162,11 +162,17 @@ def test_searcher_may_not_leave_out_blocks_that_a_latency_table_does_not_know(pr
 
 
 def test_price_of_a_step_is_that_of_its_images() -> None:
-    """By hand: 64 images forwards and backwards, against 512 and 1,000 forwards, and 128 in each of 50 steps."""
-    plain = ScorerSettings(recovery_examples=512, examples=1000)
+    """By hand: 64 images forwards and backwards, against the images of a score and 128 in each step before it."""
+    plain = ScorerSettings(recovery="compensate", recovery_examples=512, examples=1000)
+    images: dict[Recovery, int] = {"none": 1000, "bn": 1512, "compensate": 1512, "reconstruct": 1128}
 
-    assert evaluations_per_step(plain, 64) == pytest.approx(192 / 1512)
-    assert evaluations_per_step(replace(plain, recovery_steps=50), 64) == pytest.approx(192 / (1512 + 3 * 128 * 50))
+    for recovery, count in images.items():
+        assert evaluations_per_step(replace(plain, recovery=recovery), 64) == pytest.approx(192 / count)
+    few = replace(plain, recovery="reconstruct", recovery_examples=40)
+    assert evaluations_per_step(few, 64) == pytest.approx(192 / 1040)
+    for steps, run in ((5, 5), (20, 20), (400, 20)):  # a score takes 20 of them at most
+        tuned = replace(plain, recovery="distill", recovery_steps=steps)
+        assert evaluations_per_step(tuned, 64) == pytest.approx(192 / (1512 + 3 * 128 * run))
 
 
 @pytest.mark.parametrize("allowed", [1, 2, 7, 20])
@@ -184,12 +190,14 @@ def test_steps_are_those_that_the_allowance_pays_for(
     assert result.evaluations <= allowed
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_network_is_left_as_it_was_and_the_seed_decides(digits_problem: PruningProblem, steps: int) -> None:
-    """In either regime; training of weights happens in a copy."""
+@pytest.mark.parametrize("recovery", ["reconstruct", "distill"])
+def test_network_is_left_as_it_was_and_the_seed_decides(digits_problem: PruningProblem, recovery: Recovery) -> None:
+    """Whether weights are trained along or not; training of weights happens in a copy."""
     problem = digits_problem
     scorer = Scorer(
-        problem.scorer.network, problem.scorer.task, replace(problem.scorer.settings, recovery_steps=steps)
+        problem.scorer.network,
+        problem.scorer.task,
+        replace(problem.scorer.settings, recovery=recovery, recovery_steps=3),
     )
     problem = PruningProblem(scorer, problem.budgets)
     before = {name: value.clone() for name, value in scorer.network.model.state_dict().items()}

@@ -33,13 +33,14 @@ FEW = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16
 
 SCORING = {
     "criterion": "l1",
-    "regime": "finetuned",
-    "compensate": False,
+    "recovery": "distill",
     "statistics_examples": 8,
     "recovery_examples": 8,
     "reward_examples": 8,
     "recovery_steps": 3,
     "recovery_rate": 0.5,
+    "recovery_split": "calibration",
+    "measure": "divergence",
     "precision": "float32",
     "seed": 3,
 }

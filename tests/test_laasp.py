@@ -21,8 +21,8 @@ from prunegym.pruning.scoring import Scorer, ScorerSettings
 
 @pytest.fixture(scope="module")
 def finetuned_problem(loss_problem: PruningProblem) -> PruningProblem:
-    """The toy in the fine-tuned regime, with two training steps."""
-    settings = replace(loss_problem.scorer.settings, recovery_steps=2, learning_rate=0.01)
+    """The toy with two training steps before a score."""
+    settings = replace(loss_problem.scorer.settings, recovery="distill", recovery_steps=2, recovery_rate=0.01)
     network, task = loss_problem.scorer.network, loss_problem.scorer.task
     return PruningProblem(Scorer(network, task, settings), loss_problem.budgets)
 

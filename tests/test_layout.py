@@ -13,7 +13,7 @@ from prunegym.pruning.layout import CHANNELS_LAST, CONTIGUOUS, laid_out, layout_
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import train_steps
-from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.scoring import Recovery, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.training import TrainingSettings, check_training, train_network
 
@@ -142,13 +142,17 @@ def test_recovery_steps_learn_in_either_layout_and_precision(
 
 
 def test_recovery_steps_run_in_a_layout_that_training_bears(task: ClassificationTask) -> None:
-    """Scores of other regimes may be of another."""
+    """Scores after other recoveries may be of another."""
     prunable = PrunableNetwork(ViewsInTraining(), torch.randn(2, 3, 8, 8))
+    recoveries: tuple[Recovery, ...] = ("compensate", "reconstruct", "distill")
 
-    forms = [Scorer(prunable, task, ScorerSettings(recovery_steps=steps, examples=50)) for steps in (0, 2)]
+    scorers = [
+        Scorer(prunable, task, ScorerSettings(recovery=one, recovery_steps=2, examples=50)) for one in recoveries
+    ]
 
-    assert [one.form.layout for one in forms] == [CHANNELS_LAST, CONTIGUOUS]
-    assert np.isfinite(forms[1].score(PruningPlan.from_mask(prunable.graph, np.ones(prunable.graph.units, bool))).loss)
+    assert [one.form.layout for one in scorers] == [CHANNELS_LAST, CHANNELS_LAST, CONTIGUOUS]
+    plan = PruningPlan.from_mask(prunable.graph, np.arange(prunable.graph.units) % 2 == 0)
+    assert all(np.isfinite(one.score(plan).loss) for one in scorers)
 
 
 def test_network_and_teacher_run_in_a_layout_that_both_bear(task: ClassificationTask) -> None:
@@ -160,31 +164,40 @@ def test_network_and_teacher_run_in_a_layout_that_both_bear(task: Classification
         assert np.isfinite(row.loss)
 
 
-def test_scores_are_the_same_however_images_are_flattened(task: ClassificationTask) -> None:
-    """In float32; and so are those after recovery steps."""
+@pytest.mark.parametrize("recovery", ["compensate", "reconstruct", "distill"])
+def test_scores_are_the_same_however_images_are_flattened(task: ClassificationTask, recovery: Recovery) -> None:
+    """In float32, before pruning and after each recovery."""
     torch.manual_seed(0)
     networks = [Viewing(), Flattening()]
     networks[1].load_state_dict(networks[0].state_dict())
-    scores = []
+    scores, plan = [], None
     for network in networks:
         prunable = PrunableNetwork(network, torch.randn(2, 3, 8, 8))
-        settings = ScorerSettings(precision="float32", recovery_steps=3, examples=100, batch_size=50)
+        settings = ScorerSettings(
+            recovery=recovery, precision="float32", recovery_steps=3, examples=100, batch_size=50
+        )
         scorer = Scorer(prunable, task, settings)
-        scores.append(scorer.unpruned().loss)
+        plan = plan or PruningPlan.from_mask(prunable.graph, np.arange(prunable.graph.units) % 2 == 0)
+        scores.append((scorer.unpruned().loss, scorer.score(plan).loss))
 
-    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert scores[0][0] == pytest.approx(scores[1][0], rel=1e-5)
+    assert scores[0][1] == pytest.approx(scores[1][1], rel=1e-3)
 
 
 def test_network_that_flattens_with_view_is_pruned_and_fine_tuned(task: ClassificationTask) -> None:
-    """The whole way: search in both regimes, recovery, training and measuring."""
+    """The whole way: search with each recovery, training and measuring."""
     torch.manual_seed(0)
     network = Viewing()
 
     options = {"budget": "macs:0.5", "searcher": "random", "evaluations": 3}
 
     result = prunegym.prune(network, task.data, **options, epochs=2)
-    steps = prunegym.prune(network, task.data, **options, epochs=0, regime="finetuned", recovery_steps=5)
+    others = [
+        prunegym.prune(network, task.data, **options, epochs=0, recovery="distill", recovery_steps=5),
+        prunegym.prune(network, task.data, **options, epochs=0, recovery="reconstruct"),
+    ]
 
-    assert result.after.macs <= result.before.macs / 2
-    assert steps.after.macs <= steps.before.macs / 2
-    assert result.model(torch.randn(2, 3, 8, 8)).shape == (2, CLASSES)
+    assert [one.recovery for one in (result, *others)] == ["compensate", "distill", "reconstruct"]
+    for one in (result, *others):
+        assert one.after.macs <= one.before.macs / 2
+        assert one.model(torch.randn(2, 3, 8, 8)).shape == (2, CLASSES)

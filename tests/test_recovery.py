@@ -300,7 +300,7 @@ def test_training_steps_run_over_several_epochs(toys: Toys, task_for: TaskFor) -
 
 
 def test_no_steps_change_nothing(toys: Toys, task_for: TaskFor) -> None:
-    """The post-training regime."""
+    """As where a recovery trains nothing."""
     network = toys("sequential")
     model = copy.deepcopy(network.model)
 

@@ -83,6 +83,8 @@ def scripted() -> nn.Module:
         return torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, CLASSES)))
 
 
+#: A recovery that trains.
+STEPS = {"recovery": "distill", "recovery_steps": 1}
 #: How the network is built, what is asked for, and what is said about it.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "torch.jit": (scripted, {}, "`network` should be made of modules in Python.*Give the module that it was made of"),
@@ -94,8 +96,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "generator": (HoldsGenerator, {}, "`network` should be one that copy.deepcopy copies.*Take what is no part of it"),
     "dictionary": (GivesDict, {}, "`--network` should give one output per class.*Received dict.*Wrap the network"),
     "batches": (FixedBatch, {}, "`network` should run on batches of any size.*Received 'images' in batches of 64"),
-    "frozen": (lambda: Convolutions().requires_grad_(False), {"recovery_steps": 1}, "require a gradient.*Unfreeze"),
-    "inference": (OnlyEvaluates, {"recovery_steps": 1}, "`network` should learn in training mode.*for inference only"),
+    "frozen": (lambda: Convolutions().requires_grad_(False), STEPS, "require a gradient.*Unfreeze"),
+    "inference": (OnlyEvaluates, STEPS, "`network` should learn in training mode.*for inference only"),
     "tied": (TiesAll, {}, "first: its channels can only go all together"),
 }
 

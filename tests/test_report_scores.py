@@ -1,5 +1,6 @@
 """Rows of all commands in one form, and what may stand beside what."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,33 @@ def test_scores_on_other_images_stand_apart(change: dict[str, Any]) -> None:
     assert len(collect(runs).fields) == 2
 
 
+@pytest.mark.parametrize(
+    ("told", "config", "recovery"),
+    [
+        ({"recovery": "distill"}, {}, "distill"),
+        ({"regime": "post-training"}, {}, "compensate"),
+        ({"regime": "post-training"}, {"compensate": False}, "bn"),
+        ({"regime": "finetuned"}, {}, "finetuned"),
+        ({}, {}, "compensate"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "compare", "prune"])
+def test_scores_after_another_recovery_stand_apart(
+    command: str, told: dict[str, str], config: dict[str, Any], recovery: str
+) -> None:
+    """Those of version 0.1.0 tell a regime."""
+    made = run("a", command, **config)
+    if command == "prune":
+        shown = {"network": "net", "budget": "macs:0.5", "searcher": "uniform"}
+        costs = {name: {"before": 2, "after": 1} for name in ("macs", "parameters")}
+        scores = {"unpruned": 1.0, "after_recovery": 0.5}
+        made = replace(made, result={**shown, **costs, "test_scores": scores, **told})
+    else:
+        made = replace(made, rows=[row("uniform", 0.5, after_recovery_score=0.5, plan="p", finetune_seed=None, **told)])
+
+    assert {where.recovery for where in collect([made]).fields} == {recovery}
+
+
 def test_selection_and_test_images_stand_apart_and_selection_comes_first() -> None:
     """What was chosen by, before what was read at the end."""
     fields = collect([run("a", "evaluate", [row("uniform", 0.5, test_score=0.4)])]).fields
@@ -118,7 +146,7 @@ def test_conditions_are_read_from_the_sentence(after: float) -> None:
         "finetune_seed": None,
         "plan": "p",
     }
-    measured = {"after_recovery_score": 0.5, "regime": "post-training", "latency": sentence, "latency_ratio": 0.8}
+    measured = {"after_recovery_score": 0.5, "recovery": "compensate", "latency": sentence, "latency_ratio": 0.8}
     asked = {"command": "compare", "config": {}}
     one = Run(folder=Path("c"), name="c", command="compare", asked=asked, rows=[{**compared, **measured}])
 

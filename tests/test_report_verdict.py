@@ -13,7 +13,7 @@ from prunegym.agents.report.gather import Run
 from prunegym.agents.report.scores import Field, Scored, Scores, Unpruned
 from prunegym.agents.report.verdict import Sentence, difference, speed_tone, subject_of, verdicts
 
-WHERE = Field(network="net", data="digits", split="selection", stage="after_recovery", regime="post-training", epochs=0)
+WHERE = Field(network="net", data="digits", split="selection", stage="after_recovery", recovery="reconstruct", epochs=0)
 
 
 def scored(searcher: str, score: float, **changes: Any) -> Scored:

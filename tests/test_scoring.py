@@ -15,7 +15,7 @@ from prunegym.pruning.importance.statistics import Statistics, collect_statistic
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import recalibrate
-from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.scoring import RECOVERIES, Recovery, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask, Task, forward
 
 Toys = Callable[[str], PrunableNetwork]
@@ -29,10 +29,24 @@ def statistics(trained: PrunableNetwork, digits: ClassificationTask) -> Statisti
     return collect_statistics(trained.model, trained.graph, digits, examples=64)
 
 
+Make = Callable[..., Scorer]
+
+
 @pytest.fixture
-def scorer(trained: PrunableNetwork, digits: ClassificationTask, statistics: Statistics) -> Scorer:
-    """In single precision."""
-    return Scorer(trained, digits, ScorerSettings(precision="float32", **SMALL), statistics=statistics)
+def make(trained: PrunableNetwork, digits: ClassificationTask, statistics: Statistics) -> Make:
+    """Scorers with some settings, in single precision."""
+
+    def scorer(**settings: Any) -> Scorer:
+        wanted = ScorerSettings(**{"precision": "float32", **SMALL, **settings})
+        return Scorer(trained, digits, wanted, statistics=statistics)
+
+    return scorer
+
+
+@pytest.fixture
+def scorer(make: Make) -> Scorer:
+    """With the recovery that is the default."""
+    return make()
 
 
 @pytest.fixture
@@ -53,29 +67,60 @@ def plain_score(model: nn.Module, task: Task, split: str, examples: int) -> tupl
     return scores / count, losses / count
 
 
+@pytest.mark.parametrize("recovery", RECOVERIES)
 def test_folded_score_is_that_of_the_recovered_network(
-    scorer: Scorer, digits: ClassificationTask, half_plan: PruningPlan
+    make: Make, digits: ClassificationTask, half_plan: PruningPlan, recovery: Recovery
 ) -> None:
-    """Folding and memory layout change rounding only."""
+    """Folding and memory layout change rounding only; a score reconstructs in the cheap form."""
+    scorer = make(recovery=recovery, recovery_steps=4)
     score = scorer.score(half_plan)
 
-    accuracy, loss = plain_score(scorer.recovered(half_plan), digits, "reward", 200)
+    model = scorer.recovered(half_plan, quick=recovery == "reconstruct")
+    accuracy, loss = plain_score(model, digits, "reward", 200)
     assert score.loss == pytest.approx(loss, rel=1e-4)
     assert score.score == pytest.approx(accuracy, abs=1 / 200)
     assert score.examples == 200
 
 
-def test_bfloat16_score_is_close_to_single_precision(
-    trained: PrunableNetwork,
-    digits: ClassificationTask,
-    statistics: Statistics,
-    scorer: Scorer,
-    half_plan: PruningPlan,
+def test_second_look_is_at_the_network_that_the_user_gets(
+    make: Make, digits: ClassificationTask, half_plan: PruningPlan
 ) -> None:
-    """Close enough to rank plans."""
-    half = Scorer(trained, digits, ScorerSettings(precision="bfloat16", **SMALL), statistics=statistics)
+    """On more reward images than searches score on, layers are reconstructed in the full form."""
+    scorer = make(recovery="reconstruct", recovery_examples=256)
+    cheap, full = (
+        plain_score(scorer.recovered(half_plan, quick=quick), digits, "reward", 250)[1] for quick in (True, False)
+    )
 
-    rough, exact = half.score(half_plan), scorer.score(half_plan)
+    assert scorer.score(half_plan, examples=250).loss == pytest.approx(full, rel=1e-4)
+    assert cheap != pytest.approx(full, rel=1e-3)
+    fewer = plain_score(scorer.recovered(half_plan, quick=True), digits, "reward", 100)[1]
+    assert scorer.score(half_plan, examples=100).loss == pytest.approx(fewer, rel=1e-4)
+    selection = plain_score(scorer.recovered(half_plan, quick=True), digits, "selection", 250)[1]
+    assert scorer.score(half_plan, split="selection", examples=250).loss == pytest.approx(selection, rel=1e-4)
+
+
+def test_scores_take_few_steps_of_distillation(
+    make: Make, digits: ClassificationTask, half_plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user gets takes all, a look between rounds none."""
+    monkeypatch.setattr("prunegym.pruning.scoring.QUICK_STEPS", 3)
+    scores = [make(recovery="distill", recovery_steps=steps).score(half_plan) for steps in (3, 6)]
+    short, long = (make(recovery="distill", recovery_steps=steps) for steps in (3, 6))
+
+    assert scores[0] == scores[1]
+    losses = [plain_score(one.recovered(half_plan), digits, "reward", 200)[1] for one in (short, long)]
+    assert scores[0].loss == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] != pytest.approx(losses[0], rel=1e-3)
+    look, compensated = long.recovered(half_plan, quick=True), make(recovery="compensate").recovered(half_plan)
+    assert all(map(torch.equal, look.state_dict().values(), compensated.state_dict().values()))
+
+
+@pytest.mark.parametrize("recovery", ["compensate", "reconstruct", "distill"])
+def test_bfloat16_score_is_close_to_single_precision(make: Make, half_plan: PruningPlan, recovery: Recovery) -> None:
+    """Close enough to rank plans."""
+    half, whole = (make(recovery=recovery, recovery_steps=4, precision=one) for one in ("bfloat16", "float32"))
+
+    rough, exact = half.score(half_plan), whole.score(half_plan)
 
     assert half.form.half
     assert rough.score == pytest.approx(exact.score, abs=0.03)
@@ -124,11 +169,10 @@ def test_cost_of_the_scored_network_is_the_predicted_one(
 
 
 def test_without_recovery_the_kept_filters_are_the_original_ones(
-    trained: PrunableNetwork, digits: ClassificationTask, statistics: Statistics, half_plan: PruningPlan
+    trained: PrunableNetwork, make: Make, half_plan: PruningPlan
 ) -> None:
     """Surgery alone: no weight and no running statistic is touched."""
-    settings = ScorerSettings(compensate=False, **{**SMALL, "recovery_examples": 0})
-    plain = Scorer(trained, digits, settings, statistics=statistics).recovered(half_plan)
+    plain = make(recovery="none").recovered(half_plan)
 
     expected = trained.pruned(half_plan)
 
@@ -137,24 +181,30 @@ def test_without_recovery_the_kept_filters_are_the_original_ones(
     )
 
 
-def test_compensation_lowers_the_loss(
-    trained: PrunableNetwork,
-    digits: ClassificationTask,
-    statistics: Statistics,
-    scorer: Scorer,
-    half_plan: PruningPlan,
+def test_recalibration_leaves_the_kept_filters_alone(
+    trained: PrunableNetwork, make: Make, half_plan: PruningPlan
 ) -> None:
+    """Only running statistics are others."""
+    model, expected = make(recovery="bn").recovered(half_plan), trained.pruned(half_plan)
+
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+    assert not torch.equal(model.bn1.running_mean, expected.bn1.running_mean)
+
+
+def test_each_recovery_lowers_the_loss_of_the_one_before(make: Make, half_plan: PruningPlan) -> None:
     """What it is for."""
-    settings = ScorerSettings(compensate=False, precision="float32", **SMALL)
+    losses = [make(recovery=one).score(half_plan).loss for one in ("none", "bn", "compensate", "reconstruct")]
 
-    without = Scorer(trained, digits, settings, statistics=statistics).score(half_plan)
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 4
 
-    assert scorer.score(half_plan).loss < without.loss
 
-
-def test_recovered_network_is_recalibrated(scorer: Scorer, digits: ClassificationTask, half_plan: PruningPlan) -> None:
+@pytest.mark.parametrize("recovery", ["bn", "compensate"])
+def test_recovered_network_is_recalibrated(
+    make: Make, digits: ClassificationTask, half_plan: PruningPlan, recovery: Recovery
+) -> None:
     """Its running statistics are those of calibration examples run through it."""
-    model = scorer.recovered(half_plan)
+    model = make(recovery=recovery).recovered(half_plan)
 
     again = copy.deepcopy(model)
     recalibrate(again, [inputs for inputs, _ in digits.batches("calibration", batch_size=90, limit=128)])
@@ -205,40 +255,144 @@ def test_scoring_leaves_the_network_alone(scorer: Scorer, trained: PrunableNetwo
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("recovery", ["compensate", "reconstruct", "distill"])
 def test_scores_repeat_in_a_new_scorer(
-    trained: PrunableNetwork, digits: ClassificationTask, half_plan: PruningPlan
+    trained: PrunableNetwork, digits: ClassificationTask, half_plan: PruningPlan, recovery: Recovery
 ) -> None:
     """Statistics, recovery and evaluation draw no random numbers of their own."""
-    settings = ScorerSettings(precision="float32", recovery_steps=2, **SMALL)
+    settings = ScorerSettings(precision="float32", recovery=recovery, recovery_steps=2, **SMALL)
 
     scores = [Scorer(trained, digits, settings).score(half_plan) for _ in range(2)]
 
     assert scores[0] == scores[1]
 
 
-def test_recovery_steps_lower_the_loss(
-    trained: PrunableNetwork, digits: ClassificationTask, statistics: Statistics, half_plan: PruningPlan
+def test_recovery_steps_lower_the_loss(make: Make, half_plan: PruningPlan) -> None:
+    """Beyond what compensation does, and the more the longer."""
+    before, after, long = (
+        make(recovery=one, recovery_steps=steps).score(half_plan).loss
+        for one, steps in (("compensate", 1), ("distill", 8), ("distill", 20))
+    )
+
+    assert long < after < before
+
+
+@pytest.mark.parametrize(
+    ("recovery", "changes"),
+    [
+        ("bn", {"recovery_examples": 32}),
+        ("compensate", {"recovery_examples": 32}),
+        ("reconstruct", {"recovery_examples": 32}),
+        ("distill", {"recovery_examples": 32}),
+        ("distill", {"recovery_steps": 2}),
+        ("distill", {"recovery_rate": 0.005}),
+        ("distill", {"recovery_split": "calibration"}),
+        ("distill", {"seed": 1}),
+    ],
+)
+def test_every_setting_of_recovery_changes_the_network(
+    make: Make, half_plan: PruningPlan, recovery: Recovery, changes: dict[str, Any]
 ) -> None:
-    """The reward of the fine-tuned regime."""
+    """And with it what is scored."""
+    same = {"recovery": recovery, "recovery_steps": 3}
+    before, after = (make(**{**same, **one}) for one in ({}, changes))
 
-    def loss(steps: int) -> float:
-        settings = ScorerSettings(precision="float32", recovery_steps=steps, **SMALL)
-        return Scorer(trained, digits, settings, statistics=statistics).score(half_plan).loss
-
-    assert loss(8) < loss(0)
+    assert before.score(half_plan).loss != pytest.approx(after.score(half_plan).loss, rel=1e-5)
+    pairs = zip(*(one.recovered(half_plan).state_dict().values() for one in (before, after)), strict=True)
+    assert not all(torch.equal(*pair) for pair in pairs)
 
 
+class Mislabelled:
+    """A task whose labels are all the same."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def batches(self, split: str, **options: Any) -> Any:
+        for inputs, labels in self.task.batches(split, **options):
+            yield inputs, torch.zeros_like(labels)
+
+
+def test_distillation_on_calibration_examples_sees_no_training_images(make: Make, half_plan: PruningPlan) -> None:
+    """And only as many as were asked for."""
+    scorer = make(recovery="distill", recovery_steps=2, recovery_split="calibration", recovery_examples=40)
+    asked: list[tuple[str, int | None]] = []
+
+    class Noted(Mislabelled):
+        def batches(self, split: str, **options: Any) -> Any:
+            asked.append((split, options["limit"]))
+            return super().batches(split, **options)
+
+    scorer.task = Noted(scorer.task)
+    scorer.recovered(half_plan)
+
+    assert asked
+    assert set(asked) == {("calibration", 40)}
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_recovery_does_not_look_at_labels(make: Make, half_plan: PruningPlan, recovery: Recovery) -> None:
+    """Statistics aside, the network that comes out is the same whatever they are."""
+    plain, wrong = (make(recovery=recovery, recovery_steps=3) for _ in range(2))
+    wrong.task = Mislabelled(wrong.task)
+
+    first, second = (one.recovered(half_plan).state_dict().values() for one in (plain, wrong))
+    assert all(map(torch.equal, first, second))
+
+
+def test_divergence_is_that_of_the_outputs_from_the_unpruned_ones(
+    trained: PrunableNetwork, make: Make, digits: ClassificationTask, half_plan: PruningPlan
+) -> None:
+    """By hand: the Kullback-Leibler divergence in nats, its mean over the examples, and its exponential."""
+    scorer = make(recovery="compensate", measure="divergence")
+    score = scorer.score(half_plan)
+
+    images = torch.cat([inputs for inputs, _ in digits.batches("reward", batch_size=100, limit=200)])
+    with torch.no_grad():
+        wanted, present = (one.eval()(images).log_softmax(1) for one in (trained.model, scorer.recovered(half_plan)))
+    expected = float((wanted.exp() * (wanted - present)).sum(1).mean())
+    assert score.loss == pytest.approx(expected, rel=1e-4)
+    assert score.score == pytest.approx(np.exp(-expected), rel=1e-4)
+    assert score.examples == 200
+    assert expected > 1e-3
+
+
+def test_divergence_needs_no_labels(make: Make, half_plan: PruningPlan) -> None:
+    """The score is the same whatever they are."""
+    plain, wrong = (make(measure="divergence") for _ in range(2))
+    wrong.task = Mislabelled(wrong.task)
+
+    assert plain.score(half_plan) == wrong.score(half_plan)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_unpruned_network_does_not_diverge_from_itself(
+    trained: PrunableNetwork, make: Make, precision: str
+) -> None:
+    """It scores 1, asked for as it is or as a plan; folding changes rounding only."""
+    scorer = make(measure="divergence", recovery="none", precision=precision)
+
+    assert scorer.unpruned().score == pytest.approx(1.0, abs=1e-3)
+    assert scorer.score(PruningPlan.unpruned(trained.graph)).score == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
 @pytest.mark.parametrize("name", ["registered", "dict_output", "residual", "mobile", "transposed", "flattened"])
-def test_folding_changes_no_toy(toys: Toys, task_for: TaskFor, name: str) -> None:
+def test_folding_changes_no_toy(toys: Toys, task_for: TaskFor, name: str, recovery: Recovery) -> None:
     """Aliases, norms that also activate, outputs read before the norm: none is folded that should not be."""
     network = toys(name)
     task = task_for(network)
-    scorer = Scorer(network, task, ScorerSettings(precision="float32", examples=60))
+    settings = ScorerSettings(recovery=recovery, recovery_steps=2, precision="float32", examples=60)
+    scorer = Scorer(network, task, settings)
     plan = PruningPlan.from_scores(network.graph, (network.graph.sizes + 1) // 2, scorer.unit_scores)
 
     score = scorer.score(plan)
 
-    assert score.loss == pytest.approx(plain_score(scorer.recovered(plan), task, "reward", 60)[1], rel=1e-4)
+    model = scorer.recovered(plan, quick=recovery == "reconstruct")
+    assert score.loss == pytest.approx(plain_score(model, task, "reward", 60)[1], rel=1e-4)
 
 
 def test_layers_without_bfloat16_fall_back_to_single_precision(toys: Toys, task_for: TaskFor) -> None:
@@ -281,6 +435,10 @@ def test_batches_beyond_memory_are_made_anew(
         ({"examples": 0}, "`examples` should be at least 1. Received 0"),
         ({"batch_size": 0}, "`batch_size` should be at least 1"),
         ({"statistics_examples": -1}, "`statistics_examples` should be at least 1"),
+        ({"recovery_examples": 0}, "`recovery_examples` should be at least 1. Received 0"),
+        ({"recovery": "distill", "recovery_steps": 0}, "`recovery_steps` should be at least 1. Received 0"),
+        ({"recovery": "compensat"}, "`recovery` should be one of .*Received 'compensat'. Did you mean 'compensate'"),
+        ({"measure": "divergense"}, "`measure` should be one of .*Received 'divergense'. Did you mean 'divergence'"),
     ],
 )
 def test_impossible_settings_are_rejected(setting: dict[str, Any], message: str) -> None:

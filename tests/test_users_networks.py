@@ -322,12 +322,13 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_network_is_pruned_fine_tuned_and_loaded(style: str, random_images: ClassificationTask, tmp_path: Path) -> None:
-    """In both regimes: within its budget, equal to its masked twin, and bit by bit what is loaded again."""
+    """With each recovery: within its budget, equal to its masked twin, and bit by bit what is loaded again."""
     build, budget = STYLES[style]
     images = torch.randn(3, 3, 8, 8)
     options: list[dict[str, Any]] = [
         {"searcher": "knapsack", "epochs": 1},
-        {"searcher": "random", "evaluations": 2, "criterion": "l1", "regime": "finetuned", "recovery_steps": 2},
+        {"searcher": "uniform", "recovery": "reconstruct"},
+        {"searcher": "random", "evaluations": 2, "criterion": "l1", "recovery": "distill", "recovery_steps": 2},
     ]
     for chosen in options:
         result = prunegym.prune(built(build), random_images, budget, **SMALL, **chosen)

@@ -153,7 +153,8 @@ class CompareConfig(
         """How an agent of the comparison is trained."""
         shared = {one.name: getattr(self, one.name) for one in fields(TrainConfig) if hasattr(self, one.name)}
         own = {"network": (network,), "weights": (), "budget": (str(budget),), "policy": None, "out": None, "ray": None}
-        return TrainConfig(**{**shared, **own, "seed": seed, "features": features})
+        chosen = {"seed": seed, "features": features, "recovery": self.recovery_name}
+        return TrainConfig(**{**shared, **own, **chosen})
 
     def finetuning(self, network: str, seed: int) -> PruneConfig:
         """How a plan is fine-tuned."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prunegym.agents.report.gather import Record, Run
 from prunegym.agents.report.page import Block, Section, Table, Text
-from prunegym.agents.report.scores import WORDS
+from prunegym.agents.report.scores import WORDS, recovery_of
 from prunegym.agents.report.verdict import speed_tone
 from prunegym.agents.report.words import amount, duration, percent, plural, suggest
 
@@ -18,7 +18,7 @@ def reached(runs: Sequence[Run]) -> Section:
     exported = [(run, result) for run in runs if (result := run.came_to("export"))]
     blocks: list[Block] = []
     if pruned or tuned:
-        columns = {run.label: _pruned_column(result) for run, result in pruned}
+        columns = {run.label: _pruned_column(run, result) for run, result in pruned}
         columns |= {run.label: _tuned_column(result) for run, result in tuned}
         caption = "Accuracy on the test images, which were read once, at the end."
         if any(_measured(result) for _, result in pruned):
@@ -68,13 +68,13 @@ def _file_row(run: Run, one: Record) -> dict[str, str]:
     }
 
 
-def _pruned_column(result: Record) -> dict[str, str]:
+def _pruned_column(run: Run, result: Record) -> dict[str, str]:
     scores, memory = result["test_scores"], result.get("memory")
     return {
         "network": result["network"],
         "budget": result["budget"],
         "plan by": result["searcher"],
-        "recovery": result["recovery"],
+        "recovery": recovery_of(run, result),
         "accuracy, unpruned": percent(scores["unpruned"]),
         **{f"accuracy, {words}": percent(scores.get(stage)) for stage, words in WORDS.items()},
         "MACs": _before_after(result["macs"]),

@@ -164,6 +164,14 @@ def _field(run: Run, network: str, split: str, stage: str, recovery: str, epochs
     return Field(network=network, data=data_of(run), split=split, stage=stage, recovery=recovery, epochs=epochs)
 
 
+def recovery_of(run: Run, row: Record) -> str:
+    """What follows pruning in a row or result; those of version 0.1.0 name a regime."""
+    named = str(row.get("recovery") or row.get("regime") or "compensate")
+    if named != "post-training":
+        return named
+    return "compensate" if run.config.get("compensate", True) else "bn"
+
+
 def data_of(run: Run) -> str:
     """Data of a run: only what has the same name and the same splits can be compared."""
     data, seed = Path(str(run.config.get("data", "unknown"))).name, run.config.get("split_seed", 0)
@@ -191,7 +199,7 @@ def _evaluated(run: Run, row: Record) -> Iterator[Scored]:
     for split in ("selection", "test"):
         if row.get(f"{split}_score") is not None:
             yield Scored(
-                where=_field(run, row["network"], split, "after_recovery", row.get("recovery", "compensate")),
+                where=_field(run, row["network"], split, "after_recovery", recovery_of(run, row)),
                 score=float(row[f"{split}_score"]),
                 identity=identity,
                 latency_ratio=None,
@@ -215,7 +223,7 @@ def _compared(run: Run, row: Record) -> Iterator[Scored]:
             plan = "" if row["searcher"] in SIMPLE else f"{run.name} {row['plan']}"
             seeds = f"{plan} f{row['finetune_seed']}" if tuned else plan
             yield Scored(
-                where=_field(run, row["network"], split, stage, row["recovery"], epochs),
+                where=_field(run, row["network"], split, stage, recovery_of(run, row), epochs),
                 score=float(score),
                 identity=_settings(run) + seeds,
                 latency_ratio=row.get("latency_ratio"),
@@ -240,7 +248,7 @@ def _pruned(run: Run, result: Record) -> Iterator[Scored]:
             continue
         epochs = int(result.get("epochs") or 0) if stage == "after_finetuning" else 0
         yield Scored(
-            where=_field(run, result["network"], "test", stage, result["recovery"], epochs),
+            where=_field(run, result["network"], "test", stage, recovery_of(run, result), epochs),
             score=float(score),
             identity=_identity(run, result["searcher"]) + (f" f{run.asked['seed']}" if epochs else ""),
             latency_ratio=1 / latency["speed_up"] if latency else None,

@@ -12,7 +12,7 @@ from prunegym.agents.report import charts
 from prunegym.agents.report.charts import Marks
 from prunegym.agents.report.gather import Run, Training, texts
 from prunegym.agents.report.page import Block, Folded, Heading, Pictures, Section, Table, Text
-from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of
+from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of, recovery_of
 from prunegym.agents.report.svg import Gallery, Picture
 from prunegym.agents.report.verdict import difference
 from prunegym.agents.report.words import amount, duration, option_rows, percent, signed, suggest
@@ -32,7 +32,7 @@ def asked(runs: Sequence[Run]) -> Section:
                 "network": ", ".join(run.network_names),
                 "data": data_of(run) if config.get("data") else "",
                 "budget": ", ".join(texts(config.get("budget"))),
-                "recovery": str(config.get("recovery") or ""),
+                "recovery": _recovery(run),
                 "searcher": ", ".join(texts(config.get("searcher"))) or _searcher(run),
                 "seed": str(run.asked.get("seed", "")),
                 "evaluations": str(config.get("evaluations", "")) if run.command in ("train", "compare") else "",
@@ -48,6 +48,14 @@ def _searcher(run: Run) -> str:
     """Who searched; commands that search nothing are put down under their own name."""
     name = str(run.asked.get("searcher") or "")
     return "" if name == run.command else name
+
+
+def _recovery(run: Run) -> str:
+    """What was to follow pruning, by default what suits the epochs after it; nothing where plans are not scored."""
+    config = run.config
+    if config.get("recovery") or "regime" in config:
+        return recovery_of(run, config)
+    return ("compensate" if config.get("epochs") else "reconstruct") if "recovery" in config else ""
 
 
 def _details(run: Run) -> Iterator[Block]:
