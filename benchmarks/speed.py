@@ -18,7 +18,7 @@ import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -71,7 +71,8 @@ def main(arguments: Arguments) -> None:
     """Measure what the table does not hold yet."""
     table = Table(RESULTS / "speed.csv", ("what", "network"))
     task = ClassificationTask(load_data(arguments.data))
-    for network, weights in (("cifar_resnet20", arguments.weights), ("cifar_resnet20_conv", None)):
+    networks = {"cifar_resnet20": arguments.weights, "cifar_resnet20_conv": None}
+    for network, weights in {**networks, "cifar_resnet56": arguments.large_weights}.items():
         if not table.has(what="evaluation", network=network):
             evaluation(table, network, weights, task, arguments.repeats)
     for network in ("resnet50", "vgg19"):
@@ -91,12 +92,20 @@ def evaluation(
     """Time one evaluation beside its forward passes, and beside deep copy + torch_pruning + float32."""
     model = build_network(name, num_classes=10, weights=weights)
     network = PrunableNetwork(model, torch.randn(2, 3, 32, 32), name=name)
-    settings = ScorerSettings(recovery_examples=RECALIBRATION, examples=SCORED)
+    settings = ScorerSettings(recovery="compensate", recovery_examples=RECALIBRATION, examples=SCORED)
     problem = PruningProblem(Scorer(network, task, settings), (Budget.parse(BUDGET),))
     limit = problem.limits[problem.budgets[0]]
     counts = problem.uniform_counts(limit)
     plan = problem.plan(counts)
-    contestants = {"evaluation": lambda: problem.scorer.run(plan), "forward": forward_passes(problem, plan)}
+    fitted = Scorer(
+        network, task, replace(settings, recovery="reconstruct"), statistics=problem.scorer.statistics
+    )
+    contestants = {
+        "evaluation": lambda: problem.scorer.run(plan),
+        "forward": forward_passes(problem, plan),
+        "reconstruct": lambda: fitted.run(plan),
+        "full_reconstruct": lambda: full_reconstruction(fitted, plan),
+    }
     ratio = float((counts / problem.sizes).mean())
     if name.endswith("_conv"):
         contestants["torch_pruning"] = torch_pruning_evaluation(model, task, 1 - ratio)
@@ -108,11 +117,18 @@ def evaluation(
         what="evaluation",
         network=name,
         **row,
+        reconstruct_ratio=round(median(seconds["reconstruct"]) / median(seconds["evaluation"]), 4),
         overhead=round(median(seconds["evaluation"]) / median(seconds["forward"]) - 1, 4),
         times_faster=None if other is None else round(other, 3),
         repeats=repeats,
         precision="bfloat16" if problem.scorer.form.half else "float32",
     )
+
+
+def full_reconstruction(scorer: Scorer, plan: PruningPlan) -> None:
+    """All that a recovered network costs, what the unpruned network computes included."""
+    scorer.forget_targets()
+    scorer.recovered(plan)
 
 
 def forward_passes(problem: PruningProblem, plan: PruningPlan) -> Callable[[], object]:

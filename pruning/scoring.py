@@ -222,6 +222,10 @@ class Scorer:
         """Drop all scores of plans, so that the next search pays for each of its own; batches stay prepared."""
         self._cache.clear()
 
+    def forget_targets(self) -> None:
+        """Drop what is remembered of the unpruned network for reconstruction, and free its memory."""
+        self._targets.clear()
+
     def pruned(self, plan: PruningPlan) -> nn.Module:
         """The smaller network right after surgery, and compensation where the recovery has it, in float32."""
         graph, model = self.network.graph, self.network.model

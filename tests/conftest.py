@@ -256,6 +256,7 @@ ZOO = (
     "cifar_vgg16",
     "cifar_mobilenet_v2",
     "cifar_efficientnet_b0",
+    "cifar_hybrid",
 )
 
 

@@ -1,7 +1,7 @@
 """The environment: Gymnasium's and SB3's own checks, determinism, budgets, rounds and rewards."""
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +21,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.scoring import Scorer, ScorerSettings
+from prunegym.pruning.scoring import RECOVERIES, Recovery, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 from prunegym.pruning.widths import Bound, WidthRules
 
@@ -411,6 +411,19 @@ def test_no_state_feature_is_zero_everywhere(
 
     largest = np.abs(rows).max(axis=0)
     assert [name for name, value in zip(STATE_FEATURES, largest, strict=True) if value == 0] == []
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_recovery_is_told(problem: PruningProblem, recovery: Recovery) -> None:
+    """By name in the info; to the policy, whether training steps come before a score."""
+    scorer = problem.scorer
+    settings = replace(scorer.settings, recovery=recovery, recovery_steps=1)
+    scorer = Scorer(scorer.network, scorer.task, settings, statistics=scorer.statistics)
+    observations, _, info = run(ChannelPruningEnv(PruningProblem(scorer, problem.budgets[:1])))
+
+    state = dict(zip(STATE_FEATURES, observations[0]["state"], strict=True))
+    assert state["finetuned"] == (recovery == "distill")
+    assert info["recovery"] == recovery
 
 
 def test_budget_of_an_episode_can_be_asked_for(problem: PruningProblem) -> None:

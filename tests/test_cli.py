@@ -1,6 +1,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -101,6 +102,66 @@ def test_unknown_flag_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[
 
     assert end.value.code == 2
     assert "--network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "transfer", "compare", "prune"])
+@pytest.mark.parametrize(
+    ("flag", "typed", "nearest"),
+    [
+        ("--recovery", "reconstuct", "reconstruct"),
+        ("--recovery", "destil", "distill"),
+        ("--measure", "divergense", "divergence"),
+        ("--recovery-split", "calibraton", "calibration"),
+    ],
+)
+def test_unknown_name_is_refused_with_those_there_are(
+    command: str, flag: str, typed: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is computed."""
+    with pytest.raises(SystemExit) as end:
+        main([command, *NETWORK, flag, typed])
+
+    assert end.value.code == 2
+    told = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
+    assert f"invalid choice '{typed}' for argument '{flag}'" in told
+    assert f"'{nearest}'" in told.partition("Expected one of")[2]
+
+
+@pytest.mark.parametrize("flag", ["--regime", "--no-compensate", "--recalibration-examples"])
+def test_flag_of_an_earlier_version_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rather than left without effect."""
+    with pytest.raises(SystemExit) as end:
+        main(["prune", *NETWORK, flag])
+
+    assert end.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_recovery_of_nothing_is_not_the_default() -> None:
+    """`none` is a name like the others."""
+    typed = [parse(["prune", *NETWORK, *more]) for more in ([], ["--recovery", "none"], ["--recovery", "distill"])]
+
+    assert [one.recovery for one in typed] == [None, "none", "distill"]
+    assert [one.recovery_name for one in typed][1:] == ["none", "distill"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "recovery"),
+    [
+        (["--epochs", "0"], "reconstruct"),
+        (["--epochs", "1"], "compensate"),
+        (["--epochs", "0", "--recovery", "none"], "none"),
+        (["--epochs", "0", "--recovery", "distill", "--recovery-steps", "2"], "distill"),
+    ],
+)
+def test_prune_recovers_as_asked_for(
+    run: Run, weights: list[str], asked: list[str], recovery: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by default as suits what follows."""
+    monkeypatch.setattr("prunegym.agents.prune.MEASURED_IN", ("torch",))  # exports take seconds
+    content = run("prune", *weights, *FEW, "--searcher", "uniform", *asked)
+
+    assert content["recovery"] == recovery
 
 
 def test_repeated_flags_add_up() -> None:

@@ -1,6 +1,7 @@
 """Predicted costs against PyTorch's own counter on the rebuilt network, and against hand counts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunegym.pruning.modes import operation_by_operation
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.widths import WidthRules
@@ -21,9 +23,17 @@ MakePlan = Callable[[PrunableNetwork, np.random.Generator], PruningPlan]
 
 def counted_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     """Multiply-accumulates for one example, by PyTorch's counter of floating point operations."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}  # to PyTorch it is for free
+    counter = FlopCounterMode(display=False, custom_mapping=known)
+    with operation_by_operation(), counter, torch.no_grad():
         model.eval()(*inputs)
     return counter.get_total_flops() / 2 / len(inputs[0])
+
+
+def attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Every query with every key, and every weight with its value."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
 def counted_parameters(model: nn.Module) -> int:

@@ -56,12 +56,14 @@ class Stages(nn.Module):
 
 @pytest.fixture
 def network() -> PrunableNetwork:
+    """Three stages, traced."""
     torch.manual_seed(0)
     return PrunableNetwork(Stages().eval(), torch.randn(2, 3, 16, 16))
 
 
 @pytest.fixture
 def mask(network: PrunableNetwork) -> np.ndarray:
+    """Keep some six in ten units."""
     rng = np.random.default_rng(0)
     found = rng.random(network.graph.units) < 0.6
     for group in network.graph.groups:
@@ -115,9 +117,8 @@ def test_steps_bring_outputs_nearer_without_labels(network: PrunableNetwork, mas
             return float(divergence(model.eval()(images), network.model(images)))
 
     before = gap()
-    train_steps(
-        model, Images(), steps=30, learning_rate=0.05, batch_size=32, teacher=Teacher(network.model, network.graph, mask)
-    )
+    teacher = Teacher(network.model, network.graph, mask)
+    train_steps(model, Images(), steps=30, learning_rate=0.05, batch_size=32, teacher=teacher)
 
     assert gap() < before / 2
     assert not network.model.training

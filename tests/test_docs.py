@@ -19,6 +19,7 @@ from prunegym.agents.configuration import config
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.searching.searchers import SEARCHERS
+from prunegym.pruning.scoring import RECOVERIES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -137,6 +138,14 @@ def test_concepts_say_what_every_searcher_does() -> None:
     assert sorted([*re.findall(r"`(\w+)`", first), "policy"]) == sorted(SEARCHERS)
 
 
+def test_concepts_say_what_every_recovery_does() -> None:
+    """Each once, and no other, in the order of the settings."""
+    text = (DOCS / "concepts.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| recovery \|.*?\n\n", text, flags=re.DOTALL)
+
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == RECOVERIES
+
+
 def test_every_benchmark_is_told_how_to_run() -> None:
     """Each script that can be run, once, and no other."""
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
@@ -175,7 +184,8 @@ def test_flag_that_turns_something_off_says_so() -> None:
     text = (DOCS / "command_line.md").read_text(encoding="utf-8")
     helps = re.findall(r"^  --no-[\w-]+ +(.*)", text, flags=re.MULTILINE)
 
-    assert len(helps) >= 7
+    on = [one for kind in CONFIGS.values() for one in dataclasses.fields(kind) if one.default is True]
+    assert len(helps) == len(on) >= 2
     assert all(one.startswith("Leave out") and "True" not in one for one in helps)
 
 

@@ -34,7 +34,7 @@ Toys = Callable[[str], PrunableNetwork]
 TaskFor = Callable[[PrunableNetwork], Any]
 ZOO = (
     *("digits_resnet", "digits_vgg", "digits_mobilenet", "cifar_resnet20", "cifar_resnet20_conv"),
-    *("cifar_vgg16", "cifar_mobilenet_v2", "cifar_efficientnet_b0"),
+    *("cifar_vgg16", "cifar_mobilenet_v2", "cifar_efficientnet_b0", "cifar_hybrid"),
 )
 
 

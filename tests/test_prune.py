@@ -31,7 +31,7 @@ from prunegym.pruning.memory import peak_memory
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.networks.zoo import build_network
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.scoring import ScorerSettings
+from prunegym.pruning.scoring import RECOVERIES, Recovery, Scorer, ScorerSettings
 from prunegym.pruning.task import ClassificationTask
 
 HALF = Budget("macs", 0.5)
@@ -97,6 +97,42 @@ def test_pruned_network_is_smaller_and_of_the_same_class(result: PruneResult) ->
     assert type(result.model) is type(result.network.model)
     assert count_macs(result.network, result.model) == result.after.macs <= 0.5 * result.before.macs
     assert sum(one.numel() for one in result.model.parameters()) == result.after.parameters
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_second_accuracy_is_of_the_recovery_that_was_asked_for(
+    problem: PruningProblem, result: PruneResult, recovery: Recovery
+) -> None:
+    """Its full form, which is what is given back; and the result says which it was."""
+    settings = replace(SETTINGS, recovery=recovery, recovery_steps=3)
+    scorer = Scorer(problem.scorer.network, problem.scorer.task, settings)
+    found = SearchResult(plan=result.plan, evaluations=0, seconds=0.0)
+    outcome = carry_out(PruningProblem(scorer, (HALF,)), found, config(epochs=0, batch_size=128), latency=False)
+
+    expected = scorer.recovered(result.plan)
+    assert outcome.recovery == outcome.to_json()["recovery"] == recovery
+    assert outcome.scores["after_recovery"] == evaluate_network(expected, scorer.task, "test").score
+    assert all(map(torch.equal, outcome.model.state_dict().values(), expected.state_dict().values()))
+
+
+def test_layers_that_are_not_reconstructed_are_told(
+    problem: PruningProblem, result: PruneResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, in the result and its text; results of earlier versions know of none."""
+    monkeypatch.setattr("prunegym.pruning.recovery.targets.MAX_UNKNOWNS", 9)
+    scorer = Scorer(problem.scorer.network, problem.scorer.task, SETTINGS)
+    found = SearchResult(plan=result.plan, evaluations=0, seconds=0.0)
+    outcome = carry_out(PruningProblem(scorer, (HALF,)), found, config(epochs=0, batch_size=128), latency=False)
+    content = plain(outcome.to_json())
+
+    told = content["layers_not_reconstructed"]
+    assert "features.0.weight" not in told  # of one input channel
+    assert "more than 9" in told["features.3.weight"]
+    assert f"compensated, not reconstructed: features.3.weight ({told['features.3.weight']})" in describe(content)
+    assert plain(result.to_json())["layers_not_reconstructed"] == {}
+    assert "not reconstructed" not in describe(plain(result.to_json()))
+    del content["layers_not_reconstructed"]
+    assert "not reconstructed" not in describe(content)
 
 
 def test_peak_memory_is_measured_before_and_after(result: PruneResult) -> None:

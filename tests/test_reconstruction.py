@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.recovery import Fitting, Reconstruction, observe_targets, reconstruct
 from prunegym.pruning.recovery.reads import count_positions, read_of, sampled
 from prunegym.pruning.recovery.targets import MAX_UNKNOWNS, Targets
+from prunegym.pruning.scoring import ACTIVATION_LIMIT, Scorer, ScorerSettings
+from prunegym.pruning.task import ClassificationTask
 
 ALL = Fitting(per_unknown=1e6, ridge=1e-2)
 """Every position."""
@@ -50,6 +53,7 @@ class Toy(nn.Module):
 
 
 def conv_toy(reader: nn.Module, outputs: int) -> Toy:
+    """One whose maker is a convolution."""
     return Toy(nn.Conv2d(3, 8, 3, padding=1), reader, False, outputs)
 
 
@@ -72,6 +76,7 @@ READERS: dict[str, Callable[[], tuple[Toy, tuple[int, ...]]]] = {
 
 
 def network_of(model: nn.Module, *shapes: tuple[int, ...]) -> PrunableNetwork:
+    """The network, traced on noise."""
     return PrunableNetwork(model.eval(), tuple(torch.randn(2, *shape) for shape in shapes))
 
 
@@ -373,10 +378,8 @@ def test_same_seed_gives_the_same_weights() -> None:
     torch.manual_seed(0)
     network = network_of(Residual(), (3, 12, 12))
     mask, images = pruned_mask(network), torch.randn(32, 3, 12, 12)
-    weights = [
-        torch.cat([one.flatten() for one in run_reconstruction(network, mask, images, Fitting(), seed=seed)[0].parameters()])
-        for seed in (0, 0, 1)
-    ]
+    models = [run_reconstruction(network, mask, images, Fitting(), seed=seed)[0] for seed in (0, 0, 1)]
+    weights = [torch.cat([one.flatten() for one in model.parameters()]) for model in models]
 
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -529,3 +532,98 @@ def test_positions_are_sampled_not_kept() -> None:
 
 def _numbers(targets: Targets) -> int:
     return sum(one.values.numel() for one in targets.layers.values() if one.part.name == "reader.weight")
+
+
+@pytest.fixture(scope="module")
+def reconstructing(trained: PrunableNetwork, digits: ClassificationTask) -> Scorer:
+    """Scores plans of the trained network after reconstruction, in single precision."""
+    settings = ScorerSettings(
+        precision="float32", statistics_examples=128, recovery_examples=128, examples=100, batch_size=100
+    )
+    return Scorer(trained, digits, settings)
+
+
+@pytest.fixture(scope="module")
+def half(reconstructing: Scorer) -> PruningPlan:
+    """Keeps half of the channels of each group."""
+    graph = reconstructing.network.graph
+    return PruningPlan.from_scores(graph, np.maximum(graph.sizes // 2, 1), reconstructing.unit_scores)
+
+
+def test_reconstruction_is_nearer_than_compensation(reconstructing: Scorer, half: PruningPlan) -> None:
+    """To the outputs of the unpruned network, on images that nothing was fitted to."""
+    scores = {}
+    for recovery in ("compensate", "reconstruct"):
+        settings = replace(reconstructing.settings, recovery=recovery, measure="divergence")
+        scorer = Scorer(reconstructing.network, reconstructing.task, settings, statistics=reconstructing.statistics)
+        scores[recovery] = scorer.score(half).score
+
+    assert scores["compensate"] < scores["reconstruct"] < 1
+
+
+def test_more_images_than_a_search_scores_get_the_full_form(reconstructing: Scorer, half: PruningPlan) -> None:
+    """So that candidates for the result are compared as they will be."""
+    _, quick = reconstructing.candidate(half)
+    _, full = reconstructing.candidate(half, quick=False)
+    expected = [reconstructing._measure(model, "reward", 150) for model in (quick, full)]
+
+    assert reconstructing.run(half, examples=150) == expected[1]
+    assert expected[0] != expected[1]
+
+
+def test_images_that_do_not_fit_into_memory_are_several_batches(
+    trained: PrunableNetwork, digits: ClassificationTask, half: PruningPlan
+) -> None:
+    """Nothing of one batch is remembered for the next, and the network is as good."""
+    settings = ScorerSettings(precision="float32", statistics_examples=128, recovery_examples=128, measure="divergence")
+    whole, parts = (Scorer(trained, digits, settings) for _ in range(2))
+    parts.__dict__["_activations"] = ACTIVATION_LIMIT // 32  # bytes of one example: 32 fit
+
+    scores = [scorer._measure(scorer.recovered(half), "selection", 200).score for scorer in (whole, parts)]
+
+    assert parts._targets == {}
+    assert scores[1] > scores[0] - 0.05
+
+
+def test_divergence_is_scored_without_labels(reconstructing: Scorer, half: PruningPlan) -> None:
+    """exp(-d), with d the mean Kullback-Leibler divergence from the unpruned network's outputs."""
+    settings = replace(reconstructing.settings, measure="divergence")
+    scorer = Scorer(reconstructing.network, reconstructing.task, settings, statistics=reconstructing.statistics)
+    _, model = scorer.candidate(half)
+    inputs, _ = next(iter(scorer.task.batches("reward", batch_size=100, limit=100)))
+    with torch.no_grad():
+        wanted = scorer.network.model.eval()(inputs).double().softmax(1)
+        found = model.eval()(inputs).double().softmax(1)
+    expected = float((wanted * (wanted / found).log()).sum(1).mean())
+
+    score = scorer.score(half)
+
+    assert score.loss == pytest.approx(expected, rel=1e-3)
+    assert score.score == pytest.approx(np.exp(-expected), rel=1e-3)
+    assert scorer.unpruned().score == pytest.approx(1, abs=1e-5)
+
+
+def test_prune_says_which_layers_were_not_reconstructed(reconstructing: Scorer) -> None:
+    """With the reason, beside the network."""
+    torch.manual_seed(0)
+    network = PrunableNetwork(nn.Sequential(nn.Flatten(), SharedLayer64()).eval(), torch.randn(2, 1, 8, 8))
+    scorer = Scorer(network, reconstructing.task, reconstructing.settings)
+    plan = PruningPlan.from_counts(network.graph, np.maximum(network.graph.sizes // 2, 1))
+
+    model, skipped = scorer.recover(plan)
+
+    assert skipped == {"1.shared.weight": "its weight is read more than once"}
+    assert isinstance(model, nn.Sequential)
+
+
+class SharedLayer64(nn.Module):
+    """Reads images of 64 pixels; its layers inside are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.between, self.shared = nn.Linear(64, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.between(F.relu(self.stem(x))))
+        return self.head(F.relu(self.shared(F.relu(self.shared(x)))))

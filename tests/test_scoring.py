@@ -380,7 +380,13 @@ def test_unpruned_network_does_not_diverge_from_itself(
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
-@pytest.mark.parametrize("name", ["registered", "dict_output", "residual", "mobile", "transposed", "flattened"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("registered", "dict_output", "residual", "mobile", "transposed", "flattened"),
+        *("grouped", "concat", "twice", "two_inputs"),
+    ],
+)
 def test_folding_changes_no_toy(toys: Toys, task_for: TaskFor, name: str, recovery: Recovery) -> None:
     """Aliases, norms that also activate, outputs read before the norm: none is folded that should not be."""
     network = toys(name)

@@ -59,7 +59,7 @@ def test_leading_episodes_are_valued_on_more_images(small: PruningProblem, rng: 
     plan = start.replay(best)
     worth = start.env.value(150)
 
-    assert (looks.count, looks.price) == (1, 3)  # 64 images of recalibration and 150 are 2.3 times 64 and 30
+    assert (looks.count, looks.price) == (1, 3)  # 64 images of recovery and 150 are 2.3 times 64 and 30
     assert looks.take(0, leading=4) == 3
 
     (seen,) = [one for one in start.remembered(memory) if one.looked]
