@@ -238,7 +238,7 @@ class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         out = self.shrink(F.gelu(self.expand(self.mix(x).permute(0, 2, 3, 1))))
-        x = self.end(x + (self.scale * out).permute(0, 3, 1, 2))
+        x = self.end(x + (self.scale[None, None, None] * out).permute(0, 3, 1, 2))
         return self.head(F.relu(x).mean((2, 3)))
 
 

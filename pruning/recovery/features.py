@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunegym.pruning.graph import ChannelGraph
-from prunegym.pruning.recovery.reads import Read
-from prunegym.pruning.recovery.watching import Instead, Place, Watch, WeightPart
+from prunegym.pruning.recovery.watching import Call, Place, Watch
 from prunegym.pruning.task import Inputs
 
 
@@ -82,14 +81,11 @@ class StageFeatures(Watch):
         self.stages = stages
         self.features: dict[Place, Tensor] = {}
 
-    def before(
-        self, place: Place, func: Any, tensors: list[Tensor], read: Read | None, part: WeightPart | None
-    ) -> Instead | None:
+    def before(self, call: Call) -> None:
         """Keep what the call is about to shrink."""
-        stage = self.stages.get(place)
-        if stage is not None and stage.func is func and tensors:
-            self.features[place] = tensors[0]
-        return None
+        stage = self.stages.get(call.place)
+        if stage is not None and stage.func is call.func and call.tensors:
+            self.features[call.place] = call.tensors[0]
 
 
 class _StageWatch(Watch):
@@ -102,34 +98,24 @@ class _StageWatch(Watch):
         """Units of its channels, as the layer tells that reads it, or what becomes of it."""
         self._ends_in: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def after(
-        self,
-        place: Place,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        result: Tensor,
-        read: Read | None,
-        part: WeightPart | None,
-    ) -> None:
+    def after(self, call: Call, result: Tensor) -> None:
         """Note calls that shrink a tensor, and follow what they give to the layer that reads it."""
-        if not tensors or not tensors[0].is_floating_point():
+        if not call.tensors or not call.tensors[0].is_floating_point():
             return
-        source = tensors[0]
+        source = call.tensors[0]
         known: tuple[_End, ...] = self._ends_in.get(source, ())
         if source.ndim > 2 and len(result) == len(source) and _positions(result) < _positions(source):
             before = self.ends.get(_positions(source))
             # a shortcut shrinks the same tensor once more
             if before is None or before.tensor() is not source:
-                end = _End(place, func, source.shape[_channels(source)], weakref.ref(source))
+                end = _End(call.place, call.func, source.shape[_channels(source)], weakref.ref(source))
                 self.ends[_positions(source)] = end
                 known = (*known, end)
-        units = self.inputs.get(part.name) if part is not None else None
+        units = self.inputs.get(call.part.name) if call.part is not None else None
         for end in known:
             if units is not None:
                 self.units.setdefault(end.place, units)
-        if read is None and result is not source:
+        if call.read is None and result is not source:
             width = result.shape[_channels(result)] if result.ndim > 1 else 0
             still = tuple(end for end in known if width and width % end.channels == 0)
             if still:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.recovery.reads import Read
 from prunegym.pruning.recovery.targets import Target, Targets
-from prunegym.pruning.recovery.watching import Instead, Place, Watch, WeightPart
+from prunegym.pruning.recovery.watching import Call, Place, Watch
 
 RIDGE = 0.1
 """Shrinkage towards the present weights, as a share of the mean variance of a layer's inputs."""
@@ -166,17 +165,16 @@ def _exact_device(device: torch.device) -> torch.device:
 class _Layer:
     """A layer of the pruned network that has been reached."""
 
-    place: Place
+    call: Call
     read: Read
     name: str
+    """Of its weight."""
     target: Target
     outputs: Tensor
     """Which of the unpruned layer's outputs are kept."""
-    run: Callable[[], Tensor] | None = None
 
-    def postpone(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Zeros for an output that is computed later."""
-        self.run = partial(func, *args, **kwargs)
+    def zeros(self) -> Tensor:
+        """What stands for its output until the sum that it ends in is met."""
         source, channels = self.read.input, len(self.outputs)
         if self.target.last:
             return source.new_zeros(*source.shape[:-1], channels)
@@ -207,19 +205,17 @@ class _Solver(Watch):
         self.late: list[_Layer] = []
         """Layers that are changed at the end."""
 
-    def before(
-        self, place: Place, func: Any, tensors: list[Tensor], read: Read | None, part: WeightPart | None
-    ) -> Instead | None:
+    def before(self, call: Call) -> Callable[[], Tensor] | None:
         """Fit the layer that this call is, or whose output it adds to another branch."""
-        if place in self.pending:
-            self._run_at_sum(self.pending.pop(place), tensors)
-        target = self.targets.layers.get(place)
-        if target is None or read is None or part is None or part.name != target.part.name:
+        if call.place in self.pending:
+            self._run_at_sum(self.pending.pop(call.place), call.tensors)
+        target = self.targets.layers.get(call.place)
+        if target is None or call.read is None or call.part is None or call.part.name != target.part.name:
             return None
-        layer = _Layer(place, read, part.name, target, self._outputs(target))
+        layer = _Layer(call, call.read, call.part.name, target, self._outputs(target))
         if target.sum is not None:
             self.pending[target.sum.place] = layer
-            return layer.postpone
+            return layer.zeros
         self._collect(layer, target.values[:, layer.outputs])
         if self.settings.follow:
             self._set(layer)
@@ -245,7 +241,6 @@ class _Solver(Watch):
         """Fit a layer to the sum minus the present other branch, and add its output to where it sent zeros."""
         target, found = layer.target, layer.target.sum
         assert found is not None
-        assert layer.run is not None
         other = found.branch_at(operands[1 - found.operand], target.positions, target.last).float()
         missing = found.other[:, layer.outputs] - other
         scale = None if found.trail.scale is None else found.trail.scale[layer.outputs]
@@ -258,7 +253,7 @@ class _Solver(Watch):
             shift = self._set(layer)
         else:
             self.late.append(layer)
-        output = _scaled(layer.run(), scale, shift, target.last)
+        output = _scaled(layer.call.run(), scale, shift, target.last)
         for step in found.trail.redo:
             output = step(output)
         operands[found.operand].add_(output)
@@ -277,9 +272,9 @@ class _Solver(Watch):
     def _collect(self, layer: _Layer, wanted: Tensor) -> None:
         """Add what is wanted of a layer at its positions ``(R, C)`` to its equations."""
         read, target = layer.read, layer.target
-        fit = self.fits.get(layer.place)
+        fit = self.fits.get(layer.call.place)
         if fit is None:
-            fit = self.fits[layer.place] = self._fit(layer)
+            fit = self.fits[layer.call.place] = self._fit(layer)
         groups, width, unknowns = fit.start.shape
         count = min(len(target.positions), max(1, round(self.settings.per_unknown * unknowns)))
         step = max(1, _CHUNK // (groups * unknowns))
@@ -305,7 +300,7 @@ class _Solver(Watch):
         Returns:
             What a changed mean of the normalisation behind it adds to the layer's output ``(C,)``.
         """
-        fit, read = self.fits[layer.place], layer.read
+        fit, read = self.fits[layer.call.place], layer.read
         matrix, shift = fit.solve(self.settings.ridge)
         weight = read.weight_of(matrix)
         if layer.name in self.exact:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunegym.pruning.recovery.reads import Read, count_positions, sampled
-from prunegym.pruning.recovery.watching import Place, Watch, WeightPart
+from prunegym.pruning.recovery.watching import Call, Place, Watch, WeightPart
 from prunegym.pruning.task import Inputs
 
 MAX_UNKNOWNS = 4608
@@ -151,13 +150,15 @@ class _TargetWatch(Watch):
         self.readers: dict[Place, int] = {}
         """How often a layer's output, and what it is turned into, is read on the way to a sum."""
         self.steps: dict[Place, int] = {}
+        self.direct: dict[Place, int] = {}
+        """How often the output itself is read."""
         self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def before(
-        self, place: Place, func: Any, tensors: list[Tensor], read: Read | None, part: WeightPart | None
-    ) -> None:
-        if func in _SUMS and self.sums and len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
-            self._note_sum(place, tensors)
+    def before(self, call: Call) -> None:
+        operands = call.tensors
+        plain = call.func in _SUMS and len(operands) == 2 and not call.kwargs
+        if self.sums and plain and operands[0].shape == operands[1].shape:
+            self._note_sum(call.place, operands)
 
     def _note_sum(self, place: Place, operands: list[Tensor]) -> None:
         """The layer that runs later takes over what the other branch misses."""
@@ -172,32 +173,21 @@ class _TargetWatch(Watch):
         other = found.branch_at(operands[1 - index], target.positions, target.last).float()
         self.layers[trail.layer] = replace(target, sum=replace(found, other=other))
 
-    def after(
-        self,
-        place: Place,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        result: Tensor,
-        read: Read | None,
-        part: WeightPart | None,
-    ) -> None:
-        trails = [trail for one in tensors if (trail := self._trails.get(one)) is not None]
-        for trail in {id(one): one for one in trails}.values():
+    def after(self, call: Call, result: Tensor) -> None:
+        known = {id(one): (one, trail) for one in call.tensors if (trail := self._trails.get(one)) is not None}
+        for _, trail in known.values():
             self.readers[trail.layer] += 1
+            if trail.scale is None and not trail.redo:
+                self.direct[trail.layer] += 1
         self._trails.pop(result, None)  # changed in place, it is something else
-        if read is not None and part is not None:
-            self._note_layer(place, read, part, result)
-            return
-        further = None
-        if func is F.batch_norm:
-            further = self._normalised(args, kwargs, trails)
-        elif len(trails) == 1:
-            further = _further(func, args, tensors, trails[0], self._trails)
-        if further is not None:
-            self._trails[result] = further
-            self.steps[further.layer] += 1
+        if call.read is not None and call.part is not None:
+            self._note_layer(call.place, call.read, call.part, result)
+        elif len(known) == 1:
+            ((data, trail),) = known.values()
+            further = self._normalised(call, trail) if call.func is F.batch_norm else _further(call, data, trail)
+            if further is not None:
+                self._trails[result] = further
+                self.steps[further.layer] += 1
 
     def _note_layer(self, place: Place, read: Read, part: WeightPart, result: Tensor) -> None:
         if part in self.parts:
@@ -216,7 +206,7 @@ class _TargetWatch(Watch):
         outputs = int((read.columns and not turned) or read.transposed)
         values = sampled(result, positions, last).float()
         self.layers[place] = Target(part, outputs, last, tuple(result.shape[2:]), positions, values)
-        self.readers[place] = self.steps[place] = 0
+        self.readers[place] = self.steps[place] = self.direct[place] = 0
         channels = result.ndim - 1 if last else 1
         self._trails[result] = Trail(place, len(self.parts), channels)
 
@@ -225,13 +215,13 @@ class _TargetWatch(Watch):
             return torch.randperm(total, generator=self.generator)[:wanted]
         return torch.randint(total, (wanted,), generator=self.generator)
 
-    def _normalised(self, args: tuple[Any, ...], kwargs: dict[str, Any], trails: list[Trail]) -> Trail | None:
+    def _normalised(self, call: Call, trail: Trail) -> Trail | None:
+        """The trail after batch normalisation by running statistics, which can take the layer's intercept."""
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         mean, variance, weight = given.get("running_mean"), given.get("running_var"), given.get("weight")
-        if len(trails) != 1 or mean is None or variance is None or given.get("training") or trails[0].channels != 1:
+        if mean is None or variance is None or given.get("training") or trail.channels != 1:
             return None
-        trail = trails[0]
         if trail.scale is None and not trail.redo:
             self.means.setdefault(self.buffers.get(id(mean), ""), []).append((trail.layer, mean.clone()))
         scale = torch.rsqrt(variance.float() + given.get("eps", 1e-5))
@@ -244,29 +234,26 @@ class _TargetWatch(Watch):
         layers: dict[Place, Target] = {}
         for place, target in self.layers.items():
             alone = self.readers[place] == self.steps[place] + 1
-            mean = means.get(place) if alone else None
+            mean = means.get(place) if self.direct[place] == 1 else None
             layers[place] = replace(target, sum=target.sum if alone else None, mean=mean)
         return Targets(inputs, layers, self.skipped)
 
 
-def _further(
-    func: Any, args: tuple[Any, ...], tensors: list[Tensor], trail: Trail, trails: WeakTensorKeyDictionary
-) -> Trail | None:
+def _further(call: Call, data: Tensor, trail: Trail) -> Trail | None:
     """The trail after a function that scales channels, moves dimensions, or does nothing in evaluation mode."""
-    if func is F.dropout:
+    if call.func is F.dropout:
         return trail
-    if func in _PRODUCTS and len(tensors) == 2:
-        data, factor = tensors if trails.get(tensors[0]) is trail else tensors[::-1]
+    if call.func in _PRODUCTS and len(call.tensors) == 2:
+        factor = call.tensors[1] if data is call.tensors[0] else call.tensors[0]
         wide = [dim for dim in range(-factor.ndim, 0) if factor.shape[dim] > 1]
         if factor.ndim <= data.ndim and all(dim % data.ndim == trail.channels for dim in wide):
             return trail.scaled(factor.float().flatten().expand(data.shape[trail.channels]))
-    if func in _REORDERS and len(args) > 1:
-        ndim = tensors[0].ndim
-        given = [dim % ndim for dim in (args[1] if isinstance(args[1], tuple | list) else args[1:])]
+    if call.func in _REORDERS and len(call.args) > 1:
+        ndim, given = call.tensors[0].ndim, call.args[1:]
+        dims = [dim % ndim for dim in (given[0] if isinstance(given[0], tuple | list) else given)]
+        if call.func in _PERMUTES:
+            return trail.reordered(dims)
         order = list(range(ndim))
-        if len(given) == ndim and func in _PERMUTES:
-            return trail.reordered(given)
-        if len(given) == 2 and func not in _PERMUTES:
-            order[given[0]], order[given[1]] = given[1], given[0]
-            return trail.reordered(order)
+        order[dims[0]], order[dims[1]] = dims[1], dims[0]
+        return trail.reordered(order)
     return None

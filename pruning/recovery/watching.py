@@ -25,10 +25,6 @@ Place = tuple[str, int]
 """The module that runs, and how many functions it has called before."""
 
 
-Instead = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
-"""What is run in the place of a function, with the function and its arguments."""
-
-
 @dataclass(frozen=True)
 class WeightPart:
     """The part of a parameter that a call reads with: all of it, or some rows, as of a joint projection."""
@@ -36,6 +32,26 @@ class WeightPart:
     name: str
     first: int
     """Its first index along the parameter's first dimension."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that a network calls."""
+
+    place: Place
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    """The tensors among the arguments."""
+    read: Read | None
+    """What it reads with a parameter, if it does that."""
+    part: WeightPart | None
+    """Which parameter."""
+
+    def run(self) -> Any:
+        """Call the function."""
+        return self.func(*self.args, **self.kwargs)
 
 
 class Watch(TorchFunctionMode):
@@ -89,12 +105,11 @@ class Watch(TorchFunctionMode):
         read = read_of(func, args, kwargs)
         part = None if read is None else self._part(read.weight)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if part is None:
-            read = None
-        instead = self.before(place, func, tensors, read, part)
-        result = func(*args, **kwargs) if instead is None else instead(func, args, kwargs)
+        call = Call(place, func, args, kwargs, tensors, read if part else None, part)
+        instead = self.before(call)
+        result = call.run() if instead is None else instead()
         if isinstance(result, Tensor):
-            self.after(place, func, args, kwargs, tensors, result, read, part)
+            self.after(call, result)
         return result
 
     def _part(self, weight: Tensor) -> WeightPart | None:
@@ -110,23 +125,11 @@ class Watch(TorchFunctionMode):
             return WeightPart(name, 0 if turned else int(weight.storage_offset() - base.storage_offset()) // width)
         return None
 
-    def before(
-        self, place: Place, func: Any, tensors: list[Tensor], read: Read | None, part: WeightPart | None
-    ) -> Instead | None:
-        """Called before each function, with the tensors among its arguments; returns what is run in its place."""
+    def before(self, call: Call) -> Callable[[], Tensor] | None:
+        """Called before each function; what is returned is run in its place."""
         return None
 
-    def after(
-        self,
-        place: Place,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        result: Tensor,
-        read: Read | None,
-        part: WeightPart | None,
-    ) -> None:
+    def after(self, call: Call, result: Tensor) -> None:
         """Called after each function that gives a tensor."""
 
 
