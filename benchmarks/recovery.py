@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from prunegym.agents.configuration.options import DataOptions
 from prunegym.agents.setup import assemble_problem, build_model, build_prunable, build_task
-from prunegym.envs.prior import NAMES, UNIFORM, choose_prior
+from prunegym.envs.prior import KNAPSACK, NAMES, UNIFORM, choose_prior
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import CostModel
@@ -139,6 +139,8 @@ class Recoveries:
         if budget not in self.problem.priors:
             choose_prior(self.problem, budget)
         shares = {"uniform": UNIFORM, "prior": self.problem.priors[budget]}
+        if shares["prior"] != KNAPSACK and self.name in ABLATED:
+            shares["knapsack"] = KNAPSACK
         return {name: self.problem.plan(self.problem.prior_counts(limit, share)) for name, share in shares.items()}
 
     def _ladder(self) -> dict[str, dict[str, Any]]:
