@@ -303,8 +303,9 @@ def completed_source(source: str | Mapping[str, Any] | None, task: Task) -> Mapp
 def _idle(options: Mapping[str, Any], measured: bool, by: str) -> dict[str, str]:
     """Options about latency where none is measured, and about training before a score where there is none."""
     idle = {} if measured else {one.name: by for one in fields(LatencyOptions)}
-    if options.get("recovery") != "distill":
-        idle |= dict.fromkeys(("recovery_steps", "recovery_rate", "recovery_split"), "recovery='distill'")
+    if "distill" not in (options.get("recovery"), options.get("scored")):
+        trained = "recovery='distill' or scored='distill'"
+        idle |= dict.fromkeys(("recovery_steps", "recovery_rate", "recovery_split"), trained)
     return idle
 
 

@@ -154,7 +154,9 @@ def tau_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def with_interval(values: NDArray[np.float64], target: NDArray[np.float64]) -> str:
-    """Kendall's tau with its 95 % bootstrap interval over plans."""
+    """Kendall's tau with its 95 % bootstrap interval over plans; a dash where all values are the same."""
+    if np.ptp(values) == 0:
+        return "–"
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(RESAMPLES):

@@ -277,7 +277,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
                 self._limit.fraction(self._counts),
                 self._scorer.unpruned().score,
                 np.log2(len(self._counts)) / 8,
-                float(self._scorer.settings.recovery == "distill"),
+                float(self._scorer.settings.scoring == "distill"),
             ],
             dtype=np.float32,
         )

@@ -57,8 +57,8 @@ MEASURES: tuple[str, ...] = get_args(Measure)
 
 QUICK_EXAMPLES = 128
 """Calibration examples of a look between rounds, and of reconstruction where a plan is only scored."""
-QUICK_POSITIONS = 8
-"""Positions for each unknown in a reconstruction where a plan is only scored."""
+QUICK_FITTING = Fitting(per_unknown=8, most=3000, double=False)
+"""Reconstruction where a plan is only scored."""
 QUICK_STEPS = 20
 """Most steps of distillation where a plan is only scored."""
 ACTIVATION_LIMIT = 1 << 30
@@ -87,6 +87,9 @@ class ScorerSettings:
     recovery: Recovery = "reconstruct"
     """What follows pruning: nothing, recalibrated normalisation, that after least-squares compensation, layer-wise
     reconstruction, or steps towards the unpruned network."""
+    scored: Recovery | None = None
+    """The recovery that plans get, in a cheap form, where they are only scored; by default that of the result. Where
+    training follows, reconstruction ranks plans better than the compensation that training starts from."""
     statistics_examples: int = 512
     """Calibration examples for activations, covariances and Taylor scores."""
     recovery_examples: int = 512
@@ -112,12 +115,18 @@ class ScorerSettings:
     def __post_init__(self) -> None:
         if self.precision not in {"auto", "float32", "bfloat16"}:
             raise PruningError(f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}.")
-        for name, known in (("recovery", RECOVERIES), ("measure", MEASURES)):
+        for name, known in (("recovery", RECOVERIES), ("scored", (None, *RECOVERIES)), ("measure", MEASURES)):
             if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
+                raise unknown_name(name, str(getattr(self, name)), RECOVERIES if name != "measure" else known)
         for name in ("examples", "batch_size", "statistics_examples", "recovery_examples", "recovery_steps"):
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
+
+
+    @property
+    def scoring(self) -> Recovery:
+        """The recovery of plans that are only scored."""
+        return self.scored or self.recovery
 
 
 class Journal(Protocol):
@@ -226,11 +235,11 @@ class Scorer:
         """Drop what is remembered of the unpruned network for reconstruction, and free its memory."""
         self._targets.clear()
 
-    def pruned(self, plan: PruningPlan) -> nn.Module:
+    def pruned(self, plan: PruningPlan, recovery: Recovery | None = None) -> nn.Module:
         """The smaller network right after surgery, and compensation where the recovery has it, in float32."""
         graph, model = self.network.graph, self.network.model
         mask = plan.mask(graph)
-        compensates = self.settings.recovery not in {"none", "bn"}
+        compensates = (recovery or self.settings.recovery) not in {"none", "bn"}
         replaced = compensated_tensors(model, graph, mask, self.statistics) if compensates else None
         return rebuilt(model, graph, mask, sliced_tensors(model, graph, mask, replaced), plan.removed)
 
@@ -261,7 +270,8 @@ class Scorer:
             self._recalibrate(model, half=False)
             self._distill(model, plan, settings.recovery_steps, progress=progress)
             return model, {}  # recalibrated after training it would lose 2 to 3 points
-        self._recalibrate(model, half=False, examples=QUICK_EXAMPLES if quick else None)
+        if settings.recovery != "none":
+            self._recalibrate(model, half=False, examples=QUICK_EXAMPLES if quick else None)
         return model, {}
 
     def look(self, plan: PruningPlan, examples: int) -> tuple[Statistics, Scores]:
@@ -317,14 +327,15 @@ class Scorer:
 
         Both share what they can; the first is not usable once the second has been trained or changed.
         """
-        model, settings = self.pruned(plan), self.settings
-        if settings.recovery == "distill":
+        recovery, settings = self.settings.scoring, self.settings
+        model = self.pruned(plan, recovery)
+        if recovery == "distill":
             self._recalibrate(model, half=False)
             self._distill(model, plan, min(settings.recovery_steps, QUICK_STEPS))
         exact = self._prepared_layers(model)
-        if settings.recovery == "reconstruct":
+        if recovery == "reconstruct":
             self._reconstruct(model, plan, quick=quick, exact=exact)
-        elif settings.recovery != "distill":
+        elif recovery in {"bn", "compensate"}:
             self._recalibrate(model, half=self.form.half)
         weights = {name.removesuffix(".weight"): tensor for name, tensor in exact.items() if name.endswith(".weight")}
         return model, self.form.folded(model, weights)
@@ -342,7 +353,7 @@ class Scorer:
         """Fit the layers of a pruned network, in the form that they are in."""
         graph, settings = self.network.graph, self.settings
         examples = min(settings.recovery_examples, QUICK_EXAMPLES) if quick else settings.recovery_examples
-        fitting = Fitting(per_unknown=QUICK_POSITIONS) if quick else Fitting()
+        fitting = QUICK_FITTING if quick else Fitting()
         return reconstruct(model, graph, plan.mask(graph), self._targets_on(examples, fitting), fitting, exact=exact)
 
     def _targets_on(self, examples: int, fitting: Fitting) -> Iterable[Targets]:
@@ -371,6 +382,7 @@ class Scorer:
                 teacher,
                 tree_map(self.form.prepare_input, inputs),
                 per_unknown=fitting.per_unknown * min(1.0, CHUNK_SHARE * size / examples),
+                limit=fitting.most,
                 seed=self.settings.seed + number,
             )
 
@@ -392,8 +404,6 @@ class Scorer:
         )
 
     def _recalibrate(self, model: nn.Module, *, half: bool, examples: int | None = None) -> None:
-        if self.settings.recovery == "none":
-            return
         examples = min(examples or self.settings.recovery_examples, self.settings.recovery_examples)
         with recalibrating(model) as needed, torch.no_grad():
             if needed:
@@ -455,7 +465,7 @@ class Scorer:
         """Channels last and bfloat16 (asked for, or fast here) where this network takes the one and bears the other."""
         folds, wanted = self.network.graph.folds, self.settings.precision
         inputs, _ = first_batch(self.task, "calibration", 8, self.device)
-        modes = (False, True) if self.settings.recovery == "distill" else (False,)
+        modes = (False, True) if "distill" in (self.settings.recovery, self.settings.scoring) else (False,)
         layout = common(layout_for(self.network.model, inputs, training=mode) for mode in modes)
         exact = InferenceForm(folds, half=False, layout=layout)
         if wanted == "float32" or (wanted == "auto" and not has_fast_bfloat16(self.device)):

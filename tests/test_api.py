@@ -189,14 +189,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("env", {"bound": "a=1.."}, "`bound` should be left out: .*Give `bounds`"),
     ("env", {"latency_batch": 1}, "`latency_batch` should be given with a latency budget, or a reward"),
     ("prune", {"latency_batch": 1}, "`latency_batch` should be given with latency=True or a latency budget"),
-    ("prune", {"recovery_rate": 0.1}, "`recovery_rate` should be given with recovery='distill'. Received 0.1"),
+    ("prune", {"recovery_rate": 0.1}, "`recovery_rate` should be given with recovery='distill' or scored='distill'. R"),
     ("env", {"recovery_rate": 0.1, "recovery": "compensate"}, "`recovery_rate` should be given with recovery='d"),
     ("prune", {"recovery_steps": 9, "recovery": "none"}, "`recovery_steps` should be given with recovery='distill'"),
-    ("env", {"recovery_steps": 9}, "`recovery_steps` should be given with recovery='distill'. Received 9"),
+    ("env", {"recovery_steps": 9}, "`recovery_steps` should be given with recovery='distill' .*Received 9, which"),
     ("prune", {"recovery_split": "train"}, "`recovery_split` should be given with recovery='distill'"),
     ("env", {"recovery_split": "calibration", "recovery": "reconstruct"}, "`recovery_split` should be given with rec"),
     ("prune", {"recovery": "reconstuct"}, "`recovery` should be one of .*'reconstuct'. Did you mean 'reconstruct'"),
     ("env", {"recovery": "destill"}, "`recovery` should be one of .*Received 'destill'. Did you mean 'distill'"),
+    ("env", {"scored": "destill"}, "`scored` should be one of .*Received 'destill'. Did you mean 'distill'"),
     ("env", {"measure": "divergense"}, "`measure` should be one of .*'divergense'. Did you mean 'divergence'"),
     ("prune", {"recovery": "distill", "recovery_steps": 0}, "`--recovery-steps` should be at least 1. Received 0"),
     ("env", {"recovery_examples": 0}, "`--recovery-examples` should be at least 1. Received 0"),
@@ -228,6 +229,20 @@ def test_option_takes_effect_or_is_refused(
     for name in wanted:
         with pytest.raises(PruningError, match=message):
             FACES[name](network.model, task_for(network), **options)
+
+
+@pytest.mark.parametrize("options", [{"recovery": "distill"}, {"recovery": "bn", "scored": "distill"}])
+def test_options_of_training_steps_go_with_what_takes_some(
+    options: dict[str, Any], toys: Toys, task_for: Tasks
+) -> None:
+    """Of the recovery, or of what plans are scored after."""
+    network = toys("residual")
+    steps: dict[str, Any] = {"recovery_steps": 2, "recovery_rate": 0.01, "recovery_split": "calibration"}
+
+    env = prunegym.make_env(network.model, task_for(network), **{**FEW, **options, **steps})
+
+    settings = env.problem.scorer.settings
+    assert {name: getattr(settings, name) for name in {**options, **steps}} == {**options, **steps}
 
 
 #: Of data that are read, as the functions call them.

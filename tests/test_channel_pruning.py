@@ -416,14 +416,15 @@ def test_no_state_feature_is_zero_everywhere(
 @pytest.mark.parametrize("recovery", RECOVERIES)
 def test_recovery_is_told(problem: PruningProblem, recovery: Recovery) -> None:
     """By name in the info; to the policy, whether training steps come before a score."""
-    scorer = problem.scorer
-    settings = replace(scorer.settings, recovery=recovery, recovery_steps=1)
-    scorer = Scorer(scorer.network, scorer.task, settings, statistics=scorer.statistics)
-    observations, _, info = run(ChannelPruningEnv(PruningProblem(scorer, problem.budgets[:1])))
+    for scored in (None, "compensate", "distill"):
+        scorer = problem.scorer
+        settings = replace(scorer.settings, recovery=recovery, scored=scored, recovery_steps=1)
+        scorer = Scorer(scorer.network, scorer.task, settings, statistics=scorer.statistics)
+        observations, _, info = run(ChannelPruningEnv(PruningProblem(scorer, problem.budgets[:1]), rounds=1))
 
-    state = dict(zip(STATE_FEATURES, observations[0]["state"], strict=True))
-    assert state["finetuned"] == (recovery == "distill")
-    assert info["recovery"] == recovery
+        state = dict(zip(STATE_FEATURES, observations[0]["state"], strict=True))
+        assert state["finetuned"] == ((scored or recovery) == "distill")
+        assert info["recovery"] == recovery
 
 
 def test_budget_of_an_episode_can_be_asked_for(problem: PruningProblem) -> None:

@@ -334,8 +334,9 @@ def test_finished_rows_need_no_network(half: PruningProblem, tmp_path: Path) -> 
         ({"examples": 60}, "whose reward examples is 150; now it is 60"),
         (
             {"recovery": "distill", "recovery_steps": 1},
-            r"whose recovery is reconstruct; now it is distill \(differing: recovery, recovery steps\)",
+            r"whose recovery is reconstruct; now it is distill \(differing: recovery, scored, recovery steps\)",
         ),
+        ({"scored": "bn"}, "whose scored is reconstruct; now it is bn"),
         ({"recovery_examples": 32}, "whose recovery examples is 64; now it is 32"),
         ({"recovery_rate": 0.5}, "whose recovery rate is 0.02; now it is 0.5"),
         ({"recovery_split": "calibration"}, "whose recovery split is train; now it is calibration"),

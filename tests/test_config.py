@@ -246,6 +246,24 @@ def test_recovery_follows_what_comes_after(kind: type, changes: dict[str, Any], 
     assert config.recovery_name == config.scorer_settings.recovery == recovery
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "scored"),
+    [
+        (TrainConfig, {}, "reconstruct"),
+        (PruneConfig, {"epochs": 1}, "reconstruct"),
+        (PruneConfig, {"epochs": 1, "recovery": "compensate"}, "compensate"),
+        (PruneConfig, {"epochs": 0, "recovery": "distill"}, "distill"),
+        (PruneConfig, {"epochs": 1, "scored": "bn"}, "bn"),
+        (PruneConfig, {"epochs": 0, "recovery": "distill", "scored": "reconstruct"}, "reconstruct"),
+        (CompareConfig, {"epochs": 2}, "reconstruct"),
+        (CompareConfig, {"epochs": 2, "recovery": "none"}, "none"),
+    ],
+)
+def test_plans_are_scored_after_what_ranks_them_best(kind: type, changes: dict[str, Any], scored: str) -> None:
+    """That of the result where one is asked for; and else reconstruction, whatever follows."""
+    assert made(kind, **changes).scorer_settings.scoring == scored
+
+
 def test_steps_of_recovery_are_those_asked_for() -> None:
     """Four hundred by default, of which a score takes some."""
     assert made(TrainConfig, recovery="distill").scorer_settings.recovery_steps == 400
@@ -254,7 +272,11 @@ def test_steps_of_recovery_are_those_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "nearest"),
-    [("recovery", "reconstuct", "reconstruct"), ("measure", "divergense", "divergence")],
+    [
+        ("recovery", "reconstuct", "reconstruct"),
+        ("scored", "compensat", "compensate"),
+        ("measure", "divergense", "divergence"),
+    ],
 )
 def test_unknown_name_is_refused_with_the_nearest(option: str, value: str, nearest: str) -> None:
     """From Python, where no parser looks at it first."""
@@ -264,10 +286,17 @@ def test_unknown_name_is_refused_with_the_nearest(option: str, value: str, neare
 
 def test_agents_of_a_comparison_are_scored_as_its_plans() -> None:
     """What follows the searches decides, and no training of an agent is followed by epochs."""
-    for changes, recovery in (({}, "reconstruct"), ({"epochs": 1}, "compensate"), ({"recovery": "bn"}, "bn")):
-        training = made(CompareConfig, **changes).training("name", Budget("macs", 0.25), 4, "structure")
+    for changes, recovery, scored in (
+        ({}, "reconstruct", "reconstruct"),
+        ({"epochs": 1}, "compensate", "reconstruct"),
+        ({"epochs": 1, "scored": "none"}, "compensate", "none"),
+        ({"recovery": "bn"}, "bn", "bn"),
+    ):
+        config = made(CompareConfig, **changes)
+        training = config.training("name", Budget("macs", 0.25), 4, "structure")
 
-        assert training.recovery_name == recovery
+        assert training.recovery_name == training.scorer_settings.recovery == recovery
+        assert training.scorer_settings.scoring == config.scorer_settings.scoring == scored
 
 
 def test_reward_follows_the_mode() -> None:

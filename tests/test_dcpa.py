@@ -168,6 +168,8 @@ def test_price_of_a_step_is_that_of_its_images() -> None:
 
     for recovery, count in images.items():
         assert evaluations_per_step(replace(plain, recovery=recovery), 64) == pytest.approx(192 / count)
+        scored = replace(plain, recovery="distill", scored=recovery)  # what the result gets costs no evaluation
+        assert evaluations_per_step(scored, 64) == pytest.approx(192 / count)
     few = replace(plain, recovery="reconstruct", recovery_examples=40)
     assert evaluations_per_step(few, 64) == pytest.approx(192 / 1040)
     for steps, run in ((5, 5), (20, 20), (400, 20)):  # a score takes 20 of them at most

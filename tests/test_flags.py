@@ -34,6 +34,7 @@ FEW = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16
 SCORING = {
     "criterion": "l1",
     "recovery": "distill",
+    "scored": "bn",
     "statistics_examples": 8,
     "recovery_examples": 8,
     "reward_examples": 8,

@@ -153,6 +153,11 @@ def test_recovery_steps_run_in_a_layout_that_training_bears(task: Classification
     assert [one.form.layout for one in scorers] == [CHANNELS_LAST, CHANNELS_LAST, CONTIGUOUS]
     plan = PruningPlan.from_mask(prunable.graph, np.arange(prunable.graph.units) % 2 == 0)
     assert all(np.isfinite(one.score(plan).loss) for one in scorers)
+    either = [{"recovery": "bn", "scored": "distill"}, {"recovery": "distill", "scored": "bn"}]
+    for one in either:
+        scorer = Scorer(prunable, task, ScorerSettings(recovery_steps=2, examples=50, **one))
+        assert scorer.form.layout is CONTIGUOUS
+        assert np.isfinite(scorer.score(plan).loss)
 
 
 def test_network_and_teacher_run_in_a_layout_that_both_bear(task: ClassificationTask) -> None:

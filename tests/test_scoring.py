@@ -115,6 +115,23 @@ def test_scores_take_few_steps_of_distillation(
     assert all(map(torch.equal, look.state_dict().values(), compensated.state_dict().values()))
 
 
+@pytest.mark.parametrize("scored", RECOVERIES)
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_plans_are_scored_after_another_recovery_where_asked_for(
+    make: Make, half_plan: PruningPlan, recovery: Recovery, scored: Recovery
+) -> None:
+    """As if it were that of the result, which stays what it is."""
+    steps = {"recovery_steps": 2}
+    both, searched, given = (
+        make(**steps, **one)
+        for one in ({"recovery": recovery, "scored": scored}, {"recovery": scored}, {"recovery": recovery})
+    )
+
+    assert both.score(half_plan) == searched.score(half_plan)
+    found, expected = (one.recovered(half_plan).state_dict().values() for one in (both, given))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("recovery", ["compensate", "reconstruct", "distill"])
 def test_bfloat16_score_is_close_to_single_precision(make: Make, half_plan: PruningPlan, recovery: Recovery) -> None:
     """Close enough to rank plans."""
@@ -444,6 +461,7 @@ def test_batches_beyond_memory_are_made_anew(
         ({"recovery_examples": 0}, "`recovery_examples` should be at least 1. Received 0"),
         ({"recovery": "distill", "recovery_steps": 0}, "`recovery_steps` should be at least 1. Received 0"),
         ({"recovery": "compensat"}, "`recovery` should be one of .*Received 'compensat'. Did you mean 'compensate'"),
+        ({"scored": "distil"}, "`scored` should be one of .*Received 'distil'. Did you mean 'distill'"),
         ({"measure": "divergense"}, "`measure` should be one of .*Received 'divergense'. Did you mean 'divergence'"),
     ],
 )

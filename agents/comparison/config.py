@@ -153,8 +153,8 @@ class CompareConfig(
         """How an agent of the comparison is trained."""
         shared = {one.name: getattr(self, one.name) for one in fields(TrainConfig) if hasattr(self, one.name)}
         own = {"network": (network,), "weights": (), "budget": (str(budget),), "policy": None, "out": None, "ray": None}
-        chosen = {"seed": seed, "features": features, "recovery": self.recovery_name}
-        return TrainConfig(**{**shared, **own, **chosen})
+        scoring = {"recovery": self.recovery_name, "scored": self.scorer_settings.scoring}
+        return TrainConfig(**{**shared, **own, **scoring, "seed": seed, "features": features})
 
     def finetuning(self, network: str, seed: int) -> PruneConfig:
         """How a plan is fine-tuned."""

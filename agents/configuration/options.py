@@ -195,8 +195,12 @@ class ScoringOptions(Options):
     recovery: Literal["none", "bn", "compensate", "reconstruct", "distill"] | None = None
     """What follows pruning, without labels. none: nothing. bn: batch normalisation is measured anew. compensate:
     removed channels are folded into kept ones by least squares, then bn. reconstruct: each layer is fitted to what the
-    unpruned network computes there. distill: compensate, then training steps towards the unpruned network. Plans are
-    scored after a cheap form of it. By default compensate where fine-tuning follows, and else reconstruct."""
+    unpruned network computes there. distill: compensate, then training steps towards the unpruned network. By default
+    compensate where fine-tuning follows, and else reconstruct."""
+    scored: Literal["none", "bn", "compensate", "reconstruct", "distill"] | None = None
+    """The recovery that plans get while they are only scored, in a cheap form. By default that of --recovery; where
+    fine-tuning follows and no recovery is asked for, reconstruct, which ranks plans best by what training makes of
+    them."""
     statistics_examples: int = 512
     """Calibration images for activations, covariances and Taylor scores."""
     recovery_examples: int = 512
@@ -246,6 +250,7 @@ class ScoringOptions(Options):
         return ScorerSettings(
             criterion=self.criterion,
             recovery=self.recovery_name,
+            scored=self.scored or ("reconstruct" if self.recovery is None else None),
             statistics_examples=self.statistics_examples,
             recovery_examples=self.recovery_examples,
             examples=self.reward_examples,

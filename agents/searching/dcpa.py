@@ -231,10 +231,10 @@ def supernet(
     lay_out(model, scorer.form.layout)
     remove_blocks(model, problem.removed)
     masks = SoftMasks(model, scorer.network.graph, blocks)
-    joint = scorer.settings.recovery == "distill" and not frozen
+    joint = scorer.settings.scoring == "distill" and not frozen
     trained = [name for name, _ in model.named_parameters()] if joint else []
     with evaluating(model), differentiating(model, trained), masks.attached(), torch.enable_grad():
-        if scorer.settings.recovery != "none":
+        if scorer.settings.scoring != "none":
             for layer in model.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
                     layer.train()

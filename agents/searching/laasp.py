@@ -57,7 +57,7 @@ def laasp(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> 
     The criteria are those of :data:`POOL`, whatever ``--criterion`` says: to choose among them is the method.
     """
     search = Search("laasp", problem, budget, settings, choosing=False)
-    walk = Walk(problem, retrains=problem.scorer.settings.recovery == "distill")
+    walk = Walk(problem, retrains=problem.scorer.settings.scoring == "distill")
     decrements = min(DECREMENTS, isqrt(search.left - 1))
     for left in range(decrements, 0, -1):
         share = (search.left - 1) // left - walk.retrains
@@ -177,7 +177,7 @@ class Walk:
         scorer, mask = self._scorer, plan.mask(self._graph)
         tensors = sliced_tensors(self._model, self._graph, mask)
         model = rebuilt(self._model, self._graph, mask, tensors, plan.removed)
-        if scorer.settings.recovery != "none":
+        if scorer.settings.scoring != "none":
             examples = scorer.settings.recovery_examples
             batches = scorer.task.batches("calibration", batch_size=128, limit=examples, device=scorer.device)
             recalibrate(model, (inputs for inputs, _ in batches))

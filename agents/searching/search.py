@@ -274,11 +274,11 @@ def evaluations_on(settings: ScorerSettings, examples: int) -> int:
 def _images(settings: ScorerSettings) -> int:
     """Images that an evaluation runs, those of its recovery steps forwards and backwards."""
     examples, steps = settings.recovery_examples, 0
-    if settings.recovery == "reconstruct":
+    if settings.scoring == "reconstruct":
         examples = min(examples, QUICK_EXAMPLES)
-    elif settings.recovery == "distill":
+    elif settings.scoring == "distill":
         steps = _RUNS_PER_STEP * RECOVERY_BATCH * min(settings.recovery_steps, QUICK_STEPS)
-    return examples * (settings.recovery != "none") + settings.examples + steps
+    return examples * (settings.scoring != "none") + settings.examples + steps
 
 
 def checked(name: str, searcher: Searcher) -> Searcher:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.recovery.reads import Read
-from prunegym.pruning.recovery.targets import Target, Targets
+from prunegym.pruning.recovery.targets import MAX_ROWS, Target, Targets
 from prunegym.pruning.recovery.watching import Call, Place, Watch
 
 RIDGE = 0.1
@@ -41,7 +41,11 @@ class Fitting:
 
     per_unknown: float = 20
     """Positions for each unknown of a layer: some thousand rows, not every pixel. Eight rank plans as well."""
+    most: int = MAX_ROWS
+    """Most positions of a layer."""
     ridge: float = RIDGE
+    double: bool = True
+    """Sum and solve in float64. In float32 it takes half the time, and the ridge keeps it sound enough for a score."""
     follow: bool = True
     """Fit each layer to what the layers before it, already fitted, give. False, to see what that is worth: to what
     they gave before any was changed."""
@@ -52,7 +56,8 @@ class Reconstruction:
     """What became of the layers of a network."""
 
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Squared error of each layer's output before and after, as a share of its target's variance, by parameter."""
+    """Squared error of each layer's output before and after, as a share of its target's variance, by parameter; from
+    sums in float64 only."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Parameters that keep the weights they had, with the reason."""
 
@@ -96,39 +101,46 @@ def reconstruct(
             solver.finish()
         missed = {target.part.name for place, target in targets.layers.items() if place not in fits}
         result.skipped.update(dict.fromkeys(missed, "the pruned network does not run it where the unpruned one does"))
-    result.errors = {fit.name: fit.errors for fit in fits.values()}
+    result.errors = {fit.name: fit.errors for fit in fits.values() if fit.errors is not None}
     return result
 
 
 class _Fit:
     """The normal equations of one layer; they grow with batches."""
 
-    def __init__(self, name: str, read: Read, weight: Tensor, bias: Tensor | None, intercept: bool) -> None:
+    def __init__(
+        self, name: str, read: Read, weight: Tensor, bias: Tensor | None, *, intercept: bool, double: bool
+    ) -> None:
         self.name = name
         self.intercept = intercept
         self.start = read.matrix(weight).float().clone()  # (G, O, U)
         self.bias = None if bias is None else bias.float().clone()
         groups, outputs, unknowns = self.start.shape
-        exact = partial(torch.zeros, dtype=torch.float64, device=_exact_device(weight.device))
+        kind, device = (torch.float64, _exact_device(weight.device)) if double else (torch.float32, weight.device)
+        exact = partial(torch.zeros, dtype=kind, device=device)
         self.square, self.cross = exact(groups, unknowns, unknowns), exact(groups, unknowns, outputs)
         self.inputs, self.gaps = exact(groups, unknowns), exact(groups, outputs)
         self.energy, self.target_energy, self.target_sum = exact(()), exact(()), exact(groups, outputs)
         self.rows = 0
-        self.errors = (0.0, 0.0)
+        self.errors: tuple[float, float] | None = None
 
     def add(self, rows: Tensor, targets: Tensor) -> None:
         """Take in rows ``(G, R, U)`` with their targets ``(G, R, O)``."""
         gaps = targets - rows @ self.start.mT
         if self.bias is not None:
             gaps -= self.bias.unflatten(0, (len(rows), 1, -1))
-        device = self.square.device
-        self.square += (rows.mT @ rows).to(device)
-        self.cross += (rows.mT @ gaps).to(device)
-        self.inputs += rows.sum(1).to(device)
-        self.gaps += gaps.sum(1).to(device)
-        self.energy += gaps.square().sum().to(device)
-        self.target_energy += targets.square().sum().to(device)
-        self.target_sum += targets.sum(1).to(device)
+        sums = {
+            "square": rows.mT @ rows,
+            "cross": rows.mT @ gaps,
+            "inputs": rows.sum(1),
+            "gaps": gaps.sum(1),
+            "energy": gaps.square().sum(),
+            "target_energy": targets.square().sum(),
+            "target_sum": targets.sum(1),
+        }
+        for name, value in sums.items():
+            held: Tensor = getattr(self, name)
+            held += value.to(held.device)
         self.rows += rows.shape[1]
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
@@ -146,14 +158,16 @@ class _Fit:
         factor, failed = torch.linalg.cholesky_ex(system)
         change = torch.cholesky_solve(cross, factor) if not failed.any() else torch.linalg.lstsq(system, cross).solution
         shift = gaps - (change.mT @ inputs.unsqueeze(2)).squeeze(2) if self.intercept else torch.zeros_like(gaps)
-        gained = 2 * (change * cross).sum() - (change * (square @ change)).sum()
-        if self.intercept:
-            gained = gained + gaps.square().sum()
-        before = self.energy / count
-        variance = self.target_energy / count - (self.target_sum / count).square().sum()
-        size = float(variance.clamp(min=1e-12))
-        self.errors = (float(before) / size, float(before - gained) / size)
+        if square.dtype == torch.float64:
+            gained = 2 * (change * cross).sum() - (change * (square @ change)).sum()
+            self._note_errors(float(gained + gaps.square().sum() if self.intercept else gained))
         return self.start + change.mT.to(self.start), shift.flatten().to(self.start)
+
+    def _note_errors(self, gained: float) -> None:
+        """Keep the squared error before and after, given by how much it falls for each row."""
+        before, energy = float(self.energy) / self.rows, float(self.target_energy) / self.rows
+        variance = max(energy - float((self.target_sum / self.rows).square().sum()), 1e-12)
+        self.errors = (before / variance, (before - gained) / variance)
 
 
 def _exact_device(device: torch.device) -> torch.device:
@@ -276,7 +290,8 @@ class _Solver(Watch):
         if fit is None:
             fit = self.fits[layer.call.place] = self._fit(layer)
         groups, width, unknowns = fit.start.shape
-        count = min(len(target.positions), max(1, round(self.settings.per_unknown * unknowns)))
+        wanted_rows = min(self.settings.most, max(1, round(self.settings.per_unknown * unknowns)))
+        count = min(len(target.positions), wanted_rows)
         step = max(1, _CHUNK // (groups * unknowns))
         for first in range(0, count, step):
             part = slice(first, min(first + step, count))
@@ -292,7 +307,8 @@ class _Solver(Watch):
         if bias is None and mean is not None and mean.name in self.buffers:
             # a mean that has changed since is a bias in its place
             bias, intercept = mean.values[layer.outputs] - self.buffers[mean.name], True
-        return _Fit(layer.name, layer.read, self.exact.get(layer.name, layer.read.weight), bias, intercept)
+        weight = self.exact.get(layer.name, layer.read.weight)
+        return _Fit(layer.name, layer.read, weight, bias, intercept=intercept, double=self.settings.double)
 
     def _set(self, layer: _Layer) -> Tensor | None:
         """Solve a layer's equations and give it the solution.
