@@ -1,6 +1,6 @@
 """What one evaluation costs, beside what it must cost; and what the policy costs.
 
-`evaluation`: prune to 50 % MACs, recover on 512 images, score 1,000 images, beside (a) the forward passes alone of the
+`evaluation`: prune to 50 % MACs, compensate and recalibrate on 512 images, score 1,000 images, beside (a) the forward passes alone of the
 already pruned network over the same images in the same precision, and (b) a deep copy pruned by torch_pruning and
 evaluated in float32, on the same network with 1x1 shortcuts because torch_pruning cannot do the others. All are timed
 in turn, in one process; ratios are of medians.
