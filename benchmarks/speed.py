@@ -309,7 +309,8 @@ class RandomImages(ClassificationTask):
 
 
 COLUMNS = (
-    *("what", "network", "evaluation_seconds", "forward_seconds", "torch_pruning_seconds", "overhead"),
+    *("what", "network", "evaluation_seconds", "forward_seconds", "torch_pruning_seconds", "reconstruct_seconds"),
+    *("full_reconstruct_seconds", "reconstruct_ratio", "overhead"),
     *("times_faster", "repeats", "precision", "total_seconds", "scoring_seconds", "looking_seconds"),
     *("update_seconds", "share", "evaluations", "policy_seconds", "memory_mib", "groups", "edges"),
 )
