@@ -15,6 +15,8 @@ class BaseNetworks:
     """Weights of cifar_resnet20; without them it is left out, and so on."""
     resnet56: str | None = None
     vgg16_half: str | None = None
+    mobilenet_v2: str | None = None
+    hybrid: str | None = None
 
     @property
     def weights(self) -> dict[str, str | None]:
@@ -23,4 +25,6 @@ class BaseNetworks:
             "cifar_resnet20": self.resnet20,
             "cifar_resnet56": self.resnet56,
             "cifar_vgg16_half": self.vgg16_half,
+            "cifar_hybrid": self.hybrid,
+            "cifar_mobilenet_v2": self.mobilenet_v2,
         }

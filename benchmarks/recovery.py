@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
+from base_networks import BaseNetworks
 from rows import RESULTS, Table
 from torch import nn
 from tqdm import tqdm
@@ -44,17 +45,9 @@ EXAMPLES = 512
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What to run."""
+class Arguments(BaseNetworks):
+    """What to run: the networks whose weights are given."""
 
-    data: str
-    """CIFAR-10 as an .npz file."""
-    resnet20: str | None = None
-    """Weights of cifar_resnet20; without them it is left out, and so on."""
-    resnet56: str | None = None
-    vgg16_half: str | None = None
-    mobilenet_v2: str | None = None
-    hybrid: str | None = None
     budgets: tuple[str, ...] = BUDGETS
     only: tuple[str, ...] = ()
     """Recoveries to run, by the names that rows have; by default all."""
@@ -63,17 +56,6 @@ class Arguments:
     few_steps: int = 200
     """Steps of distillation on the calibration images."""
     results: Path = RESULTS
-
-    @property
-    def weights(self) -> dict[str, str | None]:
-        """File of each network."""
-        return {
-            "cifar_resnet20": self.resnet20,
-            "cifar_resnet56": self.resnet56,
-            "cifar_vgg16_half": self.vgg16_half,
-            "cifar_hybrid": self.hybrid,
-            "cifar_mobilenet_v2": self.mobilenet_v2,
-        }
 
 
 def main(arguments: Arguments) -> None:

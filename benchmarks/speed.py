@@ -1,9 +1,10 @@
 """What one evaluation costs, beside what it must cost; and what the policy costs.
 
-`evaluation`: prune to 50 % MACs, compensate and recalibrate on 512 images, score 1,000 images, beside (a) the forward passes alone of the
-already pruned network over the same images in the same precision, and (b) a deep copy pruned by torch_pruning and
-evaluated in float32, on the same network with 1x1 shortcuts because torch_pruning cannot do the others. All are timed
-in turn, in one process; ratios are of medians.
+`evaluation`: prune to 50 % MACs, compensate and recalibrate on 512 images, score 1,000 images, beside (a) the forward
+passes alone of the already pruned network over the same images in the same precision, (b) a deep copy pruned by
+torch_pruning and evaluated in float32, on the same network with 1x1 shortcuts because torch_pruning cannot do the
+others, (c) the same with reconstruction in the cheap form of scores, and (d) a whole reconstruction, with what the
+unpruned network computes. All are timed in turn, in one process; ratios are of medians.
 
 `share`: share of a training run's time that is not spent in evaluations (policy, observation, updates).
 
