@@ -115,9 +115,9 @@ class ScorerSettings:
     def __post_init__(self) -> None:
         if self.precision not in {"auto", "float32", "bfloat16"}:
             raise PruningError(f"`precision` should be auto, float32 or bfloat16. Received {self.precision!r}.")
-        for name, known in (("recovery", RECOVERIES), ("scored", (None, *RECOVERIES)), ("measure", MEASURES)):
+        for name, known in (("recovery", RECOVERIES), ("scoring", RECOVERIES), ("measure", MEASURES)):
             if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), RECOVERIES if name != "measure" else known)
+                raise unknown_name(name.replace("scoring", "scored"), getattr(self, name), known)
         for name in ("examples", "batch_size", "statistics_examples", "recovery_examples", "recovery_steps"):
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
