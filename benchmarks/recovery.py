@@ -156,8 +156,7 @@ class Recoveries:
         ) -> nn.Module:
             fitting = fitting or Fitting()
             inputs = next(iter(self.scorer.task.batches("calibration", batch_size=examples, limit=examples)))[0]
-            asked = {"per_unknown": fitting.per_unknown, **observed}
-            targets = [observe_targets(network.model, part, **asked) for part in inputs.chunk(batches)]
+            targets = [observe_targets(network.model, part, fitting, **observed) for part in inputs.chunk(batches)]
             model = self.scorer.pruned(plan) if model is None else model
             for _ in range(sweeps):
                 reconstruct(model, network.graph, mask, targets, fitting)

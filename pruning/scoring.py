@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -57,7 +57,7 @@ MEASURES: tuple[str, ...] = get_args(Measure)
 
 QUICK_EXAMPLES = 128
 """Calibration examples of a look between rounds, and of reconstruction where a plan is only scored."""
-QUICK_FITTING = Fitting(per_unknown=8, most=3000, double=False)
+QUICK_FITTING = Fitting(per_unknown=8, fewest=1000, most=3000, double=False)
 """Reconstruction where a plan is only scored."""
 QUICK_STEPS = 20
 """Most steps of distillation where a plan is only scored."""
@@ -94,7 +94,7 @@ class ScorerSettings:
     """Calibration examples for activations, covariances and Taylor scores."""
     recovery_examples: int = 512
     """Calibration examples for recalibration and reconstruction."""
-    recovery_steps: int = 200
+    recovery_steps: int = 400
     """Optimiser steps of the recovery `distill`."""
     recovery_rate: float = 0.02
     """Learning rate of the first of them."""
@@ -118,6 +118,10 @@ class ScorerSettings:
         for name, known in (("recovery", RECOVERIES), ("scoring", RECOVERIES), ("measure", MEASURES)):
             if getattr(self, name) not in known:
                 raise unknown_name(name.replace("scoring", "scored"), getattr(self, name), known)
+        if self.recovery_split not in {"train", "calibration"}:
+            raise unknown_name("recovery_split", self.recovery_split, ("train", "calibration"))
+        if not 0 < self.recovery_rate < math.inf:
+            raise PruningError(f"`recovery_rate` should be positive and finite. Received {self.recovery_rate}.")
         for name in ("examples", "batch_size", "statistics_examples", "recovery_examples", "recovery_steps"):
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
@@ -376,15 +380,12 @@ class Scorer:
     def _observed(self, examples: int, size: int, fitting: Fitting) -> Iterator[Targets]:
         teacher = duplicate(self.network.model)
         self.form.prepare_layers(teacher)
+        share = min(1.0, CHUNK_SHARE * size / examples)
+        part = replace(fitting, per_unknown=fitting.per_unknown * share, fewest=round(fitting.fewest * share))
         batches = self.task.batches("calibration", batch_size=size, limit=examples, device=self.device)
         for number, (inputs, _) in enumerate(batches):
-            yield observe_targets(
-                teacher,
-                tree_map(self.form.prepare_input, inputs),
-                per_unknown=fitting.per_unknown * min(1.0, CHUNK_SHARE * size / examples),
-                limit=fitting.most,
-                seed=self.settings.seed + number,
-            )
+            prepared = tree_map(self.form.prepare_input, inputs)
+            yield observe_targets(teacher, prepared, part, seed=self.settings.seed + number)
 
     def _distill(self, model: nn.Module, plan: PruningPlan, steps: int, *, progress: bool = False) -> None:
         """Draw a pruned network towards the unpruned one."""
@@ -416,13 +417,15 @@ class Scorer:
         with evaluating(model), torch.inference_mode():
             for number, (inputs, targets) in enumerate(self.batches(split, examples)):
                 outputs = tree_map(to_float, forward(model, inputs))
-                scores = scores_of(self.task, outputs, targets)
                 if wanted is None:
+                    scores = scores_of(self.task, outputs, targets)
                     total += float(scores.sum())
                     losses += float(self.task.loss(outputs, targets)) * len(scores)
-                else:
-                    losses += float(divergence(outputs, wanted[number])) * len(scores)
-                count += len(scores)
+                    count += len(scores)
+                else:  # no labels
+                    examples_here = len(tensors_of(inputs)[0])
+                    losses += float(divergence(outputs, wanted[number])) * examples_here
+                    count += examples_here
         if not count:
             raise empty_split(self.task, split)
         return Score(total / count if wanted is None else math.exp(-losses / count), losses / count, count)

@@ -99,7 +99,7 @@ def run_reconstruction(
 ) -> tuple[nn.Module, Reconstruction]:
     """The pruned network after reconstruction on some inputs, from plain surgery."""
     model = network.pruned(PruningPlan.from_mask(network.graph, mask))
-    targets = observe_targets(network.model, inputs, per_unknown=fitting.per_unknown, **observed)
+    targets = observe_targets(network.model, inputs, fitting, **observed)
     return model, reconstruct(model, network.graph, mask, [targets], fitting)
 
 
@@ -289,7 +289,7 @@ def test_layers_that_end_in_a_sum_are_found(kind: str) -> None:
     """By following tensors, not by names of classes."""
     torch.manual_seed(0)
     build, shape, expected = SUMS[kind]
-    targets = observe_targets(build().eval(), torch.randn(4, *shape), per_unknown=2)
+    targets = observe_targets(build().eval(), torch.randn(4, *shape))
 
     assert {one.part.name for one in targets.layers.values() if one.sum is not None} == expected
 
@@ -335,7 +335,7 @@ def test_pass_computes_what_the_network_then_computes(kind: str) -> None:
     network = network_of(build(), shape)
     mask, images = pruned_mask(network), torch.randn(64, *shape)
     model, first = run_reconstruction(network, mask, images)
-    targets = observe_targets(network.model, images, per_unknown=ALL.per_unknown)
+    targets = observe_targets(network.model, images, ALL)
 
     again = reconstruct(model, network.graph, mask, [targets], ALL)
 
@@ -354,7 +354,7 @@ def test_no_layer_is_worse_after_than_before(kind: str) -> None:
     network = network_of(model, shape)
     for share in (0.3, 0.9):
         mask = pruned_mask(network, share)
-        _, found = run_reconstruction(network, mask, torch.randn(32, *shape), Fitting(per_unknown=5))
+        _, found = run_reconstruction(network, mask, torch.randn(32, *shape), Fitting(per_unknown=5, fewest=1))
 
         assert found.errors
         assert all(after <= before + 1e-9 for before, after in found.errors.values())
@@ -378,7 +378,8 @@ def test_same_seed_gives_the_same_weights() -> None:
     torch.manual_seed(0)
     network = network_of(Residual(), (3, 12, 12))
     mask, images = pruned_mask(network), torch.randn(32, 3, 12, 12)
-    models = [run_reconstruction(network, mask, images, Fitting(), seed=seed)[0] for seed in (0, 0, 1)]
+    few = Fitting(per_unknown=5, fewest=1)
+    models = [run_reconstruction(network, mask, images, few, seed=seed)[0] for seed in (0, 0, 1)]
     weights = [torch.cat([one.flatten() for one in model.parameters()]) for model in models]
 
     assert torch.equal(weights[0], weights[1])
@@ -393,7 +394,7 @@ def test_two_batches_are_one_fit_where_inputs_are_exact() -> None:
     mask, images = pruned_mask(network), torch.randn(40, *shape)
     whole, _ = run_reconstruction(network, mask, images)
     model = network.pruned(PruningPlan.from_mask(network.graph, mask))
-    parts = [observe_targets(toy, part, per_unknown=1e6) for part in images.chunk(2)]
+    parts = [observe_targets(toy, part, ALL) for part in images.chunk(2)]
 
     reconstruct(model, network.graph, mask, parts, ALL)
 
@@ -513,7 +514,7 @@ def test_block_that_is_left_out_does_not_disturb_the_others() -> None:
     mask, images = pruned_mask(network), torch.randn(64, 3, 8, 8)
     plan = PruningPlan.from_mask(network.graph, mask).without(["blocks.0"])
     model, plain = network.pruned(plan), network.pruned(plan)
-    found = reconstruct(model, network.graph, mask, [observe_targets(network.model, images, per_unknown=20)])
+    found = reconstruct(model, network.graph, mask, [observe_targets(network.model, images)])
 
     with torch.no_grad():
         before, after = ((one.eval()(images) - network.model(images)).square().mean() for one in (plain, model))
@@ -525,7 +526,8 @@ def test_positions_are_sampled_not_kept() -> None:
     """What is held of the unpruned network does not grow with the images."""
     torch.manual_seed(0)
     toy, _ = READERS["convolution"]()
-    small, large = (observe_targets(toy.eval(), torch.randn(8, 3, side, side), per_unknown=2) for side in (16, 64))
+    few = Fitting(per_unknown=2, fewest=1)
+    small, large = (observe_targets(toy.eval(), torch.randn(8, 3, side, side), few) for side in (16, 64))
 
     assert _numbers(large) == _numbers(small)
 

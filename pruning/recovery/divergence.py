@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from prunegym.pruning.errors import PruningError
+from prunegym.pruning.nests import tensors_in
 from prunegym.pruning.training.distillation import distillation_loss
 
 
@@ -26,7 +26,8 @@ def divergence(outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
     if [one.shape for one in present] != [one.shape for one in target] or not target:
         raise PruningError(
             "`network` should return what the unpruned network returns. Received outputs of the shapes "
-            f"{[tuple(one.shape) for one in present]} for {[tuple(one.shape) for one in target]}. Score it by its task."
+            f"{[tuple(one.shape) for one in present]} for {[tuple(one.shape) for one in target]}. "
+            "Choose another recovery than distill, or score it by its task."
         )
     if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.shape[1] > 1:
         return distillation_loss(outputs, target[0], temperature)
@@ -38,4 +39,4 @@ def divergence(outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [one for one in tensors_in(value) if one.is_floating_point()]

@@ -32,13 +32,24 @@ class Stage:
     place: Place
     """The call that shrinks its last tensor."""
     func: Any
+    channels: int
     kept: Tensor | None
     """Channels of the tensor that the pruned network has; None for all."""
 
-    def error(self, present: Tensor, wanted: Tensor) -> Tensor:
-        """Squared error of the present features as a share of the variance of the wanted ones: a scalar."""
-        if self.kept is not None:
-            wanted = wanted.index_select(_channels(wanted), self.kept.to(wanted.device))
+    def error(self, present: Tensor, wanted: Tensor) -> Tensor | None:
+        """Squared error of the present features as a share of the variance of the wanted ones: a scalar.
+
+        None where they do not belong together, as of a block that training skips.
+        """
+        if present.shape != wanted.shape:
+            # the channels are the dimension that has shrunk, wherever it is
+            differing = [dim for dim, size in enumerate(present.shape[: wanted.ndim]) if size != wanted.shape[dim]]
+            if self.kept is None or present.ndim != wanted.ndim or len(differing) != 1:
+                return None
+            (dim,) = differing
+            if (present.shape[dim], wanted.shape[dim]) != (len(self.kept), self.channels):
+                return None
+            wanted = wanted.index_select(dim, self.kept.to(wanted.device))
         wanted = wanted.float()
         return F.mse_loss(present.float(), wanted) / wanted.var().clamp(min=1e-6)
 
@@ -61,10 +72,15 @@ def find_stages(
     padded = np.append(mask, True)
     for end in watch.ends.values():
         units = watch.units.get(end.place)
-        if units is None or len(units) % end.channels:
+        if units is None:
             continue
-        kept = np.flatnonzero(padded[units[:: len(units) // end.channels]])
-        stages[end.place] = Stage(end.place, end.func, None if len(kept) == end.channels else torch.from_numpy(kept))
+        # one of its dimensions, or the second if that has been flattened together with the positions
+        channels = len(units) if len(units) in end.shape[1:] else end.shape[1]
+        if len(units) % channels:
+            continue
+        kept = np.flatnonzero(padded[units[:: len(units) // channels]])
+        whole = len(kept) == channels
+        stages[end.place] = Stage(end.place, end.func, channels, None if whole else torch.from_numpy(kept))
     return stages
 
 
@@ -80,6 +96,11 @@ class StageFeatures(Watch):
         super().__init__(model)
         self.stages = stages
         self.features: dict[Place, Tensor] = {}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Outputs of the network, seen; features of runs before are dropped."""
+        self.features = {}
+        return super().forward(*inputs)
 
     def before(self, call: Call) -> None:
         """Keep what the call is about to shrink."""
@@ -104,11 +125,13 @@ class _StageWatch(Watch):
             return
         source = call.tensors[0]
         known: tuple[_End, ...] = self._ends_in.get(source, ())
+        if not result.ndim:
+            return
         if source.ndim > 2 and len(result) == len(source) and _positions(result) < _positions(source):
             before = self.ends.get(_positions(source))
             # a shortcut shrinks the same tensor once more
             if before is None or before.tensor() is not source:
-                end = _End(call.place, call.func, source.shape[_channels(source)], weakref.ref(source))
+                end = _End(call.place, call.func, tuple(source.shape), weakref.ref(source))
                 self.ends[_positions(source)] = end
                 known = (*known, end)
         units = self.inputs.get(call.part.name) if call.part is not None else None
@@ -116,8 +139,7 @@ class _StageWatch(Watch):
             if units is not None:
                 self.units.setdefault(end.place, units)
         if call.read is None and result is not source:
-            width = result.shape[_channels(result)] if result.ndim > 1 else 0
-            still = tuple(end for end in known if width and width % end.channels == 0)
+            still = tuple(end for end in known if _may_hold(result, end.shape))
             if still:
                 self._ends_in[result] = still
 
@@ -128,7 +150,7 @@ class _End:
 
     place: Place
     func: Any
-    channels: int
+    shape: tuple[int, ...]
     tensor: weakref.ref[Tensor]
 
 
@@ -137,6 +159,7 @@ def _positions(tensor: Tensor) -> int:
     return prod(tensor.shape[2:]) if tensor.ndim > 3 else tensor.shape[1] if tensor.ndim == 3 else 1
 
 
-def _channels(tensor: Tensor) -> int:
-    """The dimension of the channels: after the batch for maps, the last for tokens."""
-    return 1 if tensor.ndim > 3 else tensor.ndim - 1
+def _may_hold(result: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor may have the channels of another: as many in a dimension, or flattened with the positions."""
+    sizes = result.shape[1:]
+    return any(size in shape[1:] or size % shape[1] == 0 for size in sizes)

@@ -24,31 +24,13 @@ from torch import Tensor, nn
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.graph import ChannelGraph
 from prunegym.pruning.recovery.reads import Read
-from prunegym.pruning.recovery.targets import MAX_ROWS, Target, Targets
+from prunegym.pruning.recovery.targets import Fitting, Target, Targets
 from prunegym.pruning.recovery.watching import Call, Place, Watch
 
-RIDGE = 0.1
-"""Shrinkage towards the present weights, as a share of the mean variance of a layer's inputs."""
 _CHUNK = 1 << 24
 """Numbers in the rows that are gathered at a time (64 MiB)."""
 _SMALLEST_SCALE = 1e-2
 """Channels whose scale is smaller than this share of the largest cannot make up for the other branch of a sum."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitting:
-    """How the layers of a pruned network are fitted."""
-
-    per_unknown: float = 20
-    """Positions for each unknown of a layer: some thousand rows, not every pixel. Eight rank plans as well."""
-    most: int = MAX_ROWS
-    """Most positions of a layer."""
-    ridge: float = RIDGE
-    double: bool = True
-    """Sum and solve in float64. In float32 it takes half the time, and the ridge keeps it sound enough for a score."""
-    follow: bool = True
-    """Fit each layer to what the layers before it, already fitted, give. False, to see what that is worth: to what
-    they gave before any was changed."""
 
 
 @dataclass
@@ -290,8 +272,7 @@ class _Solver(Watch):
         if fit is None:
             fit = self.fits[layer.call.place] = self._fit(layer)
         groups, width, unknowns = fit.start.shape
-        wanted_rows = min(self.settings.most, max(1, round(self.settings.per_unknown * unknowns)))
-        count = min(len(target.positions), wanted_rows)
+        count = min(len(target.positions), self.settings.rows(unknowns))
         step = max(1, _CHUNK // (groups * unknowns))
         for first in range(0, count, step):
             part = slice(first, min(first + step, count))

@@ -150,10 +150,9 @@ class Teacher:
                 outputs = form.run(present.forward, inputs)
                 total = divergence(outputs, teacher_outputs, self.temperature)
                 met = [place for place in wanted.features if place in present.features]
-                for place in met:
-                    error = stages[place].error(present.features[place], wanted.features[place])
-                    total = total + self.features / len(met) * error
-                return total
+                errors = [stages[place].error(present.features[place], wanted.features[place]) for place in met]
+                known = [error for error in errors if error is not None]
+                return total + self.features * torch.stack(known).mean() if known else total
 
             watches: list[StageFeatures] = []
             yield loss

@@ -23,10 +23,34 @@ MAX_UNKNOWNS = 4608
 """Layers with more unknowns for an output channel (512 channels under a 3x3 kernel) keep what compensation gives."""
 MAX_ROWS = 20_000
 """Most positions that a layer is fitted on."""
+RIDGE = 0.1
+"""Shrinkage towards the present weights, as a share of the mean variance of a layer's inputs."""
 _SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
 _PERMUTES = {torch.permute, Tensor.permute}
 _REORDERS = {*_PERMUTES, torch.transpose, Tensor.transpose}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """How the layers of a pruned network are fitted."""
+
+    per_unknown: float = 20
+    """Positions for each unknown of a layer: some thousand rows, not every pixel. Eight rank plans as well."""
+    fewest: int = 2000
+    """Positions of a layer with few unknowns, such as a depthwise one, if it has so many."""
+    most: int = MAX_ROWS
+    """Most positions of a layer."""
+    ridge: float = RIDGE
+    double: bool = True
+    """Sum and solve in float64. In float32 it takes half the time, and the ridge keeps it sound enough for a score."""
+    follow: bool = True
+    """Fit each layer to what the layers before it, already fitted, give. False, to see what that is worth: to what
+    they gave before any was changed."""
+
+    def rows(self, unknowns: int) -> int:
+        """Positions for a layer with so many unknowns for an output channel."""
+        return min(self.most, max(self.fewest, round(self.per_unknown * unknowns)))
 
 
 @dataclass(frozen=True)
@@ -119,28 +143,27 @@ class Targets:
 
 
 def observe_targets(
-    model: nn.Module, inputs: Inputs, *, per_unknown: float, limit: int = MAX_ROWS, sums: bool = True, seed: int = 0
+    model: nn.Module, inputs: Inputs, fitting: Fitting | None = None, *, sums: bool = True, seed: int = 0
 ) -> Targets:
     """Run the unpruned network once and keep what its layers compute at some positions.
 
     Args:
         model: the unpruned network; not changed.
         inputs: of calibration examples, on the network's device.
-        per_unknown: positions for each unknown of a layer.
-        limit: most positions of a layer.
+        fitting: how many positions are kept.
         sums: ask layers that end in a sum for what its other branch misses.
         seed: of the positions.
     """
-    watch = _TargetWatch(model, per_unknown, limit, sums, seed)
+    watch = _TargetWatch(model, fitting or Fitting(), sums, seed)
     with torch.no_grad():
         watch.run(inputs)
     return watch.targets(inputs)
 
 
 class _TargetWatch(Watch):
-    def __init__(self, model: nn.Module, per_unknown: float, limit: int, sums: bool, seed: int) -> None:
+    def __init__(self, model: nn.Module, fitting: Fitting, sums: bool, seed: int) -> None:
         super().__init__(model)
-        self.per_unknown, self.limit, self.sums = per_unknown, limit, sums
+        self.fitting, self.sums = fitting, sums
         self.generator = torch.Generator().manual_seed(seed)
         self.buffers = {id(tensor): name for name, tensor in model.named_buffers()}
         self.layers: dict[Place, Target] = {}
@@ -200,7 +223,7 @@ class _TargetWatch(Watch):
             return
         last = not read.spatial
         total = count_positions(tuple(result.shape), last)
-        wanted = min(total, self.limit, max(1, round(self.per_unknown * read.unknowns)))
+        wanted = min(total, self.fitting.rows(read.unknowns))
         positions = self._positions(total, wanted).to(result.device)
         turned = read.columns and read.weight.stride() != read.weight.contiguous().stride()
         outputs = int((read.columns and not turned) or read.transposed)
