@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import comparison_tables
 import recovery_tables
 import tyro
-from comparison_tables import compare, equal_seconds
 from formats import markdown
 from rows import RESULTS, Table
 from taus import TRUTHS, tau_rows
@@ -136,8 +136,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": recovery_tables.ablations,
     "beside_torch_pruning": recovery_tables.beside_torch_pruning,
     "taus": taus,
-    "compare": compare,
-    "equal_seconds": equal_seconds,
+    "compare": comparison_tables.compare,
+    "equal_seconds": comparison_tables.equal_seconds,
     "coverage": coverage,
     "latency": latency,
 }
