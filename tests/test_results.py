@@ -116,3 +116,12 @@ def test_gain_of_a_search_is_that_of_the_rows(tables: ModuleType) -> None:
 
     assert f"give {best[0]:.1f} points more on ResNet-20 and {best[1]:.1f} on ResNet-56, both at 35 %" in FRONT
     assert f"the agent's give {agent[0]:.1f} and {agent[1]:.1f}" in FRONT
+
+
+def test_unpruned_networks_are_those_of_the_rows(tables: ModuleType) -> None:
+    """What pruning starts from."""
+    rows = tables.recovery_tables.read()
+    names = ("cifar_resnet20", "cifar_resnet56", "cifar_vgg16_half", "cifar_hybrid")
+    scores = [f"{100 * float(rows[name, 'none', 'unpruned', 'unpruned']['test_score']):.1f}" for name in names]
+
+    assert "Unpruned they have {}, {}, {} and {}.".format(*scores) in RESULTS
