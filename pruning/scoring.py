@@ -273,7 +273,7 @@ class Scorer:
         if settings.recovery == "distill" and not quick:
             self._recalibrate(model, half=False)
             self._distill(model, plan, settings.recovery_steps, progress=progress)
-            return model, {}  # recalibrated after training it would lose 2 to 3 points
+            return model, {}  # its statistics come from training; measured anew they would cost accuracy
         if settings.recovery != "none":
             self._recalibrate(model, half=False, examples=QUICK_EXAMPLES if quick else None)
         return model, {}

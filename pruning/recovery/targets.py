@@ -36,7 +36,7 @@ class Fitting:
     """How the layers of a pruned network are fitted."""
 
     per_unknown: float = 20
-    """Positions for each unknown of a layer: some thousand rows, not every pixel. Eight rank plans as well."""
+    """Positions for each unknown of a layer: some thousand rows, not every pixel. Eight are enough for a score."""
     fewest: int = 2000
     """Positions of a layer with few unknowns, such as a depthwise one, if it has so many."""
     most: int = MAX_ROWS
