@@ -27,7 +27,7 @@ from prunegym.pruning.training.schedule import trained_parameters
 
 RECOVERY_BATCH = 128
 """Examples of each recovery step."""
-FEATURES = 30.0
+FEATURES = 10.0
 """Weight of the features in the loss of distillation."""
 TEMPERATURE = 2.0
 """Softens the outputs that are compared in distillation."""
