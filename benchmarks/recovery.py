@@ -3,9 +3,10 @@
     python benchmarks/recovery.py --data cifar10.npz --resnet20 cifar10_resnet20.th --resnet56 cifar10_resnet56.th \
         --vgg16-half vgg/model.safetensors --mobilenet-v2 mobilenet/model.safetensors --hybrid hybrid/model.safetensors
 
-Three kinds of rows: the ladder of recoveries, ablations of reconstruction, and what torch_pruning leaves with its own
-ratios and recalibrated normalisation, where it can prune the network. Each finished piece is a row of
-results/recovery.csv; a script that was stopped goes on where it was. No labels are used by any recovery.
+Three kinds of rows: the ladder of recoveries, ablations of reconstruction and distillation, and what torch_pruning
+leaves with its own ratios and recalibrated normalisation, where it can prune the network. Each finished piece is a row
+of results/recovery.csv; a script that was stopped goes on where it was. No labels are used by any recovery. Settings
+are chosen by `selection_score`; `test_score` is what is told.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import CostModel
 from prunegym.pruning.plan import PruningPlan
-from prunegym.pruning.recovery import Fitting, observe_targets, recalibrate, reconstruct
+from prunegym.pruning.recovery import Fitting, Teacher, observe_targets, recalibrate, reconstruct, train_steps
 from prunegym.pruning.scoring import Scorer
 from prunegym.pruning.training import evaluate_network
 
 KEYS = ("network", "budget", "allocation", "recovery")
 BUDGETS = ("macs:0.5", "macs:0.35", "macs:0.2")
 ABLATED = ("cifar_resnet20", "cifar_resnet56")
+TUNED = ("cifar_resnet20", "cifar_vgg16_half", "cifar_hybrid")
+"""Networks on which the weight of the features and the ridge are compared."""
+MEASURED = ("selection_score", "test_score", "seconds", "processor_seconds", "peak_mib", "macs")
 EXAMPLES = 512
+RIDGES = (1e-2, 5e-2, 0.1, 0.2, 0.5)
+WEIGHTS = (1, 3, 10, 30)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,9 @@ class Recoveries:
             if self.name in ABLATED and str(budget) == "macs:0.35":
                 for label, make in self._ablations(plans["prior"]).items():
                     yield str(budget), "prior", label, make
+            if self.name in TUNED and str(budget) == "macs:0.35":
+                for label, make in self._tuned(plans["prior"]).items():
+                    yield str(budget), "prior", label, make
             if self.name not in ABLATED:  # it refuses parameter-free shortcuts
                 for importance in ("magnitude", "taylor"):
                     yield (
@@ -141,26 +150,61 @@ class Recoveries:
         changed = replace(first.settings, **settings)
         return Scorer(first.network, first.task, changed, statistics=first.statistics, device=first.device)
 
+    def _fitted(
+        self,
+        plan: PruningPlan,
+        fitting: Fitting | None = None,
+        *,
+        model: nn.Module | None = None,
+        sweeps: int = 1,
+        examples: int = EXAMPLES,
+        batches: int = 1,
+        **observed: Any,
+    ) -> nn.Module:
+        """Reconstruction by hand, in float32."""
+        network, mask = self.scorer.network, plan.mask(self.scorer.network.graph)
+        fitting = fitting or Fitting()
+        inputs = next(iter(self.scorer.task.batches("calibration", batch_size=examples, limit=examples)))[0]
+        targets = [observe_targets(network.model, part, fitting, **observed) for part in inputs.chunk(batches)]
+        model = self.scorer.pruned(plan) if model is None else model
+        for _ in range(sweeps):
+            reconstruct(model, network.graph, mask, targets, fitting)
+        return model
+
+    def _tuned(self, plan: PruningPlan) -> dict[str, Callable[[], nn.Module]]:
+        """What the two settings that were chosen are worth elsewhere."""
+        network, mask = self.scorer.network, plan.mask(self.scorer.network.graph)
+
+        def distilled(weight: float, split: str) -> nn.Module:
+            model = self.scorer.pruned(plan)
+            few = split == "calibration"
+            train_steps(
+                model,
+                self.scorer.task,
+                steps=self.arguments.few_steps if few else self.arguments.steps,
+                learning_rate=self.scorer.settings.recovery_rate,
+                seed=self.scorer.settings.seed,
+                form=self.scorer.form,
+                teacher=Teacher(network.model, network.graph, mask, features=weight),
+                split=split,
+                limit=EXAMPLES if few else None,
+            )
+            return model
+
+        ridges = {f"ridge {ridge}": _late(self._fitted, plan, Fitting(ridge=ridge)) for ridge in RIDGES}
+        weights = {
+            f"distill, {split} images, features {weight}": _late(distilled, weight, split)
+            for split in ("calibration", "train")
+            for weight in WEIGHTS
+        }
+        return {**ridges, **weights}
+
     def _ablations(self, plan: PruningPlan) -> dict[str, Callable[[], nn.Module]]:
         """Reconstruction with one thing changed."""
         network, mask = self.scorer.network, plan.mask(self.scorer.network.graph)
 
-        def fitted(
-            fitting: Fitting | None = None,
-            *,
-            model: nn.Module | None = None,
-            sweeps: int = 1,
-            examples: int = EXAMPLES,
-            batches: int = 1,
-            **observed: Any,
-        ) -> nn.Module:
-            fitting = fitting or Fitting()
-            inputs = next(iter(self.scorer.task.batches("calibration", batch_size=examples, limit=examples)))[0]
-            targets = [observe_targets(network.model, part, fitting, **observed) for part in inputs.chunk(batches)]
-            model = self.scorer.pruned(plan) if model is None else model
-            for _ in range(sweeps):
-                reconstruct(model, network.graph, mask, targets, fitting)
-            return model
+        def fitted(fitting: Fitting | None = None, **changed: Any) -> nn.Module:
+            return self._fitted(plan, fitting, **changed)
 
         def recalibrated(model: nn.Module) -> nn.Module:
             recalibrate(model, [next(iter(self.scorer.task.batches("calibration", batch_size=EXAMPLES)))[0]])
@@ -170,8 +214,16 @@ class Recoveries:
             """Only the affine parameters of normalisation are fitted after the layers."""
             return _affine_fitted(fitted(), network.model, mask, self.scorer, EXAMPLES)
 
+        def head_as_compensated() -> nn.Module:
+            """What it is worth to fit the head against the logits."""
+            model = fitted()
+            name, head = [one for one in model.named_modules() if isinstance(one[1], nn.Linear)][-1]
+            head.load_state_dict(self.scorer.pruned(plan).get_submodule(name).state_dict())
+            return model
+
         return {
             "reconstruct, float32": fitted,
+            "head as compensated": head_as_compensated,
             "not following": lambda: fitted(Fitting(follow=False), sums=False),
             "without sums": lambda: fitted(sums=False),
             "then bn": lambda: recalibrated(fitted()),
@@ -182,7 +234,6 @@ class Recoveries:
             "2048 images": lambda: fitted(examples=2048),
             "128 images, 8 positions": lambda: fitted(Fitting(per_unknown=8), examples=128),
             **{f"{count} positions": _late(fitted, Fitting(per_unknown=count)) for count in (8, 40, 80)},
-            **{f"ridge {ridge}": _late(fitted, Fitting(ridge=ridge)) for ridge in (1e-3, 1e-2, 5e-2, 0.2)},
             **{f"seed {seed}": (lambda s=seed: fitted(seed=s)) for seed in (1, 2)},  # type: ignore[misc]
             "4 batches, 20 positions of each": lambda: fitted(batches=4),
             "4 batches, 5 positions of each": lambda: fitted(Fitting(per_unknown=5), batches=4),
@@ -240,9 +291,10 @@ class Recoveries:
             model = make()
         seconds = time.perf_counter() - started[0], time.process_time() - started[1]
         if model is None:
-            return {"test_score": float("nan"), "seconds": "", "processor_seconds": "", "peak_mib": "", "macs": ""}
+            return {**dict.fromkeys(MEASURED, ""), "test_score": float("nan")}
         task = self.scorer.task
         return {
+            "selection_score": evaluate_network(model, task, "selection").score,
             "test_score": evaluate_network(model, task, "test").score,
             "seconds": round(seconds[0], 2),
             "processor_seconds": round(seconds[1], 2),
@@ -251,8 +303,8 @@ class Recoveries:
         }
 
 
-def _late(function: Callable[..., nn.Module], fitting: Fitting) -> Callable[[], nn.Module]:
-    return lambda: function(fitting)
+def _late(function: Callable[..., nn.Module], *arguments: Any) -> Callable[[], nn.Module]:
+    return lambda: function(*arguments)
 
 
 def _affine_fitted(
