@@ -10,7 +10,8 @@ unpruned network computes. All are timed in turn, in one process; ratios are of 
 
 `policy`: one pass of the policy on networks of ImageNet size, with the memory it took.
 
-    python benchmarks/speed.py --data cifar10.npz --weights cifar10_resnet20.th --large-weights cifar10_resnet56.th
+    python benchmarks/speed.py --data cifar10.npz --weights cifar10_resnet20.th --large-weights cifar10_resnet56.th \
+        --wide-weights vgg/model.safetensors
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Arguments:
     """Weights of ResNet-20."""
     large_weights: str
     """Weights of ResNet-56."""
+    wide_weights: str
+    """Weights of the half-width VGG-16."""
     repeats: int = 15
     """Timings of each contestant, taken in turn."""
     evaluations: int = 44
@@ -72,8 +75,13 @@ def main(arguments: Arguments) -> None:
     """Measure what the table does not hold yet."""
     table = Table(RESULTS / "speed.csv", ("what", "network"))
     task = ClassificationTask(load_data(arguments.data))
-    networks = {"cifar_resnet20": arguments.weights, "cifar_resnet20_conv": None}
-    for network, weights in {**networks, "cifar_resnet56": arguments.large_weights}.items():
+    networks = {
+        "cifar_resnet20": arguments.weights,
+        "cifar_resnet20_conv": None,
+        "cifar_resnet56": arguments.large_weights,
+        "cifar_vgg16_half": arguments.wide_weights,
+    }
+    for network, weights in networks.items():
         if not table.has(what="evaluation", network=network):
             evaluation(table, network, weights, task, arguments.repeats)
     for network in ("resnet50", "vgg19"):

@@ -221,6 +221,10 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda _: ["evaluate", *NETWORK, "--recovery", "distill", "--recovery-rate", "0"],
         "`--recovery-rate` should be above 0",
     ),
+    "steps of a recovery without steps": (
+        lambda _: ["prune", *NETWORK, "--recovery-steps", "10"],
+        "`--recovery-steps` should be given with --recovery distill. Received 10. Leave it out",
+    ),
 }
 
 

@@ -141,7 +141,7 @@ def test_recovery_of_nothing_is_not_the_default() -> None:
     """`none` is a name like the others."""
     typed = [parse(["prune", *NETWORK, *more]) for more in ([], ["--recovery", "none"], ["--recovery", "distill"])]
 
-    assert [one.recovery for one in typed] == [None, "none", "distill"]
+    assert [one.recovery for one in typed] == ["auto", "none", "distill"]
     assert [one.recovery_name for one in typed][1:] == ["none", "distill"]
 
 

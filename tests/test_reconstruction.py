@@ -103,9 +103,13 @@ def run_reconstruction(
     return model, reconstruct(model, network.graph, mask, [targets], fitting)
 
 
+@pytest.mark.parametrize("examples", [40, 2, 1])
 @pytest.mark.parametrize("kind", READERS)
-def test_layer_is_the_ridge_fit(kind: str) -> None:
-    """The reader's weights solve the normal equations of columns that are made by running it with unit weights."""
+def test_layer_is_the_ridge_fit(kind: str, examples: int) -> None:
+    """The reader's weights solve the normal equations of columns that are made by running it with unit weights.
+
+    With few examples there are fewer rows than unknowns, and the dual equations are solved.
+    """
     torch.manual_seed(0)
     toy, shape = READERS[kind]()
     network = network_of(toy, shape)
@@ -114,7 +118,7 @@ def test_layer_is_the_ridge_fit(kind: str) -> None:
     for group in network.graph.groups:
         if group.name in readers:
             mask[group.units] = True
-    images = torch.randn(40, *shape)
+    images = torch.randn(examples, *shape)
 
     model, _ = run_reconstruction(network, mask, images)
 
@@ -147,7 +151,8 @@ def _explicit_fit(
         probe.weight.zero_()
         probe.weight[place] = 1.0
         outputs = probe(source.double()).movedim(1, -1).reshape(-1, wanted.shape[1]).numpy()
-        channel = int(np.abs(outputs).sum(0).argmax())
+        reached = probe(torch.ones_like(source).double()).movedim(1, -1).reshape(-1, wanted.shape[1])
+        channel = int(reached.abs().sum(0).argmax())  # also of an input that is 0 everywhere
         columns.setdefault(channel, []).append((place, outputs[:, channel]))
     for channel, found in columns.items():
         design = np.stack([column for _, column in found], axis=1)
@@ -386,12 +391,13 @@ def test_same_seed_gives_the_same_weights() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_two_batches_are_one_fit_where_inputs_are_exact() -> None:
-    """A first reader gets what the unpruned network gives, so its equations add up over batches."""
+@pytest.mark.parametrize(("kind", "examples"), [("convolution", 40), ("convolution", 2), ("linear", 4), ("linear", 2)])
+def test_two_batches_are_one_fit_where_inputs_are_exact(kind: str, examples: int) -> None:
+    """A first reader gets what the unpruned network gives, so its equations add up over batches, held or summed."""
     torch.manual_seed(0)
-    toy, shape = READERS["convolution"]()
+    toy, shape = READERS[kind]()
     network = network_of(toy, shape)
-    mask, images = pruned_mask(network), torch.randn(40, *shape)
+    mask, images = pruned_mask(network), torch.randn(examples, *shape)
     whole, _ = run_reconstruction(network, mask, images)
     model = network.pruned(PruningPlan.from_mask(network.graph, mask))
     parts = [observe_targets(toy, part, ALL) for part in images.chunk(2)]

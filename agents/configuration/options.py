@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunegym.agents.configuration.option_rules import Names, Options, at_least, positive, require
+from prunegym.agents.configuration.option_rules import Names, Options, at_least, only_with, positive, require
 from prunegym.agents.configuration.width_options import WidthOptions
 from prunegym.pruning.errors import PruningError, unknown_name
 
@@ -192,15 +192,14 @@ class ScoringOptions(Options):
     """Which channels of a group stay. By weights: l1, l2, bn_scale, fpgm or cosine. By calibration images: taylor,
     taylor_squared, taylor_weight, taylor_second, activation, activation_variance, apoz, group_attention, or, with
     --policy, encoder_attention. The control: random."""
-    recovery: Literal["none", "bn", "compensate", "reconstruct", "distill"] | None = None
+    recovery: Literal["auto", "none", "bn", "compensate", "reconstruct", "distill"] = "auto"
     """What follows pruning, without labels. none: nothing. bn: batch normalisation is measured anew. compensate:
     removed channels are folded into kept ones by least squares, then bn. reconstruct: each layer is fitted to what the
-    unpruned network computes there. distill: compensate, then training steps towards the unpruned network. By default
+    unpruned network computes there. distill: compensate, then training steps towards the unpruned network. auto:
     compensate where fine-tuning follows, and else reconstruct."""
-    scored: Literal["none", "bn", "compensate", "reconstruct", "distill"] | None = None
-    """The recovery that plans get while they are only scored, in a cheap form. By default that of --recovery; where
-    fine-tuning follows and no recovery is asked for, reconstruct, which ranks plans best by what training makes of
-    them."""
+    scored: Literal["auto", "none", "bn", "compensate", "reconstruct", "distill"] = "auto"
+    """The recovery that plans get while they are only scored, in a cheap form. auto: that of --recovery; where that is
+    auto too, reconstruct, which ranks plans best by what fine-tuning makes of them."""
     statistics_examples: int = 512
     """Calibration images for activations, covariances and Taylor scores."""
     recovery_examples: int = 512
@@ -236,11 +235,22 @@ class ScoringOptions(Options):
         at_least(self, 1, "reward_examples", "recovery_steps", "recovery_examples")
         at_least(self, 2, "statistics_examples")
         positive(self, "recovery_rate")
+        steps = ("recovery_steps", "recovery_rate", "recovery_split")
+        only_with(self, "distill" in (self.recovery, self.scored), "--recovery distill", *steps)
 
     @property
     def recovery_name(self) -> Recovery:
         """The recovery asked for, or the one that fits what follows."""
-        return self.recovery or ("compensate" if getattr(self, "epochs", 0) else "reconstruct")
+        if self.recovery == "auto":
+            return "compensate" if getattr(self, "epochs", 0) else "reconstruct"
+        return self.recovery
+
+    @property
+    def scored_name(self) -> Recovery | None:
+        """The recovery of plans that are only scored, if it is not that of the result."""
+        if self.scored == "auto":
+            return "reconstruct" if self.recovery == "auto" else None
+        return self.scored
 
     @property
     def scorer_settings(self) -> ScorerSettings:
@@ -250,7 +260,7 @@ class ScoringOptions(Options):
         return ScorerSettings(
             criterion=self.criterion,
             recovery=self.recovery_name,
-            scored=self.scored or ("reconstruct" if self.recovery is None else None),
+            scored=self.scored_name,
             statistics_examples=self.statistics_examples,
             recovery_examples=self.recovery_examples,
             examples=self.reward_examples,

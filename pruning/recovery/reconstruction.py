@@ -88,7 +88,11 @@ def reconstruct(
 
 
 class _Fit:
-    """The normal equations of one layer; they grow with batches."""
+    """The normal equations of one layer; they grow with batches.
+
+    Rows are held as they are for as long as they are fewer than the unknowns, and the system is solved in its dual
+    form, one equation for each row; else only their sums are.
+    """
 
     def __init__(
         self, name: str, read: Read, weight: Tensor, bias: Tensor | None, *, intercept: bool, double: bool
@@ -104,6 +108,8 @@ class _Fit:
         self.inputs, self.gaps = exact(groups, unknowns), exact(groups, outputs)
         self.energy, self.target_energy, self.target_sum = exact(()), exact(()), exact(groups, outputs)
         self.rows = 0
+        self.held: list[tuple[Tensor, Tensor]] = []
+        """Rows and gaps that are not in ``square`` and ``cross`` yet."""
         self.errors: tuple[float, float] | None = None
 
     def add(self, rows: Tensor, targets: Tensor) -> None:
@@ -112,8 +118,6 @@ class _Fit:
         if self.bias is not None:
             gaps -= self.bias.unflatten(0, (len(rows), 1, -1))
         sums = {
-            "square": rows.mT @ rows,
-            "cross": rows.mT @ gaps,
             "inputs": rows.sum(1),
             "gaps": gaps.sum(1),
             "energy": gaps.square().sum(),
@@ -121,35 +125,58 @@ class _Fit:
             "target_sum": targets.sum(1),
         }
         for name, value in sums.items():
-            held: Tensor = getattr(self, name)
-            held += value.to(held.device)
+            total: Tensor = getattr(self, name)
+            total += value.to(total.device)
+        few = self.rows == sum(held.shape[1] for held, _ in self.held)
+        self.held.append((rows, gaps))
         self.rows += rows.shape[1]
+        if not few or self.rows >= rows.shape[2]:
+            for some, missing in self.held:
+                self.square += (some.mT @ some).to(self.square.device)
+                self.cross += (some.mT @ missing).to(self.cross.device)
+            self.held.clear()
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The new weights ``(G, O, U)``, and what is added to each output ``(C,)``."""
-        count = self.rows
-        square, cross = self.square / count, self.cross / count
-        inputs, gaps = self.inputs / count, self.gaps / count
-        if self.intercept:
-            square = square - inputs.unsqueeze(2) * inputs.unsqueeze(1)
-            cross = cross - inputs.unsqueeze(2) * gaps.unsqueeze(1)
-        diagonal = square.diagonal(dim1=1, dim2=2)
-        shrinkage = (ridge * diagonal.mean(1)).clamp(min=1e-12)
-        system = square.clone()
-        system.diagonal(dim1=1, dim2=2).add_(shrinkage.unsqueeze(1))
-        factor, failed = torch.linalg.cholesky_ex(system)
-        change = torch.cholesky_solve(cross, factor) if not failed.any() else torch.linalg.lstsq(system, cross).solution
-        shift = gaps - (change.mT @ inputs.unsqueeze(2)).squeeze(2) if self.intercept else torch.zeros_like(gaps)
-        if square.dtype == torch.float64:
-            gained = 2 * (change * cross).sum() - (change * (square @ change)).sum()
-            self._note_errors(float(gained + gaps.square().sum() if self.intercept else gained))
+        inputs, gaps = self.inputs / self.rows, self.gaps / self.rows
+        if not self.intercept:
+            inputs, gaps = torch.zeros_like(inputs), torch.zeros_like(gaps)
+        change, gained = (self._dual if self.held else self._primal)(ridge, inputs, gaps)
+        shift = gaps - (change.mT @ inputs.unsqueeze(2)).squeeze(2)
+        if change.dtype == torch.float64:
+            self._note_errors(float(gained + gaps.square().sum()))
         return self.start + change.mT.to(self.start), shift.flatten().to(self.start)
+
+    def _primal(self, ridge: float, inputs: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+        """The change ``(G, U, O)`` around the means, and by how much it lowers a row's squared error."""
+        square = self.square / self.rows - inputs.unsqueeze(2) * inputs.unsqueeze(1)
+        cross = self.cross / self.rows - inputs.unsqueeze(2) * gaps.unsqueeze(1)
+        change = _solved(square, cross, ridge * square.diagonal(dim1=1, dim2=2).mean(1))
+        return change, 2 * (change * cross).sum() - (change * (square @ change)).sum()
+
+    def _dual(self, ridge: float, inputs: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the rows themselves: ``X' (XX' + λI)^-1 T`` is ``(X'X + λI)^-1 X'T``."""
+        rows, wanted = (torch.cat(parts, 1).to(self.square) for parts in zip(*self.held, strict=True))
+        rows, wanted = rows - inputs.unsqueeze(1), wanted - gaps.unsqueeze(1)
+        square = rows @ rows.mT / self.rows
+        shrinkage = ridge * square.diagonal(dim1=1, dim2=2).sum(1) / rows.shape[2]
+        change = rows.mT @ _solved(square, wanted, shrinkage) / self.rows
+        met = rows @ change
+        return change, (2 * (met * wanted).sum() - met.square().sum()) / self.rows
 
     def _note_errors(self, gained: float) -> None:
         """Keep the squared error before and after, given by how much it falls for each row."""
         before, energy = float(self.energy) / self.rows, float(self.target_energy) / self.rows
         variance = max(energy - float((self.target_sum / self.rows).square().sum()), 1e-12)
         self.errors = (before / variance, (before - gained) / variance)
+
+
+def _solved(square: Tensor, wanted: Tensor, shrinkage: Tensor) -> Tensor:
+    """Solve ``(square + shrinkage I) x = wanted`` for each group."""
+    system = square.clone()
+    system.diagonal(dim1=1, dim2=2).add_(shrinkage.clamp(min=1e-12).unsqueeze(1))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_solve(wanted, factor) if not failed.any() else torch.linalg.lstsq(system, wanted).solution
 
 
 def _exact_device(device: torch.device) -> torch.device:

@@ -41,6 +41,8 @@ class Fitting:
     """Positions of a layer with few unknowns, such as a depthwise one, if it has so many."""
     most: int = MAX_ROWS
     """Most positions of a layer."""
+    numbers: float = float("inf")
+    """Most numbers in the rows of a layer, at ``fewest`` positions or more: a wide layer can do with fewer of them."""
     ridge: float = RIDGE
     double: bool = True
     """Sum and solve in float64. In float32 it takes half the time, and the ridge keeps it sound enough for a score."""
@@ -50,7 +52,7 @@ class Fitting:
 
     def rows(self, unknowns: int) -> int:
         """Positions for a layer with so many unknowns for an output channel."""
-        return min(self.most, max(self.fewest, round(self.per_unknown * unknowns)))
+        return int(min(self.most, max(self.fewest, min(self.per_unknown, self.numbers / unknowns**2) * unknowns)))
 
 
 @dataclass(frozen=True)
