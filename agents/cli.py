@@ -30,6 +30,7 @@ from prunegym.agents.configuration.config import (
 )
 from prunegym.agents.configuration.time_limit import TIME_UP, TimeLimit, TimeLimitOption, TimeUp
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
+from prunegym.agents.evaluations.config import EvaluationsConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.run_folders.running import Reporter, Result
 from prunegym.pruning.errors import PruningError
@@ -46,6 +47,7 @@ Config: TypeAlias = (
     | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
     | Annotated[MeasureConfig, tyro.conf.subcommand("measure")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+    | Annotated[EvaluationsConfig, tyro.conf.subcommand("evaluations")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
 )
@@ -61,6 +63,7 @@ _COMMANDS: dict[type, str] = {
     FinetuneConfig: "deployment.commands:run_finetune",
     MeasureConfig: "deployment.measure:run_measure",
     ExportConfig: "deployment.commands:run_export",
+    EvaluationsConfig: "evaluations.command:run_evaluations",
     ReportConfig: "report.command:run_report",
     DemoConfig: "demo:run_demo",
 }

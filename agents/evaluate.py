@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.evaluations.store import STORE, stored
 from prunegym.agents.run_folders.finished_rows import FinishedRows
-from prunegym.agents.run_folders.journal import journaled
 from prunegym.agents.run_folders.records import note_plan
 from prunegym.agents.run_folders.runs import RunFolder, slug
 from prunegym.agents.searching.latency_budget import within_measured_budget
@@ -33,8 +33,6 @@ KEY = ("network", "budget", "searcher")
 """Columns that identify a row."""
 TIMED = ("seconds", "latency_share")
 """Columns that are measured in time."""
-SCORES = "scores"
-"""Folder of the journals of searches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +89,14 @@ def _searched(
     problem: PruningProblem, budget: Budget, name: str, settings: EvaluationSettings, run: RunFolder, limit: TimeLimit
 ) -> Row:
     """Let one searcher search, or repeat what it had searched before, and measure its plan."""
-    file = "__".join(map(slug, (problem.scorer.network.name, str(budget), name))) + ".jsonl"
-    with journaled([problem.scorer], run.subfolder(SCORES).path(file), limit) as journal:
+    called = "__".join(map(slug, (problem.scorer.network.name, str(budget), name)))
+    with stored([problem.scorer], run.path(STORE), called, limit) as store:
         search = SearchSettings(
             evaluations=settings.evaluations,
             seed=settings.seed,
             policy=settings.policy,
             progress=settings.progress,
-            clock=journal.clock,
+            clock=store.clock,
         )
         result = within_measured_budget(problem, budget, searcher_named(name)(problem, budget, search))
     note_plan(run, name, problem, budget, result.plan)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from prunegym.agents.configuration.config import InspectConfig, PretrainConfig, PruneConfig
 from prunegym.agents.configuration.time_limit import TimeLimit
+from prunegym.agents.evaluations.store import STORE, stored
 from prunegym.agents.inspect import inspect_network
 from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.pretrain import pretrain
 from prunegym.agents.prune import carry_out, check_fine_tuning, describe, find_plan, save
-from prunegym.agents.run_folders.journal import JOURNAL, journaled
 from prunegym.agents.run_folders.records import save_attention, save_networks
 from prunegym.agents.run_folders.reload import EXAMPLE, loading, save_example
 from prunegym.agents.run_folders.running import RESULT, SPLITS, Launch, Reporter, Result, save_splits
@@ -155,12 +155,12 @@ def run_prune(config: PruneConfig, reporter: Reporter) -> Result:
 def _find_plan_once(
     problem: PruningProblem, budget: Budget, config: PruneConfig, run: RunFolder, progress: bool, limit: TimeLimit
 ) -> SearchResult:
-    """Search, unless the run has its plan already; a search that was interrupted is repeated from its journal."""
-    stored = load_search(run, problem.scorer.network.graph)
-    if stored is not None:
-        return stored
-    with journaled([problem.scorer], run.path(JOURNAL), limit) as journal:
-        found = find_plan(problem, budget, config, progress=progress, clock=journal.clock)
+    """Search, unless the run has its plan already; an interrupted search is repeated from its evaluations."""
+    found = load_search(run, problem.scorer.network.graph)
+    if found is not None:
+        return found
+    with stored([problem.scorer], run.path(STORE), limit=limit) as store:
+        found = find_plan(problem, budget, config, progress=progress, clock=store.clock)
     save_search(found, run)
     return found
 

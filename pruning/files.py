@@ -79,14 +79,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def append(path: Path, size: int, data: bytes, *, sync: bool = True) -> None:
+def append(path: Path, size: int, data: bytes) -> None:
     """Put data after the first ``size`` bytes of a file, all of it or nothing.
 
     Args:
         path: The file; made if it is not there.
         size: Bytes to keep; what a kill left after them is dropped.
         data: To add.
-        sync: Wait until it is on the disk. Without, a power cut may take the last additions, a kill does not.
 
     Raises:
         OSError: It could not be written; the first ``size`` bytes are still there.
@@ -99,13 +98,12 @@ def append(path: Path, size: int, data: bytes, *, sync: bool = True) -> None:
             rest = memoryview(data)
             while rest:
                 rest = rest[file.write(rest) :]
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):
                 file.truncate(size)
             raise
-    if new and sync:
+    if new:
         sync_folder(path.parent)
 
 

@@ -133,7 +133,7 @@ class ScorerSettings:
         return self.scored or self.recovery
 
 
-class Journal(Protocol):
+class ScoreStore(Protocol):
     """Where scores outlive the process: a search that was killed is repeated with them, which is quick."""
 
     def read(self, plan: PruningPlan, split: str, examples: int) -> Score | None:
@@ -182,7 +182,7 @@ class Scorer:
         self._targets: dict[tuple[int, float], list[Targets]] = {}
         self.scored = 0
         """Plans run so far; cached ones do not count."""
-        self.journal: Journal | None = None
+        self.store: ScoreStore | None = None
         """Where scores are kept, and looked up, beyond the life of this process."""
 
     def _collect(self) -> Statistics:
@@ -209,18 +209,18 @@ class Scorer:
         """Prune by the plan, recover, and run on the settings' split and examples (or others)."""
         key = (plan, split or self.settings.split, examples or self.settings.examples)
         if key not in self._cache:
-            known = None if self.journal is None else self.journal.read(*key)
+            known = None if self.store is None else self.store.read(*key)
             if known is None:
                 known = self.run(*key)
                 self.scored += 1
-                if self.journal is not None:
-                    self.journal.write(*key, known)
+                if self.store is not None:
+                    self.store.write(*key, known)
             self._cache[key] = known
         return self._cache[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker gets: neither prepared batches, which are large, nor the journal, which has one writer."""
-        return {**self.__dict__, "_prepared": {}, "_outputs": {}, "_targets": {}, "journal": None}
+        """What a worker gets: neither prepared batches, which are large, nor the store, which has one writer."""
+        return {**self.__dict__, "_prepared": {}, "_outputs": {}, "_targets": {}, "store": None}
 
     def unpruned(self, *, split: str | None = None, examples: int | None = None) -> Score:
         """The unpruned network's score, in the same precision and on the same examples."""

@@ -17,6 +17,7 @@ from prunegym.agents.cli import main
 from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config
 from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
+from prunegym.agents.evaluations.config import EvaluationsConfig
 from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.searching.searchers import SEARCHERS
 from prunegym.pruning.scoring import RECOVERIES
@@ -31,10 +32,12 @@ FLAG = r"(?<![\w-])--[a-z][\w-]*"
 CONFIGS = {
     name: vars(config)[f"{name.capitalize()}Config"]
     for name in ("inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo")
-} | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig, "report": ReportConfig} | {
-    "measure": MeasureConfig
+} | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig} | {
+    "report": ReportConfig,
+    "evaluations": EvaluationsConfig,
+    "measure": MeasureConfig,
 }
-POSITIONAL = {"finetune": ("run",), "export": ("run",), "report": ("runs",), "measure": ("runs",)}
+POSITIONAL = {"finetune": ("run",), "export": ("run",), "report": ("runs",), "measure": ("runs",), "evaluations": ("runs",)}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

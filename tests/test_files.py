@@ -140,7 +140,7 @@ def test_append_drops_what_a_kill_left_and_keeps_the_rest(tmp_path: Path) -> Non
     append(path, 0, b"a\n")
     path.write_bytes(b"a\nhal")
 
-    append(path, 2, b"b\n", sync=False)
+    append(path, 2, b"b\n")
 
     assert path.read_bytes() == b"a\nb\n"
 

@@ -18,7 +18,7 @@ import pytest
 
 from prunegym.agents.cli import REFUSED
 from prunegym.agents.configuration.time_limit import TIME_UP
-from prunegym.agents.run_folders.journal import JOURNAL
+from prunegym.agents.evaluations.store import STORE, read_evaluations
 
 #: Runs a command for each line of arguments it reads, in a process of its own, and says how it ended.
 NURSERY = """
@@ -157,7 +157,8 @@ def test_command_killed_at_five_moments_ends_as_if_it_had_not_been(
     whole, seconds = uninterrupted(nursery, command, tmp_path / "whole")
     assert any(name.endswith(("metrics.csv", "rows.csv")) for name in whole)
     if command == "train":
-        assert '"examples": 128' in (tmp_path / "whole" / JOURNAL).read_text()  # it looks again
+        rows = read_evaluations(tmp_path / "whole" / STORE)
+        assert 128 in {row["examples"] for row in rows}  # it looks again
     killed = 0
     for number, moment in enumerate(moments(seconds, 5)):
         arguments = [*COMMANDS[command], "--out", str(tmp_path / str(number))]
@@ -171,7 +172,7 @@ def test_command_killed_at_five_moments_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_training_on_two_workers_that_is_killed_goes_on_to_the_same_bytes(nursery: Nursery, tmp_path: Path) -> None:
-    """At two moments; scores of worker processes are in no journal, so an update that was cut is made again."""
+    """At two moments; scores of worker processes are in no store, so an update that was cut is made again."""
     more = ["--workers", "2", "--evaluations", "30"]
     whole, seconds = uninterrupted(nursery, "train", tmp_path / "whole", *more)
 

@@ -179,7 +179,7 @@ def test_every_budget_settles_on_a_plan_that_was_looked_at(scorer: Scorer, tmp_p
 
 
 @pytest.mark.parametrize(("ray", "rows"), [(None, 0), ("auto", 1)])
-def test_time_limit_waits_for_updates_whose_scores_are_in_no_journal(
+def test_time_limit_waits_for_updates_whose_scores_are_in_no_store(
     half: PruningProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: str | None, rows: int
 ) -> None:
     """On a cluster, with one worker too; here it stops after the evaluation under way."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
 from prunegym.agents.comparison.controls import CONTROLS
 from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.evaluations.store import STORE, stored
 from prunegym.agents.policies.policy_file import load_policy
-from prunegym.agents.run_folders.journal import JOURNAL, journaled
 from prunegym.agents.run_folders.runs import RunFolder, slug
 from prunegym.agents.searching.latency_budget import within_measured_budget
 from prunegym.agents.searching.searchers import WITHOUT_SEED, SearchResult, SearchSettings, searcher_named
@@ -77,12 +77,12 @@ class Searches:
             PruningError: The plan breaks the budget, or the searcher lacks something.
         """
         network = problem.scorer.network.name
-        stored = self._stored(problem, budget, searcher, self.config.seeds[0])
-        if stored is not None and searcher in WITHOUT_SEED:
-            return stored
-        stored = self._stored(problem, budget, searcher, seed)
-        if stored is not None:
-            return stored
+        before = self._stored(problem, budget, searcher, self.config.seeds[0])
+        if before is not None and searcher in WITHOUT_SEED:
+            return before
+        before = self._stored(problem, budget, searcher, seed)
+        if before is not None:
+            return before
         result = self._agent(problem, budget, searcher, seed) if searcher in AGENTS else None
         result = result or self._search(problem, budget, searcher, seed)
         limit, counts = problem.limit_of(result.plan, budget), problem.scorer.network.counts(result.plan)
@@ -98,16 +98,16 @@ class Searches:
         return Found(result, folder)
 
     def _search(self, problem: PruningProblem, budget: Budget, searcher: str, seed: int) -> SearchResult:
-        """Let a searcher of the registry search, or repeat from its journal what it had searched before."""
+        """Let a searcher of the registry search, or repeat from its evaluations what it had searched before."""
         self._start_afresh(problem, budget)
         folder = self._folder(SEARCHES, searcher, problem.scorer.network.name, budget, seed)
-        with journaled([problem.scorer], folder.path(JOURNAL), self.limit) as journal:
+        with stored([problem.scorer], folder.path(STORE), limit=self.limit) as store:
             settings = SearchSettings(
                 evaluations=self.config.evaluations,
                 seed=seed,
                 policy=self.config.policy,
                 progress=self.progress,
-                clock=journal.clock,
+                clock=store.clock,
             )
             return searcher_named(searcher)(problem, budget, settings)
 

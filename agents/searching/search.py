@@ -56,7 +56,7 @@ class SearchSettings:
     """Rounds of pruning; by default those the policy was trained with, and 3 for `attention`."""
     progress: bool = False
     clock: Callable[[], float] = time.perf_counter
-    """Gives seconds; that of a journal counts those before an interruption too."""
+    """Gives seconds; that of a store of evaluations counts those before an interruption too."""
 
 
 @dataclass(frozen=True, kw_only=True)

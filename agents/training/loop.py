@@ -2,8 +2,8 @@
 
 An update collects ``update_evaluations`` episodes, each of which scores one plan, then learns from them and from the
 best plans so far. Every update starts from seeds derived from the run's seed and its own number, and ends with a
-checkpoint; the scores of an update that was interrupted are in a journal. So a run that was stopped at any moment goes
-on to the same result.
+checkpoint; the scores of an update that was interrupted are in the store of evaluations. So a run that was stopped at
+any moment goes on to the same result.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from prunegym.agents.configuration.time_limit import NO_LIMIT, TimeLimit
+from prunegym.agents.evaluations.store import STORE, Clock, scorer_identity, stored
 from prunegym.agents.policies.policy_file import save_policy
 from prunegym.agents.policies.ppo import Episode
-from prunegym.agents.run_folders.journal import JOURNAL, Clock, journaled, scorer_identity
 from prunegym.agents.run_folders.records import ATTENTION, attention_records
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import own_plan
@@ -65,10 +65,10 @@ def train(
         TimeUp: the limit is reached.
     """
     scorers = [problem.scorer for problem in problems]
-    # scores of other processes are in no journal: to stop within an update would lose those of that update
+    # scores of other processes are in no store: to stop within an update would lose those of that update
     per_score = limit if config.workers == 1 and config.ray is None else NO_LIMIT
-    with journaled(scorers, run.path(JOURNAL), per_score) as journal:
-        trainer = Trainer(problems, config, run, clock=journal.clock, limit=limit)
+    with stored(scorers, run.path(STORE), limit=per_score) as store:
+        trainer = Trainer(problems, config, run, clock=store.clock, limit=limit)
         try:
             return trainer.run_all(progress)
         finally:
