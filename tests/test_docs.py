@@ -37,7 +37,7 @@ CONFIGS = {
     "evaluations": EvaluationsConfig,
     "measure": MeasureConfig,
 }
-POSITIONAL = {"finetune": ("run",), "export": ("run",), "report": ("runs",), "measure": ("runs",), "evaluations": ("runs",)}
+POSITIONAL = {"finetune": ("run",), "export": ("run",)} | dict.fromkeys(("report", "measure", "evaluations"), ("runs",))
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
