@@ -121,12 +121,6 @@ class Inspection:
         content: dict[str, Any] = plain(self)
         return content
 
-    def to_html(self) -> str:
-        """The inspection as a self-contained page, with a picture of the channel graph."""
-        from prunegym.agents.report.inspection import inspection_page
-
-        return inspection_page(self.to_json()).render()
-
     def to_text(self) -> str:
         """The inspection for a terminal."""
         rows = [

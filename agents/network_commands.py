@@ -58,9 +58,10 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
         run = Launch(config, reporter, config.network, "inspect", "none").open()
         run.write_json(RESULT, content)
     if config.html is not None:
+        from prunegym.agents.report.inspection import inspection_page
         from prunegym.agents.report.report import write_page
 
-        write_page(config.html, inspection.to_html(), argument="--html")
+        write_page(config.html, inspection_page(content).render(), argument="--html")
         reporter.say(f"page: {config.html}")
     return Result(content, inspection.to_text())
 

@@ -10,7 +10,7 @@ from formats import markdown, with_interval, with_range
 from rows import RESULTS
 
 from prunegym.agents.comparison.bootstrap import Interval
-from prunegym.agents.comparison.grid import KEY, TIMED
+from prunegym.agents.comparison.rows import KEY, TIMED
 from prunegym.agents.comparison.summary import Table, at_seconds, fastest_seconds
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import CURVE, KEY
 from prunegym.agents.comparison.measure import FINETUNING, SCORES
+from prunegym.agents.comparison.rows import CURVE, KEY
 from prunegym.agents.comparison.search import SEARCHES
 from prunegym.agents.run_folders.finished_rows import ROWS, TIMES
 from prunegym.agents.searching.stored_search import PLAN, SEARCH

@@ -7,6 +7,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,29 @@ def test_folders_below_a_package_do_not_import_each_other_both_ways(package: str
 
     mutual = {(one, other) for one, other in arrows if one < other and (other, one) in arrows}
     assert not mutual
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Nor by imports inside functions, which only hide a loop; those for type checkers alone do not count."""
+    files = {_module(path): path for package in ALLOWED for path in sources(package)}
+    arrows = {}
+    for name, path in files.items():
+        tree = _without_type_checking(ast.parse(path.read_text(encoding="utf-8")))
+        found = imported_modules(tree, path.relative_to(ROOT).parts[0])
+        # `from a import b` is of the module a.b if there is one, else of a
+        modules = {one if one in files else one.rpartition(".")[0] for one in found}
+        arrows[name] = modules & set(files) - {name}
+
+    TopologicalSorter(arrows).prepare()  # names the loop if there is one
+
+
+def _module(path: Path) -> str:
+    return ".".join([FACE, *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def _without_type_checking(tree: ast.Module) -> ast.Module:
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))]
+    return tree
 
 
 @pytest.mark.parametrize("folder", [FACE, "tests", "benchmarks"])

@@ -13,8 +13,9 @@ import torch
 
 from prunegym.agents.comparison.cluster import compute, pieces, read_files, take
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import Key, _grid, compare, compute_row
+from prunegym.agents.comparison.grid import _grid, compare
 from prunegym.agents.comparison.measure import Judge
+from prunegym.agents.comparison.rows import Key, compute_row
 from prunegym.agents.comparison.search import Searches
 from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp

@@ -13,8 +13,9 @@ from prunegym.agents.comparison import measure as compare_measure
 from prunegym.agents.comparison import search as compare_search
 from prunegym.agents.comparison.conditions import identity
 from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import CURVE, CURVE_SCORES, KEY, TIMED, compare, curve_rows, unfinished
+from prunegym.agents.comparison.grid import compare, unfinished
 from prunegym.agents.comparison.measure import Judge
+from prunegym.agents.comparison.rows import CURVE, CURVE_SCORES, KEY, TIMED, curve_rows
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.policies.policy_file import load_policy

@@ -14,8 +14,9 @@ from prunegym.agents.comparison import pictures as compare_pictures
 from prunegym.agents.comparison import report as compare_report
 from prunegym.agents.comparison.bootstrap import performance_profiles
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import compare, curve_rows
+from prunegym.agents.comparison.grid import compare
 from prunegym.agents.comparison.report import report, terminal_text
+from prunegym.agents.comparison.rows import curve_rows
 from prunegym.agents.comparison.summary import Table, summarise
 from prunegym.agents.pictures import new_figure
 from prunegym.agents.run_folders.runs import RunFolder

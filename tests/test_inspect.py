@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from prunegym.agents.inspect import Inspection, inspect_network
+from prunegym.agents.report.inspection import inspection_page
 from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
@@ -121,7 +122,7 @@ def test_plan_is_told_of_groups_blocks_and_cost() -> None:
     text = found.to_text()
     assert f"It leaves out 1 of {len(network.blocks)} blocks: {block}." in text
     assert f"({found.plan.macs_share:.1%})" in text
-    assert "left out" in found.to_html()
+    assert "left out" in inspection_page(found.to_json()).render()
 
 
 def test_plan_of_another_network_is_refused(toys: Toys) -> None:
@@ -143,7 +144,7 @@ def test_latency_is_told_where_it_is_known(toys: Toys) -> None:
     assert inspection.latency_seconds == 10.0
     assert inspection.reachable["latency"] == pytest.approx(0.01 * (1 + len(network.graph.groups)), abs=1e-3)
     assert "1e+04 ms predicted" in inspection.to_text()
-    assert "predicted, unpruned; down to" in inspection.to_html()
+    assert "predicted, unpruned; down to" in inspection_page(inspection.to_json()).render()
 
 
 def test_latency_of_the_unpruned_network_is_the_measured_one(toys: Toys) -> None:
@@ -162,7 +163,7 @@ def test_latency_of_the_unpruned_network_is_the_measured_one(toys: Toys) -> None
     assert table.full < 0.9 * table.measured
     assert inspection.latency_seconds == table.measured
     assert f"{1e3 * table.measured:.3g} ms measured" in inspection.to_text()
-    assert "measured, unpruned; down to" in inspection.to_html()
+    assert "measured, unpruned; down to" in inspection_page(inspection.to_json()).render()
 
 
 def test_peak_memory_of_the_unpruned_network_is_told(toys: Toys) -> None:

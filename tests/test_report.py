@@ -14,6 +14,7 @@ import prunegym
 from prunegym.agents.cli import main
 from prunegym.agents.inspect import inspect_network
 from prunegym.agents.report.gather import gather
+from prunegym.agents.report.inspection import inspection_page
 from prunegym.agents.report.page import Page, Section, Table
 from prunegym.agents.report.report import build_page
 from prunegym.agents.report.svg import Gallery
@@ -263,7 +264,7 @@ def test_page_of_a_network_holds_groups_couplings_and_reasons(toys: Callable[[st
     """Frozen groups are in the picture too."""
     inspection = inspect_network(toys("hard_coded"))
 
-    html = inspection.to_html()
+    html = inspection_page(inspection.to_json()).render()
     page = Reader(html)
     assert ["graph", "groups", "frozen"] == [name for name in page.ids if name in ("graph", "groups", "frozen")]
     for row in (*inspection.groups, *inspection.frozen):
@@ -275,7 +276,7 @@ def test_page_of_a_network_holds_groups_couplings_and_reasons(toys: Callable[[st
 
 def test_frozen_groups_stand_where_the_network_makes_them(toys: Callable[[str], PrunableNetwork]) -> None:
     """The head is the last row of the picture."""
-    html = inspect_network(toys("sequential")).to_html()
+    html = inspection_page(inspect_network(toys("sequential")).to_json()).render()
 
     shown = re.findall(r">([^<>]+)</text>", html[html.index("<svg") : html.index("</svg>")])
     assert shown.index("frozen") > max(index for index, text in enumerate(shown) if text.endswith(" %"))

@@ -17,6 +17,7 @@ import pytest
 
 from prunegym.agents.inspect import inspect_network
 from prunegym.agents.report.gather import gather
+from prunegym.agents.report.inspection import inspection_page
 from prunegym.agents.report.report import build_page
 from prunegym.agents.report.svg import Gallery
 from prunegym.pruning.network import PrunableNetwork
@@ -272,7 +273,7 @@ def test_page_of_a_network_is_whole(
 ) -> None:
     """`prunegym inspect --html`."""
     path = tmp_path / "graph.html"
-    path.write_text(inspect_network(toys(name)).to_html(), encoding="utf-8")
+    path.write_text(inspection_page(inspect_network(toys(name)).to_json()).render(), encoding="utf-8")
     browser.open(path, width)
 
     found = browser.evaluate(CHECK)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from prunegym.agents.comparison.config import AGENTS, CompareConfig
-from prunegym.agents.comparison.grid import Key, Row, computed_here
 from prunegym.agents.comparison.measure import FINETUNING
 from prunegym.agents.comparison.measure import folder_name as name_of_finetuning
+from prunegym.agents.comparison.rows import Key, Row, computed_here
 from prunegym.agents.comparison.search import SEARCHES, TRAININGS
 from prunegym.agents.comparison.search import folder_name as name_of_search
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp

@@ -11,8 +11,8 @@ from typing import Any
 
 from prunegym.agents.comparison.bootstrap import LEVEL, Interval, performance_profiles
 from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import curve_rows
 from prunegym.agents.comparison.pictures import FORMATS, draw_anytime, draw_profiles
+from prunegym.agents.comparison.rows import curve_rows
 from prunegym.agents.comparison.summary import Pair, Table, at_seconds, fastest_seconds, summarise
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.tables import format_table, markdown_table

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from prunegym.agents import evaluate
-from prunegym.agents.comparison import grid
 from prunegym.agents.comparison.report import CURVES
+from prunegym.agents.comparison.rows import KEY, TIMED
 from prunegym.agents.comparison.search import TRAININGS
 from prunegym.agents.configuration.options import DEFAULT_BUDGET
 from prunegym.agents.run_folders.finished_rows import FinishedRows
@@ -30,7 +30,7 @@ Record: TypeAlias = Mapping[str, Any]
 #: Commands that keep a row for each plan, with what identifies a row and what of it is measured in time. A comparison
 #: has all of them there and nowhere else; the results of the others hold them too, once there is one.
 _TABLES = {
-    "compare": (grid.KEY, grid.TIMED),
+    "compare": (KEY, TIMED),
     **dict.fromkeys(("train", "evaluate", "transfer"), (evaluate.KEY, evaluate.TIMED)),
 }
 
