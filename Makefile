@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(RUN)/ruff check
 
 types: $(STAMP)
-	scripts/check_types.sh $(RUN)/python
+	$(RUN)/python -m mypy
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

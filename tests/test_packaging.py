@@ -43,7 +43,7 @@ def test_every_public_name_exists() -> None:
 
 def test_public_names_are_the_same_for_users_and_for_type_checkers() -> None:
     """Lazy names are written three times; the three agree."""
-    tree = ast.parse((ROOT / "prunegym" / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "src" / "prunegym" / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     typed = {alias.asname or alias.name: node.module for node in imports for alias in node.names}
@@ -77,6 +77,19 @@ def test_subpackages_import_from_any_folder(tmp_path: Path) -> None:
         run_python("import prunegym.pruning.errors as e; print(e.__name__)", tmp_path)
         == "prunegym.pruning.errors"
     )
+
+
+def test_type_checkers_see_the_packages_of_an_editable_install(tmp_path: Path) -> None:
+    """And editors, which look in the same places: paths that the interpreter knows, not a hook."""
+    probe = tmp_path / "probe.py"
+    probe.write_text("from prunegym.agents.evaluations.store import Clock\n\nreveal_type(Clock()())\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache"), str(probe)]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    assert 'Revealed type is "float"' in done.stdout.replace("builtins.", "")
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
