@@ -27,6 +27,7 @@ test: lint types
 
 lint: $(STAMP)
 	$(RUN)/ruff check
+	$(RUN)/ruff format --check
 
 types: $(STAMP)
 	$(RUN)/python -m mypy

@@ -121,18 +121,14 @@ def run_transfer(config: TransferConfig, reporter: Reporter) -> Result:
         run = launch.open()
         save_splits(problems, run)
         save_networks(problems, run, ("selection", "test") if config.test else ("selection",))
-        rows = transfer(
-            problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit
-        )
+        rows = transfer(problems, config, run, test=config.test, progress=reporter.progress, limit=reporter.limit)
         save_attention(policy, metadata, problems, run, config.episode_rounds)
         content = {"folder": str(run.folder), "rows": plain(rows)}
         run.write_json(RESULT, content)
     return Result(content, format_table(content["rows"], PLAN_COLUMNS))
 
 
-def _problems(
-    config: TrainConfig | EvaluateConfig | TransferConfig, reporter: Reporter
-) -> list[PruningProblem]:
+def _problems(config: TrainConfig | EvaluateConfig | TransferConfig, reporter: Reporter) -> list[PruningProblem]:
     """All networks with all budgets, on the same data."""
     rewarded = not isinstance(config, EvaluateConfig) and PROFILES[config.reward_profile].latency != 0
     return build_problems(

@@ -29,9 +29,7 @@ _INTRODUCTION = (
 _QUICK = "Quick: far too little of everything was done for the numbers to mean anything."
 
 
-def write_report(
-    content: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], report: Path, picture: Path
-) -> None:
+def write_report(content: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], report: Path, picture: Path) -> None:
     """Write the table and what belongs to it as Markdown, and draw the picture.
 
     Args:

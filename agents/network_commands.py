@@ -50,9 +50,7 @@ def run_inspect(config: InspectConfig, reporter: Reporter) -> Result:
             network, settings, progress=reporter.progress, cache=cache, held_out=config.latency_plans
         )
     error = None if table is None or not config.latency_plans else table.error
-    inspection = inspect_network(
-        network, plan=plan, latency=table, latency_error=error, rules=config.width_rules
-    )
+    inspection = inspect_network(network, plan=plan, latency=table, latency_error=error, rules=config.width_rules)
     content = inspection.to_json()
     if config.out is not None:
         run = Launch(config, reporter, config.network, "inspect", "none").open()

@@ -96,8 +96,7 @@ class PruneResult:
             "parameters": {"before": self.before.parameters, "after": self.after.parameters},
             "memory": {"before": self.memory[0].mib, "after": self.memory[1].mib, "unit": "MiB per example"},
             "channels": {
-                group.name: {"before": group.size, "after": kept[group.name]}
-                for group in self.network.graph.groups
+                group.name: {"before": group.size, "after": kept[group.name]} for group in self.network.graph.groups
             },
             "blocks_left_out": list(self.plan.removed),
             "search": {"evaluations": self.search.evaluations, "seconds": self.search.seconds},

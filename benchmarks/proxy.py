@@ -93,9 +93,7 @@ class FineTunings:
             device=arguments.device,
         )
         self.budget = Budget.parse(arguments.budget)
-        self.problem: PruningProblem = build_problem(
-            arguments.network, arguments.weights, self.options, [self.budget]
-        )
+        self.problem: PruningProblem = build_problem(arguments.network, arguments.weights, self.options, [self.budget])
         self.setup = self._setup()
 
     def run(self) -> None:

@@ -307,9 +307,7 @@ def _late(function: Callable[..., nn.Module], *arguments: Any) -> Callable[[], n
     return lambda: function(*arguments)
 
 
-def _affine_fitted(
-    model: nn.Module, unpruned: nn.Module, mask: Any, scorer: Scorer, examples: int
-) -> nn.Module:
+def _affine_fitted(model: nn.Module, unpruned: nn.Module, mask: Any, scorer: Scorer, examples: int) -> nn.Module:
     """Refit scale and shift of each batch normalisation to what the unpruned network has after it, in order."""
     inputs = next(iter(scorer.task.batches("calibration", batch_size=examples, limit=examples)))[0]
     kept = {name: scorer.network.graph.axes.get((f"{name}.weight", 0)) for name, _ in unpruned.named_modules()}

@@ -78,9 +78,7 @@ def prices() -> str:
     for network, title in NETWORKS.items():
         found = [rows.get((network, "macs:0.35", "prior", one)) for one in LADDER]
         if any(found):
-            texts = (
-                f"{float(one['processor_seconds']):.1f} s, {one['peak_mib']} MiB" if one else "" for one in found
-            )
+            texts = (f"{float(one['processor_seconds']):.1f} s, {one['peak_mib']} MiB" if one else "" for one in found)
             cells.append([title, *texts])
     return markdown(["", *LADDER], cells)
 

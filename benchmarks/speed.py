@@ -95,9 +95,7 @@ def main(arguments: Arguments) -> None:
         print({key: value for key, value in row.items() if value and key not in ("torch", "sb3", "cpu", "commit")})
 
 
-def evaluation(
-    table: Table, name: str, weights: str | None, task: ClassificationTask, repeats: int
-) -> None:
+def evaluation(table: Table, name: str, weights: str | None, task: ClassificationTask, repeats: int) -> None:
     """Time one evaluation beside its forward passes, and beside deep copy + torch_pruning + float32."""
     model = build_network(name, num_classes=10, weights=weights)
     network = PrunableNetwork(model, torch.randn(2, 3, 32, 32), name=name)
@@ -106,9 +104,7 @@ def evaluation(
     limit = problem.limits[problem.budgets[0]]
     counts = problem.uniform_counts(limit)
     plan = problem.plan(counts)
-    fitted = Scorer(
-        network, task, replace(settings, recovery="reconstruct"), statistics=problem.scorer.statistics
-    )
+    fitted = Scorer(network, task, replace(settings, recovery="reconstruct"), statistics=problem.scorer.statistics)
     contestants = {
         "evaluation": lambda: problem.scorer.run(plan),
         "forward": forward_passes(problem, plan),
@@ -156,9 +152,7 @@ def forward_passes(problem: PruningProblem, plan: PruningPlan) -> Callable[[], o
     return run
 
 
-def torch_pruning_evaluation(
-    model: torch.nn.Module, task: ClassificationTask, ratio: float
-) -> Callable[[], object]:
+def torch_pruning_evaluation(model: torch.nn.Module, task: ClassificationTask, ratio: float) -> Callable[[], object]:
     """Deep copy, torch_pruning's magnitude pruner, recalibration and evaluation in float32."""
     import torch_pruning
 
@@ -270,9 +264,7 @@ def policy_pass(table: Table, name: str) -> None:
     )
 
 
-def time_policy(
-    observations: spaces.Dict, actions: spaces.Box, observation: Observation
-) -> tuple[float, float]:
+def time_policy(observations: spaces.Dict, actions: spaces.Box, observation: Observation) -> tuple[float, float]:
     """Median seconds of a pass, and how far policy and passes raised the peak memory of this process in MiB."""
     before = peak_memory()
     policy = PruningPolicy(observations, actions, lambda _: 1e-3)

@@ -87,9 +87,7 @@ def measure(arguments: Arguments, table: Table) -> None:
     problem = build_problem(arguments.network, arguments.weights, options, [budget])
     first = problem.scorer
     scorers = {
-        name: Scorer(
-            first.network, first.task, replace(first.settings, **settings), statistics=first.statistics
-        )
+        name: Scorer(first.network, first.task, replace(first.settings, **settings), statistics=first.statistics)
         for name, settings in SCORES.items()
     }
     for counts, finetuned in tqdm(list(tuned.items())[: arguments.plans], unit="plan"):

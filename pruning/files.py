@@ -195,9 +195,7 @@ def read_json(path: Path, *, argument: str = "--out") -> Any:
         reason, remedy = error.strerror or str(error), "Check the path."
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         reason, remedy = f"not JSON: {error}", "It is damaged or of another kind; choose another."
-    raise PruningError(
-        f"`{argument}` should lead to a readable JSON file. Received '{path}' ({reason}). {remedy}"
-    )
+    raise PruningError(f"`{argument}` should lead to a readable JSON file. Received '{path}' ({reason}). {remedy}")
 
 
 def plain(value: Any) -> Any:

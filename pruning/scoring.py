@@ -126,7 +126,6 @@ class ScorerSettings:
             if getattr(self, name) < 1:
                 raise PruningError(f"`{name}` should be at least 1. Received {getattr(self, name)}.")
 
-
     @property
     def scoring(self) -> Recovery:
         """The recovery of plans that are only scored."""

@@ -100,9 +100,7 @@ def test_prune_takes_data_by_name(tmp_path: Path) -> None:
     assert torch.equal(prunegym.load(tmp_path)(images), result.model(images))
 
 
-def test_network_without_source_is_loaded_into_the_model(
-    toys: Toys, task_for: Tasks, tmp_path: Path
-) -> None:
+def test_network_without_source_is_loaded_into_the_model(toys: Toys, task_for: Tasks, tmp_path: Path) -> None:
     """The unpruned model says what the tensors belong to."""
     network = toys("residual")
     result = prunegym.prune(network.model, task_for(network), **FEW)

@@ -64,9 +64,7 @@ DETECTION: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("fpn" in name)) for name in DETECTION]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("fpn" in name)) for name in DETECTION])
 def test_backbone_of_a_detector_prunes_and_agrees(name: str) -> None:
     """Its feature maps are outputs and stay; what lies behind them goes."""
     model = without_constants(Backbone(DETECTION[name]()).eval())

@@ -92,8 +92,7 @@ def test_profile_is_a_count_of_runs(problems: list[list[float]], index: int) -> 
 def test_profile_band_holds_the_profile(rng: np.random.Generator) -> None:
     """And is narrower where there are more problems."""
     few, many = (
-        performance_profiles({"a": rng.random((n, 2)).tolist(), "b": rng.random((n, 2)).tolist()})["a"]
-        for n in (4, 64)
+        performance_profiles({"a": rng.random((n, 2)).tolist(), "b": rng.random((n, 2)).tolist()})["a"] for n in (4, 64)
     )
 
     assert (few.low <= few.share).all()

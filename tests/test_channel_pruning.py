@@ -401,9 +401,7 @@ def test_no_state_feature_is_zero_everywhere(
     tuned = Scorer(
         trained,
         digits,
-        ScorerSettings(
-            recovery="distill", recovery_steps=1, statistics_examples=16, recovery_examples=16, examples=50
-        ),
+        ScorerSettings(recovery="distill", recovery_steps=1, statistics_examples=16, recovery_examples=16, examples=50),
         statistics=problem.scorer.statistics,
     )
     rows = [run(ChannelPruningEnv(problem, rounds=2), budget=budget)[0][1]["state"] for budget in BUDGETS[:3]]

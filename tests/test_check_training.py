@@ -118,9 +118,7 @@ def test_command_refuses_before_the_search(
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_command_that_trains_leaves_no_folder(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_that_trains_leaves_no_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where its training cannot be."""
     flags = ["--network", "digits_vgg", "--device", "cpu", "--accumulate", "1000", "--out", str(tmp_path / "run")]
 

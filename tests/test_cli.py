@@ -166,9 +166,7 @@ def test_prune_recovers_as_asked_for(
 
 def test_repeated_flags_add_up() -> None:
     """Networks, weights and budgets."""
-    config = parse(
-        ["train", *NETWORK, "--network", "digits_resnet", "--budget", "macs:0.5", "--budget", "macs:0.3"]
-    )
+    config = parse(["train", *NETWORK, "--network", "digits_resnet", "--budget", "macs:0.5", "--budget", "macs:0.3"])
 
     assert isinstance(config, TrainConfig)
     assert config.network == ("digits_vgg", "digits_resnet")
@@ -349,9 +347,7 @@ def test_transfer_is_zero_shot_and_few_shot(run: Run, policy: list[str], tmp_pat
     assert "test_score" not in zero[0]
 
 
-def test_prune_saves_a_smaller_network(
-    run: Run, weights: list[str], policy: list[str], tmp_path: Path
-) -> None:
+def test_prune_saves_a_smaller_network(run: Run, weights: list[str], policy: list[str], tmp_path: Path) -> None:
     """By the policy; it can be loaded, and in ONNX Runtime and as a program it gives the same."""
     flags = ["--epochs", "1", "--onnx", "--program", "--out", tmp_path]
     content = run("prune", *weights, *FEW, *policy, *flags)

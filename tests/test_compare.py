@@ -351,9 +351,7 @@ def test_rows_of_other_settings_are_refused(
     settings = config(searcher=("uniform",), repeats=1)
     _, run = go(half, tmp_path / "run", settings)
     scorer = half.scorer
-    other = Scorer(
-        scorer.network, scorer.task, replace(scorer.settings, **changes), statistics=scorer.statistics
-    )
+    other = Scorer(scorer.network, scorer.task, replace(scorer.settings, **changes), statistics=scorer.statistics)
     before = run.path(ROWS).read_bytes()
 
     with pytest.raises(PruningError, match=f"`--out` should hold what .*{message}.*Choose another folder"):
@@ -416,9 +414,7 @@ def test_rows_of_other_splits_are_refused(half: PruningProblem, tmp_path: Path) 
         compare([PruningProblem(scorer, (HALF,))], replace(settings, repeats=2), run, progress=False)
 
 
-def test_another_policy_of_the_same_path_is_refused(
-    compared: Any, half: PruningProblem, tmp_path: Path
-) -> None:
+def test_another_policy_of_the_same_path_is_refused(compared: Any, half: PruningProblem, tmp_path: Path) -> None:
     """The file was overwritten meanwhile; rows of other searchers do not mind."""
     _, trained = compared
     first, second = (folder / "policy.safetensors" for folder in sorted(trained.path("trainings").iterdir()))

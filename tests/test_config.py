@@ -441,9 +441,7 @@ def test_help_names_every_criterion_and_no_other() -> None:
 
 def test_policy_may_stand_beside_a_searcher_as_the_criterion() -> None:
     """It chooses the channels, and the searcher how many."""
-    config = PruneConfig(
-        network="n", searcher="uniform", policy=Path("p"), criterion="encoder_attention"
-    )
+    config = PruneConfig(network="n", searcher="uniform", policy=Path("p"), criterion="encoder_attention")
 
     assert config.searcher_name == "uniform"
 

@@ -139,9 +139,7 @@ def test_images_are_normalised_as_pretrained_weights_expect(tmp_path: Path) -> N
     ("shape", "expected"),
     [((8, 8, 3), (3, 8, 8)), ((3, 8, 8), (3, 8, 8)), ((8, 8), (1, 8, 8)), ((8, 8, 1), (1, 8, 8))],
 )
-def test_array_layouts_are_understood(
-    tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, int, int]
-) -> None:
+def test_array_layouts_are_understood(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, int, int]) -> None:
     """Channels first, last, or none; each image keeps its label."""
     data = load_data(write(tmp_path, **arrays(shape=shape)))
 
@@ -302,12 +300,8 @@ def test_named_set_is_read_from_the_data_root(tmp_path: Path) -> None:
     assert (data.name, data.num_classes, data.preparation.flip) == ("svhn", CLASSES, False)
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar100", "fgvc-aircraft", "imagenet", "eurosat", "stanford-cars", "svhn"]
-)
-def test_absent_torchvision_set_says_what_to_do(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["cifar100", "fgvc-aircraft", "imagenet", "eurosat", "stanford-cars", "svhn"])
+def test_absent_torchvision_set_says_what_to_do(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is fetched unless asked for."""
     monkeypatch.delenv("PRUNEGYM_DOWNLOAD", raising=False)
 

@@ -238,5 +238,3 @@ def test_draws_follow_their_logits_and_are_hard_when_cold(rng: np.random.Generat
 
     assert (draws.max(1).values > 0.99).float().mean() > 0.95
     torch.testing.assert_close(draws.mean(0), logits.softmax(0), atol=0.03, rtol=0)
-
-

@@ -97,8 +97,9 @@ def test_features_are_compared_channel_by_channel(network: PrunableNetwork, mask
     """Those of the pruned network are those of the masked one at the channels that are kept."""
     images = torch.randn(4, 3, 16, 16)
     stages = find_stages(network.model, network.graph, mask, images)
-    masked, pruned = masked_network(network.model, network.graph, mask), network.pruned(
-        PruningPlan.from_mask(network.graph, mask)
+    masked, pruned = (
+        masked_network(network.model, network.graph, mask),
+        network.pruned(PruningPlan.from_mask(network.graph, mask)),
     )
     found = []
     for model in (masked, pruned):

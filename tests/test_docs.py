@@ -29,14 +29,18 @@ LINK = r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "runs" / "README.md", ROOT / "benchmarks" / "LOG.md"]
 LINKED = [page for page in PAGES if re.search(LINK, page.read_text(encoding="utf-8"))]
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
-CONFIGS = {
-    name: vars(config)[f"{name.capitalize()}Config"]
-    for name in ("inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo")
-} | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig} | {
-    "report": ReportConfig,
-    "evaluations": EvaluationsConfig,
-    "measure": MeasureConfig,
-}
+CONFIGS = (
+    {
+        name: vars(config)[f"{name.capitalize()}Config"]
+        for name in ("inspect", "pretrain", "train", "evaluate", "transfer", "prune", "demo")
+    }
+    | {"compare": CompareConfig, "finetune": FinetuneConfig, "export": ExportConfig}
+    | {
+        "report": ReportConfig,
+        "evaluations": EvaluationsConfig,
+        "measure": MeasureConfig,
+    }
+)
 POSITIONAL = {"finetune": ("run",), "export": ("run",)} | dict.fromkeys(("report", "measure", "evaluations"), ("runs",))
 
 

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from prunegym.agents.policies.encoder import BinPooling, EncoderConfig, GraphEncoder, TransformerBlock
 from prunegym.pruning.errors import PruningError
 
-CONFIG = EncoderConfig(
-    node_features=5, edge_features=3, group_features=4, state_features=2, width=16, heads=2
-)
+CONFIG = EncoderConfig(node_features=5, edge_features=3, group_features=4, state_features=2, width=16, heads=2)
 GROUPS, BINS, EDGES = 4, 3, 20
 
 
@@ -119,13 +117,9 @@ def test_encoding_twice_gives_the_same_bits(encoder: GraphEncoder) -> None:
 
 def test_edges_carry_information_to_their_targets_only() -> None:
     """Without transformer, a group hears of another one through edges alone."""
-    encoder = GraphEncoder(
-        EncoderConfig(5, 3, 4, 2, width=16, heads=2, gat_layers=1, transformer_layers=0)
-    ).eval()
+    encoder = GraphEncoder(EncoderConfig(5, 3, 4, 2, width=16, heads=2, gat_layers=1, transformer_layers=0)).eval()
     observation = graph()
-    observation["edges"] = (
-        torch.tensor([0, BINS]).expand(EDGES, 2).T[None]
-    )  # group 0, bin 0 -> group 1, bin 0
+    observation["edges"] = torch.tensor([0, BINS]).expand(EDGES, 2).T[None]  # group 0, bin 0 -> group 1, bin 0
     changed = {**observation, "nodes": observation["nodes"].clone()}
     changed["nodes"][0, 0, 0] += 1
 

@@ -110,9 +110,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> 
 def test_full_disk_names_argument_place_and_remedy(tmp_path: Path, failure: Exception) -> None:
     """torch.save reports a full disk as a RuntimeError."""
     with (
-        pytest.raises(
-            PruningError, match=r"`--save` should be a place.*Received '.*w\.pt' \(.*\)\. (Free|Choose)"
-        ),
+        pytest.raises(PruningError, match=r"`--save` should be a place.*Received '.*w\.pt' \(.*\)\. (Free|Choose)"),
         replacing(tmp_path / "w.pt", argument="--save"),
     ):
         raise failure

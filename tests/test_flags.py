@@ -269,9 +269,7 @@ def changed(flag: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("flag", [*FITTING, *DISTILLATION])
-def test_training_flag_reaches_fine_tuning(
-    flag: str, trained: list[dict[str, Any]], problem: PruningProblem
-) -> None:
+def test_training_flag_reaches_fine_tuning(flag: str, trained: list[dict[str, Any]], problem: PruningProblem) -> None:
     """The pruned network is trained in another way."""
     for changes in changed(flag):
         prune.fine_tune(problem.scorer.network.model, problem, PruneConfig(network="digits_vgg", **FEW, **changes))
@@ -369,9 +367,7 @@ def test_policy_flag_is_what_training_starts_from(problem: PruningProblem, tmp_p
     ]
 
     assert states[0]["weights"] != states[1]["weights"]
-    assert states[1]["weights"] == float(
-        sum(one.detach().sum() for one in first.model.policy.encoder.parameters())
-    )
+    assert states[1]["weights"] == float(sum(one.detach().sum() for one in first.model.policy.encoder.parameters()))
 
 
 @pytest.fixture
@@ -392,9 +388,7 @@ def searches(monkeypatch: pytest.MonkeyPatch, problem: PruningProblem) -> list[A
 
 
 @pytest.mark.parametrize(("flag", "value"), [*SEARCH.items(), ("searcher", "uniform"), ("policy", Path("p"))])
-def test_search_flag_reaches_the_searcher(
-    flag: str, value: Any, searches: list[Any], problem: PruningProblem
-) -> None:
+def test_search_flag_reaches_the_searcher(flag: str, value: Any, searches: list[Any], problem: PruningProblem) -> None:
     """The plan is asked for in another way."""
     needed = {"searcher": "attention"} if flag == "rounds" else {}
     for changes in (needed, {**needed, flag: value}):
@@ -403,9 +397,7 @@ def test_search_flag_reaches_the_searcher(
     assert searches[0] != searches[1]
 
 
-def test_plan_flag_takes_the_place_of_the_search(
-    searches: list[Any], problem: PruningProblem, tmp_path: Path
-) -> None:
+def test_plan_flag_takes_the_place_of_the_search(searches: list[Any], problem: PruningProblem, tmp_path: Path) -> None:
     """The plan of the file is carried out."""
     plan = problem.plan(problem.uniform_counts(problem.limits[Budget("macs", 0.5)]))
     plan.save(tmp_path / "plan.json")

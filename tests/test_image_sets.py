@@ -88,9 +88,7 @@ def test_changes_are_drawn_in_the_range_of_the_border() -> None:
 
 @pytest.mark.parametrize("wanted", [slice(2, None), slice(0, 4, 2), slice(1, 4, 2), slice(9, None)])
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_wanted_batches_are_those_of_a_whole_pass(
-    digits: DataSplits, kind: str, wanted: slice, tmp_path: Path
-) -> None:
+def test_wanted_batches_are_those_of_a_whole_pass(digits: DataSplits, kind: str, wanted: slice, tmp_path: Path) -> None:
     """Order and augmentation included, and the generator ends where it would have ended."""
     images = digits.train if kind == "memory" else file_images(tmp_path)
     options: Any = {"limit": 40, "shuffle": True, "augment": True, "drop_last": True}

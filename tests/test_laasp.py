@@ -85,9 +85,7 @@ def test_groups_may_follow_different_criteria(digits_problem: PruningProblem) ->
     offer[1] //= 2
     masks = walk.candidates([offer])
 
-    expected = {
-        problem.plan(offer, problem.scorer.criterion_scores(name)).mask(graph).tobytes() for name in POOL
-    }
+    expected = {problem.plan(offer, problem.scorer.criterion_scores(name)).mask(graph).tobytes() for name in POOL}
     assert {mask.tobytes() for mask in masks} == expected
     assert len(expected) > 1
 

@@ -178,9 +178,7 @@ def test_scores_are_the_same_however_images_are_flattened(task: ClassificationTa
     scores, plan = [], None
     for network in networks:
         prunable = PrunableNetwork(network, torch.randn(2, 3, 8, 8))
-        settings = ScorerSettings(
-            recovery=recovery, precision="float32", recovery_steps=3, examples=100, batch_size=50
-        )
+        settings = ScorerSettings(recovery=recovery, precision="float32", recovery_steps=3, examples=100, batch_size=50)
         scorer = Scorer(prunable, task, settings)
         plan = plan or PruningPlan.from_mask(prunable.graph, np.arange(prunable.graph.units) % 2 == 0)
         scores.append((scorer.unpruned().loss, scorer.score(plan).loss))

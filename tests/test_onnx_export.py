@@ -47,9 +47,7 @@ def test_onnx_file_takes_any_batch(tmp_path: Path) -> None:
     images = torch.randn(5, 1, 8, 8)
     network = PrunableNetwork(build_network("digits_resnet"), images[:1])
     counts = np.maximum(1, network.graph.sizes // 2)
-    plan = PruningPlan.from_scores(
-        network.graph, counts, np.random.default_rng(0).random(network.graph.units)
-    )
+    plan = PruningPlan.from_scores(network.graph, counts, np.random.default_rng(0).random(network.graph.units))
     model = network.pruned(plan).train()
 
     difference = export_onnx(model, network.example_inputs, tmp_path / "model.onnx")
@@ -116,9 +114,7 @@ def test_onnx_into_an_unwritable_place_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(
-        PruningError, match="`path` should be a place that can be written to.*file/model.onnx"
-    ):
+    with pytest.raises(PruningError, match="`path` should be a place that can be written to.*file/model.onnx"):
         export_onnx(nn.Linear(3, 2), torch.randn(2, 3), tmp_path / "file" / "model.onnx", dynamic_batch=False)
 
 

@@ -118,9 +118,7 @@ def test_nodes_are_named_after_the_operation_that_they_belong_to_or_follow(
     ort = pytest.importorskip("onnxruntime")
     model = network.model.eval()
     inputs, outputs = (np.rint(one).astype(np.int64) for one in network.costs.widths(network.graph.sizes))
-    data = named_after_operations(
-        onnx_bytes(model, (IMAGES,), quick=quick), network.graph.operations, inputs, outputs
-    )
+    data = named_after_operations(onnx_bytes(model, (IMAGES,), quick=quick), network.graph.operations, inputs, outputs)
     nodes = onnx.load_from_string(data).graph.node
 
     kinds = {"Conv", "ConvTranspose", "Gemm", "MatMul"}

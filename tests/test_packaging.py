@@ -22,9 +22,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 def run_python(code: str, folder: Path) -> str:
     """Standard output of a fresh interpreter started in a folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -73,10 +71,7 @@ def test_import_is_quick_and_works_from_any_folder(tmp_path: Path) -> None:
 
 def test_subpackages_import_from_any_folder(tmp_path: Path) -> None:
     """The folders at the top are found under `prunegym`, not only from the root of the repository."""
-    assert (
-        run_python("import prunegym.pruning.errors as e; print(e.__name__)", tmp_path)
-        == "prunegym.pruning.errors"
-    )
+    assert run_python("import prunegym.pruning.errors as e; print(e.__name__)", tmp_path) == "prunegym.pruning.errors"
 
 
 def test_type_checkers_see_the_packages_of_an_editable_install(tmp_path: Path) -> None:

@@ -108,9 +108,7 @@ def test_log_probability_and_entropy_count_real_groups_only() -> None:
     scaled = (0.2 - mean) / 0.15
     expected = (-0.5 * scaled.square() - math.log(0.15) - 0.5 * math.log(2 * math.pi)).sum()
     assert log_prob.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert entropy.item() == pytest.approx(
-        REAL * (0.5 + 0.5 * math.log(2 * math.pi) + math.log(0.15)), rel=1e-5
-    )
+    assert entropy.item() == pytest.approx(REAL * (0.5 + 0.5 * math.log(2 * math.pi) + math.log(0.15)), rel=1e-5)
 
 
 def test_samples_have_the_shared_deviation_and_leave_padding_alone() -> None:
@@ -147,9 +145,7 @@ def test_equal_observations_are_encoded_once(monkeypatch: pytest.MonkeyPatch) ->
     alone = [policy.evaluate_actions(batch_of(kinds[kind]), actions[[i]]) for i, kind in enumerate(order)]
     encoded = []
     encode = policy.encoder.forward
-    monkeypatch.setattr(
-        policy.encoder, "forward", lambda few: encoded.append(len(few["nodes"])) or encode(few)
-    )
+    monkeypatch.setattr(policy.encoder, "forward", lambda few: encoded.append(len(few["nodes"])) or encode(few))
 
     together = policy.evaluate_actions(batch_of(*[kinds[kind] for kind in order]), actions)
 
@@ -164,9 +160,7 @@ def test_every_entry_encodes_equal_observations_once(method: str, monkeypatch: p
     policy = make_policy()
     encoded = []
     encode = policy.encoder.forward
-    monkeypatch.setattr(
-        policy.encoder, "forward", lambda few: encoded.append(len(few["nodes"])) or encode(few)
-    )
+    monkeypatch.setattr(policy.encoder, "forward", lambda few: encoded.append(len(few["nodes"])) or encode(few))
 
     getattr(policy, method)(batch_of(*[observe()] * 7))
 
@@ -329,9 +323,7 @@ def test_correction_scale_multiplies_what_is_learned() -> None:
     observation = batch_of(observe())
     whole, half = make_policy(trained=True), make_policy(trained=True, correction_scale=0.5)
 
-    corrections = [
-        policy.get_distribution(observation).mode() - observation["prior"] for policy in (whole, half)
-    ]
+    corrections = [policy.get_distribution(observation).mode() - observation["prior"] for policy in (whole, half)]
 
     torch.testing.assert_close(corrections[0], 2 * corrections[1])
 

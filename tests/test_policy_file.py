@@ -233,9 +233,7 @@ def test_forged_sizes_cost_nothing(name: str, value: int, policy: PruningPolicy,
         ({"mean_head__bias": torch.tensor([torch.nan])}, "'mean_head.bias' with NaN or infinity"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
-    tensors: dict[str, torch.Tensor | None], message: str, path: Path
-) -> None:
+def test_weights_that_do_not_fit_are_refused(tensors: dict[str, torch.Tensor | None], message: str, path: Path) -> None:
     """Each refusal names the weights."""
     rewrite(path, **tensors)
 

@@ -33,9 +33,7 @@ def trained(folder: Path, task: ClassificationTask, **changes: Any) -> PretrainR
     return pretrain(build_network("digits_vgg"), task, config, RunFolder(folder), progress=False)
 
 
-def test_weights_fit_the_network_and_give_the_accuracy_that_was_told(
-    tmp_path: Path, task: ClassificationTask
-) -> None:
+def test_weights_fit_the_network_and_give_the_accuracy_that_was_told(tmp_path: Path, task: ClassificationTask) -> None:
     """The file is what `--weights` takes."""
     result = trained(tmp_path, task)
 

@@ -86,9 +86,7 @@ def test_what_scores_best_is_what_policies_start_from(
 
 
 @pytest.mark.parametrize("broken", [KNAPSACK, HALFWAY])
-def test_what_has_no_score_is_not_taken(
-    half: PruningProblem, monkeypatch: pytest.MonkeyPatch, broken: float
-) -> None:
+def test_what_has_no_score_is_not_taken(half: PruningProblem, monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
     """NaN is not better than anything; of equal scores, chance for all, uniform is taken, by the searcher too."""
     plan_of = half.plan(half.prior_counts(half.limits[HALF], broken))
     monkeypatch.setattr(half.scorer, "score", lambda plan: Score(np.nan if plan == plan_of else 0.1, 2.3, 10))

@@ -24,7 +24,7 @@ from prunegym.pruning.plan import PruningPlan
 Toys = Callable[[str], PrunableNetwork]
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
-USER_CODE = '''
+USER_CODE = """
 import torch
 from torch import nn
 
@@ -35,8 +35,8 @@ class Secret(nn.Module):
 
     def forward(self, images):
         return {"logits": self.head(self.norm(self.body(images)).relu().mean((2, 3)))}
-'''
-READER = '''
+"""
+READER = """
 import sys
 import torch
 import prunegym
@@ -56,9 +56,9 @@ with torch.no_grad():
 assert torch.allclose(found["logits"], example["logits"], atol=1e-5), "other outputs"
 assert "secret_module" not in sys.modules
 print("the same")
-'''
+"""
 
-BRANCHING_CODE = '''
+BRANCHING_CODE = """
 import torch
 from torch import nn
 
@@ -73,7 +73,7 @@ class Branching(nn.Module):
 
 def build(num_classes, in_channels, image_size):
     return Branching()
-'''
+"""
 
 
 class Layer(nn.Module):

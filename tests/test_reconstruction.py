@@ -162,8 +162,10 @@ def _explicit_fit(
         centred = design - means
         rows = len(centred)
         # shrinkage is shared by the channels of a group, whose inputs are the same
-        shrinkage = np.sqrt(ridge * centred.var(0).mean() * rows) if bias is not None else np.sqrt(
-            ridge * np.square(design).mean(0).mean() * rows
+        shrinkage = (
+            np.sqrt(ridge * centred.var(0).mean() * rows)
+            if bias is not None
+            else np.sqrt(ridge * np.square(design).mean(0).mean() * rows)
         )
         stacked = np.concatenate([centred, shrinkage * np.eye(centred.shape[1])])
         change = np.linalg.lstsq(stacked, np.append(target - middle, np.zeros(centred.shape[1])), rcond=None)[0]

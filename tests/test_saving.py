@@ -153,9 +153,7 @@ def test_recipe_holds_plan_source_and_metadata(saved: Saved) -> None:
 def test_metadata_that_is_not_finite_is_still_json(saved: Saved) -> None:
     """JSON has no NaN."""
     saved_again = saved.folder.parent / "again"
-    save_network(
-        saved_again, saved.network, saved.plan, saved.model, source=saved.source, metadata={"loss": math.nan}
-    )
+    save_network(saved_again, saved.network, saved.plan, saved.model, source=saved.source, metadata={"loss": math.nan})
 
     assert read_recipe(saved_again)["metadata"] == {"loss": None}
 
@@ -368,9 +366,7 @@ def test_other_formats_are_refused(saved: Saved, content: str) -> None:
     """Older and newer ones, and what is no recipe at all."""
     (saved.folder / "recipe.json").write_text(content)
 
-    with pytest.raises(
-        PruningError, match="should hold a network saved in format 2. Received .* with format"
-    ):
+    with pytest.raises(PruningError, match="should hold a network saved in format 2. Received .* with format"):
         load_network(saved.folder)
 
 
@@ -382,9 +378,7 @@ def test_recipe_that_is_not_json_is_refused(saved: Saved) -> None:
         load_network(saved.folder)
 
 
-@pytest.mark.parametrize(
-    "key", ["source", "attributes", "aliases", "channels_last", "sha256", "unpruned_shapes"]
-)
+@pytest.mark.parametrize("key", ["source", "attributes", "aliases", "channels_last", "sha256", "unpruned_shapes"])
 def test_incomplete_recipe_is_refused(saved: Saved, key: str) -> None:
     """Missing and of the wrong type."""
     saved.edit_recipe(lambda recipe: recipe.update({key: 3}))
@@ -429,9 +423,7 @@ def test_tensors_of_another_network_are_refused(saved: Saved, edit: Callable[[di
     """The unpruned network must be the one that was pruned, in every shape."""
     saved.edit_recipe(edit)
 
-    with pytest.raises(
-        PruningError, match="`folder` should hold tensors that fit.*a network that differs in "
-    ):
+    with pytest.raises(PruningError, match="`folder` should hold tensors that fit.*a network that differs in "):
         load_network(saved.folder)
 
 
@@ -464,9 +456,7 @@ def test_tensors_that_are_not_finite_are_refused(saved: Saved, value: float) -> 
     """Before they are written, and after they are read."""
     saved.edit_tensors(lambda tensors: tensors["conv1.weight"].flatten()[:2].fill_(value))
 
-    with pytest.raises(
-        PruningError, match="`folder` should hold finite.*2 NaN or infinite values in 'conv1.weight'"
-    ):
+    with pytest.raises(PruningError, match="`folder` should hold finite.*2 NaN or infinite values in 'conv1.weight'"):
         load_network(saved.folder)
 
 
@@ -474,9 +464,7 @@ def test_diverged_network_is_not_saved(saved: Saved) -> None:
     """Batch norm statistics count too, and the file that was there stays."""
     saved.model.bn1.running_var[0] = math.inf  # type: ignore[union-attr, operator]
 
-    with pytest.raises(
-        PruningError, match="`model` should hold finite.*1 NaN or infinite values in 'bn1.running_var'"
-    ):
+    with pytest.raises(PruningError, match="`model` should hold finite.*1 NaN or infinite values in 'bn1.running_var'"):
         save_network(saved.folder, saved.network, saved.plan, saved.model, source=saved.source, metadata={})
     load_network(saved.folder)
 
@@ -485,9 +473,7 @@ def test_model_of_another_plan_is_not_saved(saved: Saved) -> None:
     """Plan and tensors would contradict each other."""
     unpruned = PruningPlan.unpruned(saved.network.graph)
 
-    with pytest.raises(
-        PruningError, match=r"`model` should be what `plan` makes of `network`.*network.pruned\(plan\)"
-    ):
+    with pytest.raises(PruningError, match=r"`model` should be what `plan` makes of `network`.*network.pruned\(plan\)"):
         save_network(saved.folder, saved.network, unpruned, saved.model, source=saved.source, metadata={})
 
 
@@ -511,12 +497,8 @@ def test_source_that_computes_something_else_is_not_saved(tmp_path: Path) -> Non
     network = PrunableNetwork(model, torch.randn(4, 3))
     source = {"network": f"{file}:make"}
 
-    with pytest.raises(
-        PruningError, match="`source` should build the network that was pruned.*outputs that differ"
-    ):
-        save_network(
-            tmp_path, network, half(network), network.pruned(half(network)), source=source, metadata={}
-        )
+    with pytest.raises(PruningError, match="`source` should build the network that was pruned.*outputs that differ"):
+        save_network(tmp_path, network, half(network), network.pruned(half(network)), source=source, metadata={})
 
 
 def test_source_with_odd_arguments_is_refused(saved: Saved) -> None:
@@ -535,12 +517,8 @@ def test_failed_write_leaves_the_old_network(saved: Saved, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(
-        PruningError, match="`folder` should be a place that can be written to.*Free some space"
-    ):
-        save_network(
-            saved.folder, saved.network, saved.plan, tuned(saved.model), source=saved.source, metadata={}
-        )
+    with pytest.raises(PruningError, match="`folder` should be a place that can be written to.*Free some space"):
+        save_network(saved.folder, saved.network, saved.plan, tuned(saved.model), source=saved.source, metadata={})
     monkeypatch.undo()
 
     assert torch.equal(outputs(load_network(saved.folder), saved.network), before)
@@ -552,6 +530,4 @@ def test_unwritable_folder_is_refused(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(PruningError, match="`folder` should be a place that can be written to"):
-        save_network(
-            tmp_path / "file", saved.network, saved.plan, saved.model, source=saved.source, metadata={}
-        )
+        save_network(tmp_path / "file", saved.network, saved.plan, saved.model, source=saved.source, metadata={})

@@ -386,9 +386,7 @@ def test_divergence_needs_no_labels(make: Make, half_plan: PruningPlan) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_unpruned_network_does_not_diverge_from_itself(
-    trained: PrunableNetwork, make: Make, precision: str
-) -> None:
+def test_unpruned_network_does_not_diverge_from_itself(trained: PrunableNetwork, make: Make, precision: str) -> None:
     """It scores 1, asked for as it is or as a plan; folding changes rounding only."""
     scorer = make(measure="divergence", recovery="none", precision=precision)
 

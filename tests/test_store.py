@@ -78,9 +78,7 @@ def searched(problem: PruningProblem, name: str, path: Path, limit: TimeLimit = 
     problem.scorer.forget()
     with stored([problem.scorer], path, limit=limit) as store:
         allowed = 4 * len(problem.sizes)
-        return SEARCHERS[name](
-            problem, HALF, SearchSettings(evaluations=allowed, seed=3, clock=store.clock)
-        )
+        return SEARCHERS[name](problem, HALF, SearchSettings(evaluations=allowed, seed=3, clock=store.clock))
 
 
 def without_seconds(result: SearchResult) -> Any:

@@ -44,9 +44,7 @@ def test_loss_is_float32_for_bfloat16_outputs(task: ClassificationTask) -> None:
 
 @pytest.mark.parametrize("outputs", [torch.zeros(4, 100), torch.zeros(4, 10, 2), [torch.zeros(4, 10)]])
 @pytest.mark.parametrize("method", ["loss", "score"])
-def test_head_of_other_classes_is_rejected(
-    task: ClassificationTask, method: str, outputs: torch.Tensor
-) -> None:
+def test_head_of_other_classes_is_rejected(task: ClassificationTask, method: str, outputs: torch.Tensor) -> None:
     """A network for 100 classes would score 10 classes without complaint."""
     with pytest.raises(PruningError, match=r"`--network` should give one output per class: \(B, 10\)"):
         getattr(task, method)(outputs, torch.zeros(4, dtype=torch.int64))

@@ -146,9 +146,7 @@ def test_training_spends_its_allowance_on_updates_looks_and_the_end(
     looks: int,
 ) -> None:
     """Second looks are left out rather than paid for with what is not there."""
-    few = Scorer(
-        scorer.network, scorer.task, replace(scorer.settings, examples=examples), statistics=scorer.statistics
-    )
+    few = Scorer(scorer.network, scorer.task, replace(scorer.settings, examples=examples), statistics=scorer.statistics)
     run = RunFolder.create(tmp_path / "r", network="n", searcher="ppo", budget="b", seed=0, config={})
     size = {"update_evaluations": update_evaluations, "imitation_steps": imitation_steps}
 
@@ -217,9 +215,7 @@ def test_training_resumes_from_its_checkpoint(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_training_goes_on_in_its_second_look(
-    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_goes_on_in_its_second_look(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed when one plan has been looked at: that is not done again, and the same one is chosen in the end."""
     config = replace(CONFIG, evaluations=64, update_evaluations=10)
 
@@ -356,9 +352,7 @@ def test_two_workers_learn_what_one_process_learns(
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_one_policy_learns_on_two_networks_at_once(
-    half: PruningProblem, digits: Any, zoo: Any, tmp_path: Path
-) -> None:
+def test_one_policy_learns_on_two_networks_at_once(half: PruningProblem, digits: Any, zoo: Any, tmp_path: Path) -> None:
     """Networks of different sizes share padded observations."""
     other = PruningProblem(Scorer(zoo("digits_vgg"), digits, half.scorer.settings), (HALF,))
 

@@ -90,15 +90,11 @@ def test_interrupted_training_ends_in_the_same_weights(short: ClassificationTask
         train(with_dropout(), short, **options, checkpoint=tmp_path / "c.pt", on_epoch=interrupt)
     resumed = with_dropout()
     seen: list[int] = []
-    rows = train(
-        resumed, short, **options, checkpoint=tmp_path / "c.pt", on_epoch=lambda row: seen.append(row.epoch)
-    )
+    rows = train(resumed, short, **options, checkpoint=tmp_path / "c.pt", on_epoch=lambda row: seen.append(row.epoch))
 
     assert same(weights(whole), weights(resumed))
     assert seen == [3, 4]
-    assert [(row.epoch, row.loss, row.score) for row in rows] == [
-        (row.epoch, row.loss, row.score) for row in expected
-    ]
+    assert [(row.epoch, row.loss, row.score) for row in rows] == [(row.epoch, row.loss, row.score) for row in expected]
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
@@ -161,9 +157,7 @@ def test_loss_that_is_not_finite_stops_the_training(short: ClassificationTask, t
         with torch.no_grad():
             network.classifier.weight.fill_(math.nan)
 
-    with pytest.raises(
-        PruningError, match="`learning_rate` .*nan at step 1 of epoch 2; the checkpoint of epoch 1 is"
-    ):
+    with pytest.raises(PruningError, match="`learning_rate` .*nan at step 1 of epoch 2; the checkpoint of epoch 1 is"):
         train(network, short, epochs=3, batch_size=16, checkpoint=path, on_epoch=poison)
     load_weights(build_network("digits_vgg"), path)
 

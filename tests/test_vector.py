@@ -287,5 +287,3 @@ def test_cluster_that_is_not_there_is_refused_with_a_remedy(address: str) -> Non
         connected(address),
     ):
         pass
-
-

@@ -127,9 +127,7 @@ def test_image_size_reaches_networks_that_want_it() -> None:
 
 def test_impossible_image_size_is_rejected() -> None:
     """The objection of torchvision is passed on."""
-    with pytest.raises(
-        PruningError, match="`--network` should be a network that can be built as asked.*'maxvit_t'"
-    ):
+    with pytest.raises(PruningError, match="`--network` should be a network that can be built as asked.*'maxvit_t'"):
         build_network("maxvit_t", image_size=100)
 
 
@@ -249,9 +247,7 @@ def test_function_may_import_its_neighbours_when_it_is_called(tmp_path: Path) ->
         ("def make():\n    return None", "mak", "Did you mean 'make'"),
     ],
 )
-def test_faulty_function_is_rejected(
-    tmp_path: Path, content: str | None, function: str, message: str
-) -> None:
+def test_faulty_function_is_rejected(tmp_path: Path, content: str | None, function: str, message: str) -> None:
     """Whatever a user's file does, the answer names it and says what happened."""
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
@@ -288,9 +284,7 @@ class Bomb:
         return print, ("unpickled",)
 
 
-def test_unsafe_weights_are_refused(
-    tmp_path: Path, network: nn.Module, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsafe_weights_are_refused(tmp_path: Path, network: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
     """The code in them is not run."""
     source = save(tmp_path, {"state_dict": network.state_dict(), "extra": Bomb()})
 

@@ -185,9 +185,7 @@ def _submit(
         processors = _processors(config, keys)
         _check_size(ray, processors)
         files = {**shared, **read_files(run, _folders(keys, config, run))}
-        task = ray.remote(compute).options(
-            num_cpus=processors, max_retries=RETRIES, scheduling_strategy="SPREAD"
-        )
+        task = ray.remote(compute).options(num_cpus=processors, max_retries=RETRIES, scheduling_strategy="SPREAD")
         tasks[task.remote(sent[keys[0][0]], config, keys, files, end)] = keys
     return tasks
 

@@ -160,9 +160,7 @@ class CompareConfig(
         """How a plan is fine-tuned."""
         shared = {*_names(FittingOptions), *_names(DistillationOptions)}
         options = {name: getattr(self, name) for name in shared}
-        return PruneConfig(
-            network=network, learning_rate=self.finetune_rate, seed=seed, device=self.device, **options
-        )
+        return PruneConfig(network=network, learning_rate=self.finetune_rate, seed=seed, device=self.device, **options)
 
 
 def _names(kind: type[Options]) -> list[str]:

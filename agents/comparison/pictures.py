@@ -165,4 +165,3 @@ def _style(index: int) -> dict[str, Any]:
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": _LINES[index // len(COLOURS) % len(_LINES)],
     }
-

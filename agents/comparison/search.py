@@ -122,9 +122,7 @@ class Searches:
             policy, metadata = load_policy(folder.path(POLICY_FILE), device=problem.scorer.device)
             take_prior(problem, budget, metadata)
             plan, trail = CONTROLS[searcher](policy, problem, budget, int(metadata["rounds"]), seed), []
-        return SearchResult(
-            plan=plan, evaluations=trained.evaluations, seconds=trained.seconds, improvements=trail
-        )
+        return SearchResult(plan=plan, evaluations=trained.evaluations, seconds=trained.seconds, improvements=trail)
 
     def trained(
         self, problem: PruningProblem, budget: Budget, seed: int, features: str

@@ -229,8 +229,10 @@ def read_evaluations(path: Path) -> Iterator[dict[str, Any]]:
 def unusable(path: Path, fault: Exception) -> PruningError:
     """What to do about a store that cannot be used."""
     full = "full" in str(fault)
-    remedy = "Free some space and repeat the command: it goes on from here." if full else (
-        "Move it away and repeat the command: plans are then scored anew."
+    remedy = (
+        "Free some space and repeat the command: it goes on from here."
+        if full
+        else ("Move it away and repeat the command: plans are then scored anew.")
     )
     return PruningError(f"`--out` should hold a store of evaluations that works. {path}: {fault}. {remedy}")
 

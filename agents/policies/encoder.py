@@ -58,9 +58,7 @@ class EncoderConfig:
             least = 0 if field.name.endswith("_layers") else 1
             # bool is an int: a file that says `true` is damaged, not of size one
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise PruningError(
-                    f"`{field.name}` should be a whole number of at least {least}. Received {value!r}."
-                )
+                raise PruningError(f"`{field.name}` should be a whole number of at least {least}. Received {value!r}.")
         if self.width % self.heads:
             raise PruningError(
                 f"`width` should be a multiple of `heads` ({self.heads}). Received {self.width}. "

@@ -208,6 +208,4 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _refusal(path: Path, reason: str, remedy: str) -> PruningError:
     """The error for a file that is no policy of ours."""
-    return PruningError(
-        f"`--policy` should be a prunegym policy file. Received '{path}' ({reason}). {remedy}"
-    )
+    return PruningError(f"`--policy` should be a prunegym policy file. Received '{path}' ({reason}). {remedy}")

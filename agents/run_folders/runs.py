@@ -177,8 +177,7 @@ class RunFolder:
             return []
         except OSError as error:
             raise PruningError(
-                f"`--out` should be a readable run folder. Received '{path}' ({error.strerror}). "
-                "Check the path."
+                f"`--out` should be a readable run folder. Received '{path}' ({error.strerror}). Check the path."
             ) from error
         return list(_parse_rows(data[: data.rfind(b"\n") + 1], path))
 
@@ -282,8 +281,7 @@ def _holds_run(folder: Path, asked: Mapping[str, Any], extendable: Collection[st
     rule = "`--out` should be a new or empty folder, or one that holds the same run."
     if "config.json" not in strangers:
         raise PruningError(
-            f"{rule} Received '{folder}', which holds '{strangers[0]}' and no config.json. "
-            "Choose another folder."
+            f"{rule} Received '{folder}', which holds '{strangers[0]}' and no config.json. Choose another folder."
         )
     stored = read_json(folder / "config.json")
     differences = _differences(_compared(stored, extendable), _compared(plain(asked), extendable))

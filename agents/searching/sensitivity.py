@@ -77,9 +77,7 @@ def rising_curve(widths: Counts, scores: Curve, wanted: Counts, widest: float) -
     return curve
 
 
-def counts_within_loss(
-    curves: Sequence[Curve], choices: Sequence[Counts], holds: Callable[[Counts], bool]
-) -> Counts:
+def counts_within_loss(curves: Sequence[Curve], choices: Sequence[Counts], holds: Callable[[Counts], bool]) -> Counts:
     """The fewest channels that lose no more than a common loss, the smallest one that the budget allows.
 
     Args:

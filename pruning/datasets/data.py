@@ -219,9 +219,7 @@ def _natural_size(source: Source) -> int:
     return width if width == height <= _SMALL_IMAGE else _DEFAULT_IMAGE_SIZE
 
 
-def _fill_memory(
-    name: str, source: Source, size: int, num_workers: int, memory_limit: int
-) -> Tensor | ImageReader:
+def _fill_memory(name: str, source: Source, size: int, num_workers: int, memory_limit: int) -> Tensor | ImageReader:
     """Bring all images into memory at their final size, or return their reader if they do not fit."""
     reader = source.images
     if isinstance(reader, Tensor):

@@ -171,9 +171,7 @@ class MemoryImages:
         preparation: Normalisation and augmentation.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, indices: NDArray[np.int64], preparation: Preparation
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, indices: NDArray[np.int64], preparation: Preparation) -> None:
         self._images = images
         self._labels = labels
         self._indices = torch.from_numpy(indices)
@@ -211,9 +209,7 @@ ImageReader = Callable[[int], Image.Image]
 """Opens image ``i`` of a data set. Workers receive a copy, so it must be picklable."""
 
 
-def read_pixels(
-    read: ImageReader, index: int, size: int, seed: int | None = None, flip: bool = False
-) -> Tensor:
+def read_pixels(read: ImageReader, index: int, size: int, seed: int | None = None, flip: bool = False) -> Tensor:
     """Read one image and cut it to a square.
 
     Args:
@@ -233,8 +229,7 @@ def read_pixels(
         picture = read(index).convert("RGB")
     except IMAGE_ERRORS as error:
         raise PruningError(
-            f"`--data` should hold readable images. Received image {index}: {error}. Remove or replace that "
-            "file."
+            f"`--data` should hold readable images. Received image {index}: {error}. Remove or replace that file."
         ) from error
     picture = _central_square(picture, size) if seed is None else _random_square(picture, size, seed, flip)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

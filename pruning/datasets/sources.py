@@ -98,9 +98,7 @@ def read_npz(path: Path) -> Source:
 def _npz_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     """Load the arrays of a file, refusing pickled ones."""
     if not path.is_file():
-        raise PruningError(
-            f"`--data` should be an existing file. Received {path}, which is not there. Check the path."
-        )
+        raise PruningError(f"`--data` should be an existing file. Received {path}, which is not there. Check the path.")
     try:
         # opened here, because numpy leaves a damaged file open
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -217,9 +215,7 @@ def _class_folders(
     path: Path, classes: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], tuple[Path, ...], NDArray[np.int64]]:
     """List the images of a folder of class folders, with their labels; ``classes`` fixes the label order."""
-    found = tuple(
-        sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    )
+    found = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     strangers = [] if classes is None else sorted(set(found) - set(classes))
     if strangers:
         raise PruningError(

@@ -55,13 +55,8 @@ def split_indices(
         if split not in SPLITS[:-1]:
             raise unknown_name("sizes", split, SPLITS[:-1], "The test split is the official one, whole.")
         if size < 1:
-            raise PruningError(
-                f"`sizes` should be at least 1 image per split. Received {size} for '{split}'."
-            )
-    taken = {
-        split: asked.get(split, min(most, int(count * share)))
-        for split, (most, share) in _DEFAULT_SIZES.items()
-    }
+            raise PruningError(f"`sizes` should be at least 1 image per split. Received {size} for '{split}'.")
+    taken = {split: asked.get(split, min(most, int(count * share))) for split, (most, share) in _DEFAULT_SIZES.items()}
     left = count - sum(taken.values())
     taken["train"] = asked.get("train", left)
     if min(taken.values()) < 1 or taken["train"] > left:

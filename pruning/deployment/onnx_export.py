@@ -137,9 +137,7 @@ def _quick_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> bytes:
     return bytes(buffer.getvalue())
 
 
-def on_cpu(
-    model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype
-) -> tuple[nn.Module, tuple[Any, ...]]:
+def on_cpu(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of a network in evaluation mode, and inputs for it, both on the CPU in one data type."""
 
     def place(leaf: Tensor) -> Tensor:
@@ -149,9 +147,7 @@ def on_cpu(
     return duplicate(model).to(dtype).cpu().eval(), placed
 
 
-def onnx_bytes(
-    model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool = False, quick: bool = False
-) -> bytes:
+def onnx_bytes(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool = False, quick: bool = False) -> bytes:
     """Serialise a network that is on the CPU and in eval mode.
 
     Args:

@@ -178,9 +178,7 @@ def read_network(folder: Path, *, model: nn.Module | None = None, allow_code: bo
     tensors = _read_tensors(folder / WEIGHTS, recipe["sha256"])
     original = original_network(recipe["source"], allow_code) if model is None else duplicate(model).cpu()
     restored = _restored(original, tensors, recipe).eval()
-    return SavedNetwork(
-        model=restored, blueprint=Blueprint.of_recipe(recipe, model), metadata=recipe["metadata"]
-    )
+    return SavedNetwork(model=restored, blueprint=Blueprint.of_recipe(recipe, model), metadata=recipe["metadata"])
 
 
 def _inputs_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -214,8 +212,7 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
         return parse_tensors(data)
     except SafetensorError as fault:
         raise PruningError(
-            f"`folder` should hold an undamaged {WEIGHTS}. Received '{path}': {fault}. Save the network "
-            "again."
+            f"`folder` should hold an undamaged {WEIGHTS}. Received '{path}': {fault}. Save the network again."
         ) from fault
 
 
@@ -239,11 +236,7 @@ def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list
 
 def _is_channels_last(tensor: Tensor) -> bool:
     """Whether the layout is one that selects other kernels, whose sums round otherwise."""
-    return (
-        tensor.ndim == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> nn.Module:
@@ -271,9 +264,7 @@ def _restored(model: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[s
         layout = torch.channels_last if name in recipe["channels_last"] else torch.contiguous_format
         tensor = tensor.contiguous(memory_format=layout)
         old = known[name]
-        new[name] = (
-            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        )
+        new[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     for name in known:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, new[aliases.get(name, name)])

@@ -126,9 +126,7 @@ class CifarResNet(nn.Module):
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
     """
 
-    def __init__(
-        self, blocks: int, num_classes: int = 10, in_channels: int = 3, projection: bool = False
-    ) -> None:
+    def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3, projection: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

@@ -142,8 +142,7 @@ def _check(where: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                     "where it was saved; `prunegym measure FOLDER`, `finetune` and `export` take that too."
                 )
             raise PruningError(
-                f"`--weights` should have the shapes of the network. Received {where}, where {shapes}. "
-                f"{remedy}"
+                f"`--weights` should have the shapes of the network. Received {where}, where {shapes}. {remedy}"
             )
         if value.is_floating_point() and not torch.isfinite(value).all():
             count = int((~torch.isfinite(value)).sum())

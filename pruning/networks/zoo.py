@@ -48,9 +48,7 @@ def network_names() -> list[str]:
     return [*_OWN_NETWORKS, *_torchvision_names()]
 
 
-def input_shape_of(
-    name: str, in_channels: int | None = None, image_size: int | None = None
-) -> tuple[int, int, int]:
+def input_shape_of(name: str, in_channels: int | None = None, image_size: int | None = None) -> tuple[int, int, int]:
     """Return the input that a network is made for.
 
     Args:
@@ -223,9 +221,7 @@ def _replace_head(name: str, network: nn.Module, num_classes: int) -> None:
 
 def _replace_stem(network: nn.Module, in_channels: int) -> None:
     """Give a network made for RGB another number of input channels; their sum keeps its size."""
-    path, old = next(
-        (path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d)
-    )
+    path, old = next((path, module) for path, module in network.named_modules() if isinstance(module, nn.Conv2d))
     new = nn.Conv2d(
         in_channels,
         old.out_channels,
@@ -249,9 +245,7 @@ def _user_function(name: str) -> Callable[..., object]:
     module = import_file(Path(file).expanduser())
     function: Callable[..., object] | None = getattr(module, function_name, None)
     if not callable(function):
-        functions = [
-            key for key, value in vars(module).items() if inspect.isroutine(value) or inspect.isclass(value)
-        ]
+        functions = [key for key, value in vars(module).items() if inspect.isroutine(value) or inspect.isclass(value)]
         raise unknown_name("--network", function_name, functions, f"It should be a function in {file}.")
     return function
 
@@ -300,9 +294,7 @@ def import_file(path: Path) -> ModuleType:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)
     if spec is None or spec.loader is None:
-        raise PruningError(
-            f"`--network` should name a Python file. Received {path}. Its name should end in .py."
-        )
+        raise PruningError(f"`--network` should name a Python file. Received {path}. Its name should end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     try:

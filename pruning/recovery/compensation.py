@@ -96,5 +96,3 @@ def _estimate(covariance: Tensor, kept: Tensor, gone: Tensor, ridge: float) -> T
         solution: Tensor = torch.linalg.lstsq(block, cross).solution
         return solution
     return torch.cholesky_solve(cross, factor)
-
-

@@ -54,9 +54,7 @@ class Stage:
         return F.mse_loss(present.float(), wanted) / wanted.var().clamp(min=1e-6)
 
 
-def find_stages(
-    model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], inputs: Inputs
-) -> dict[Place, Stage]:
+def find_stages(model: nn.Module, graph: ChannelGraph, mask: NDArray[np.bool_], inputs: Inputs) -> dict[Place, Stage]:
     """The ends of the stages of the unpruned network whose channels are known in the pruned one.
 
     Args:

@@ -189,9 +189,7 @@ class LatencyTable:
                 table.save(path)
         return table
 
-    def check(
-        self, plans: int = 10, *, seed: int = 1, progress: bool = True, ratio: Ratio | None = None
-    ) -> TableError:
+    def check(self, plans: int = 10, *, seed: int = 1, progress: bool = True, ratio: Ratio | None = None) -> TableError:
         """Measure plans that the table was not learned from, and remember how far it is off.
 
         Args:
@@ -241,9 +239,7 @@ class LatencyTable:
         write_json(path, content, argument="cache")
 
     @classmethod
-    def load(
-        cls, path: Path, network: PrunableNetwork, settings: LatencySettings | None = None
-    ) -> LatencyTable:
+    def load(cls, path: Path, network: PrunableNetwork, settings: LatencySettings | None = None) -> LatencyTable:
         """Read a table that :meth:`save` wrote.
 
         Args:

@@ -77,9 +77,7 @@ def _weight_sizes(graph: Any) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def _begins(
-    node: Any, sizes: Mapping[str, tuple[int, ...]], one: Operation, inputs: int, outputs: int
-) -> bool:
+def _begins(node: Any, sizes: Mapping[str, tuple[int, ...]], one: Operation, inputs: int, outputs: int) -> bool:
     """True if a node may be an operation of these widths."""
     weight = sizes.get(node.input[1]) if len(node.input) > 1 else None
     if node.op_type in _CONVOLUTIONS:

@@ -122,9 +122,7 @@ def _torch_probe(
 
 
 @contextmanager
-def _marks(
-    model: nn.Module, operations: Sequence[Operation], now: Clock
-) -> Iterator[list[tuple[int, float]]]:
+def _marks(model: nn.Module, operations: Sequence[Operation], now: Clock) -> Iterator[list[tuple[int, float]]]:
     """Note the moment at which each operation begins, as its number and a time."""
     waiting: dict[str, list[int]] = {}
     for number, one in enumerate(operations):
@@ -156,9 +154,7 @@ def _module_of(one: Operation) -> str:
     return one.module if one.weight is None else one.weight.rpartition(".")[0]
 
 
-def _between(
-    marks: Sequence[tuple[int, float]], end: float, operations: int
-) -> tuple[Floats, NDArray[np.int64]]:
+def _between(marks: Sequence[tuple[int, float]], end: float, operations: int) -> tuple[Floats, NDArray[np.int64]]:
     """Seconds from the beginning of each operation to that of the next, and how many moments were noted."""
     seconds, events = np.zeros(operations), np.zeros(operations, dtype=np.int64)
     for (number, start), (_, stop) in zip(marks, [*marks[1:], (-1, end)], strict=True):

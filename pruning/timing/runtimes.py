@@ -131,9 +131,7 @@ def _compiled(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) 
     return lambda: run  # to compile again would take longer than all turns
 
 
-def on_device(
-    model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings
-) -> tuple[nn.Module, tuple[Any, ...]]:
+def on_device(model: nn.Module, inputs: tuple[Any, ...], settings: RunSettings) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of a network and its inputs on the device, in the data type asked for; ``float32`` leaves them alone.
 
     They are float32 then, or of another precision in which the network runs.

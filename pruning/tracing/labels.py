@@ -87,7 +87,6 @@ class LabelBook:
         produced[roots[_concatenated(self._produced)]] = True
         return roots, reasons, produced
 
-
     def _components(self) -> NDArray[np.int64]:
         left, right = _concatenated(self._left), _concatenated(self._right)
         links = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
