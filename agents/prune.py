@@ -307,7 +307,7 @@ def save(result: PruneResult, folder: Path) -> None:
 def describe(content: Mapping[str, Any]) -> str:
     """A result, as of :meth:`PruneResult.to_json`, for a terminal."""
     rows = []
-    memory = content.get("memory", {})  # results of version 0.1.0 have none
+    memory = content.get("memory", {})
     for name in STAGES:
         score = content["test_scores"][name]
         if score is None and name != "after_pruning":
@@ -323,11 +323,11 @@ def describe(content: Mapping[str, Any]) -> str:
             }
         )
     lines = [format_table(rows), ""]
-    blocks = content.get("blocks_left_out")  # results of version 0.1.0 have none
-    skipped = content.get("layers_not_reconstructed")  # results of version 0.1.0 have none
+    blocks = content.get("blocks_left_out")
+    skipped = content.get("layers_not_reconstructed")
     lines += [f"compensated, not reconstructed: {name} ({reason})" for name, reason in (skipped or {}).items()]
     lines += [f"blocks left out: {', '.join(blocks)}"] if blocks else []
-    kept = content.get("latency_budget")  # results of version 0.1.0 have none
+    kept = content.get("latency_budget")
     lines += [kept["sentence"]] if kept else []
     lines += [f"{one['backend']}: {one['sentence']}" for one in content["latency"]]
     return "\n".join(lines).rstrip()

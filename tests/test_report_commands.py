@@ -88,7 +88,7 @@ def test_comparison_that_is_extended_is_not_finished_until_it_is_done(
     def stop(*_: object, **__: object) -> None:
         raise stopped
 
-    monkeypatch.setattr("prunegym.agents.comparison.grid.compute_row", stop)
+    monkeypatch.setattr("prunegym.agents.comparison.rows.compute_row", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         main(["compare", *flags, *searchers, "--latency", "--device", "cpu", "--out", str(folder)])
 
@@ -162,7 +162,9 @@ def test_commands_are_all_that_there_are(capsys: pytest.CaptureFixture[str]) -> 
         main(["--help"])
     first = capsys.readouterr().out.splitlines()[0]
 
-    assert sorted(first[first.index("{") + 1 : first.index("}")].split(",")) == sorted((*COMMANDS, "measure", "report"))
+    assert sorted(first[first.index("{") + 1 : first.index("}")].split(",")) == sorted(
+        (*COMMANDS, "measure", "report", "evaluations")
+    )
 
 
 def test_report_of_a_saved_network_is_written(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,9 +65,7 @@ def test_scores_on_other_images_stand_apart(change: dict[str, Any]) -> None:
     ("told", "config", "recovery"),
     [
         ({"recovery": "distill"}, {}, "distill"),
-        ({"regime": "post-training"}, {}, "compensate"),
-        ({"regime": "post-training"}, {"compensate": False}, "bn"),
-        ({"regime": "finetuned"}, {}, "finetuned"),
+        ({"recovery": "none"}, {}, "none"),
         ({}, {}, "compensate"),
     ],
 )
@@ -75,7 +73,7 @@ def test_scores_on_other_images_stand_apart(change: dict[str, Any]) -> None:
 def test_scores_after_another_recovery_stand_apart(
     command: str, told: dict[str, str], config: dict[str, Any], recovery: str
 ) -> None:
-    """Those of version 0.1.0 tell a regime."""
+    """By default compensation."""
     made = run("a", command, **config)
     if command == "prune":
         shown = {"network": "net", "budget": "macs:0.5", "searcher": "uniform"}

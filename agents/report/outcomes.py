@@ -74,7 +74,7 @@ def _pruned_column(run: Run, result: Record) -> dict[str, str]:
         "network": result["network"],
         "budget": result["budget"],
         "plan by": result["searcher"],
-        "recovery": recovery_of(run, result),
+        "recovery": recovery_of(result),
         "accuracy, unpruned": percent(scores["unpruned"]),
         **{f"accuracy, {words}": percent(scores.get(stage)) for stage, words in WORDS.items()},
         "MACs": _before_after(result["macs"]),

@@ -164,12 +164,9 @@ def _field(run: Run, network: str, split: str, stage: str, recovery: str, epochs
     return Field(network=network, data=data_of(run), split=split, stage=stage, recovery=recovery, epochs=epochs)
 
 
-def recovery_of(run: Run, row: Record) -> str:
-    """What follows pruning in a row or result; those of version 0.1.0 name a regime."""
-    named = str(row.get("recovery") or row.get("regime") or "compensate")
-    if named != "post-training":
-        return named
-    return "compensate" if run.config.get("compensate", True) else "bn"
+def recovery_of(row: Record) -> str:
+    """What follows pruning in a row or result."""
+    return str(row.get("recovery") or "compensate")
 
 
 def data_of(run: Run) -> str:
@@ -199,7 +196,7 @@ def _evaluated(run: Run, row: Record) -> Iterator[Scored]:
     for split in ("selection", "test"):
         if row.get(f"{split}_score") is not None:
             yield Scored(
-                where=_field(run, row["network"], split, "after_recovery", recovery_of(run, row)),
+                where=_field(run, row["network"], split, "after_recovery", recovery_of(row)),
                 score=float(row[f"{split}_score"]),
                 identity=identity,
                 latency_ratio=None,
@@ -223,7 +220,7 @@ def _compared(run: Run, row: Record) -> Iterator[Scored]:
             plan = "" if row["searcher"] in SIMPLE else f"{run.name} {row['plan']}"
             seeds = f"{plan} f{row['finetune_seed']}" if tuned else plan
             yield Scored(
-                where=_field(run, row["network"], split, stage, recovery_of(run, row), epochs),
+                where=_field(run, row["network"], split, stage, recovery_of(row), epochs),
                 score=float(score),
                 identity=_settings(run) + seeds,
                 latency_ratio=row.get("latency_ratio"),
@@ -248,7 +245,7 @@ def _pruned(run: Run, result: Record) -> Iterator[Scored]:
             continue
         epochs = int(result.get("epochs") or 0) if stage == "after_finetuning" else 0
         yield Scored(
-            where=_field(run, result["network"], "test", stage, recovery_of(run, result), epochs),
+            where=_field(run, result["network"], "test", stage, recovery_of(result), epochs),
             score=float(score),
             identity=_identity(run, result["searcher"]) + (f" f{run.asked['seed']}" if epochs else ""),
             latency_ratio=1 / latency["speed_up"] if latency else None,

@@ -12,7 +12,7 @@ from prunegym.agents.report import charts
 from prunegym.agents.report.charts import Marks
 from prunegym.agents.report.gather import Run, Training, texts
 from prunegym.agents.report.page import Block, Folded, Heading, Pictures, Section, Table, Text
-from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of, recovery_of
+from prunegym.agents.report.scores import WORDS, Field, Scored, Scores, by_searcher, data_of
 from prunegym.agents.report.svg import Gallery, Picture
 from prunegym.agents.report.verdict import difference
 from prunegym.agents.report.words import amount, duration, option_rows, percent, signed, suggest
@@ -52,10 +52,8 @@ def _searcher(run: Run) -> str:
 
 def _recovery(run: Run) -> str:
     """What was to follow pruning, by default what suits the epochs after it; nothing where plans are not scored."""
-    config = run.config
-    if config.get("recovery") or "regime" in config:
-        return recovery_of(run, config)
-    return ("compensate" if config.get("epochs") else "reconstruct") if "recovery" in config else ""
+    asked = str(run.config.get("recovery", ""))
+    return asked if asked != "auto" else "compensate" if run.config.get("epochs") else "reconstruct"
 
 
 def _details(run: Run) -> Iterator[Block]:

@@ -48,8 +48,7 @@ def load_search(run: RunFolder, graph: ChannelGraph) -> SearchResult | None:
         plan=plan,
         evaluations=content["evaluations"],
         seconds=content["seconds"],
-        # what `prune` kept in version 0.1.0 is less
-        history=[(evaluations, score) for evaluations, score in content.get("history", [])],
-        improvements=[Improvement.from_json(one) for one in content.get("improvements", [])],
-        latency=content.get("latency"),
+        history=[(evaluations, score) for evaluations, score in content["history"]],
+        improvements=[Improvement.from_json(one) for one in content["improvements"]],
+        latency=content["latency"],
     )
