@@ -24,11 +24,11 @@ from rows import RESULTS, Table
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from prunegym.agents.configuration.config import TrainConfig
-from prunegym.agents.setup import build_problem
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.cluster import connected
 from prunegym.envs.setting import PruningProblem
 from prunegym.envs.vector import RayVecEnv
+from prunegym.experiments.setup import build_problem
 
 
 @dataclass(frozen=True)

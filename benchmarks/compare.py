@@ -19,9 +19,9 @@ from base_networks import BaseNetworks
 from kept import keep, restore
 from rows import RESULTS
 
-from prunegym.agents.comparison.command import run_compare
-from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.run_folders.running import Reporter
+from prunegym.experiments.comparison.command import run_compare
+from prunegym.experiments.comparison.config import CompareConfig
 
 COMPARED = {
     "evaluations": 100,

@@ -9,11 +9,11 @@ from statistics import fmean
 from formats import markdown, with_interval, with_range
 from rows import RESULTS
 
-from prunegym.agents.comparison.bootstrap import Interval
-from prunegym.agents.comparison.rows import KEY, TIMED
-from prunegym.agents.comparison.summary import Table, at_seconds, fastest_seconds
 from prunegym.agents.run_folders.finished_rows import FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.experiments.comparison.bootstrap import Interval
+from prunegym.experiments.comparison.rows import KEY, TIMED
+from prunegym.experiments.comparison.summary import Table, at_seconds, fastest_seconds
 
 TITLES = {"resnet20_35": "ResNet-20, 35 %", "resnet56_35": "ResNet-56, 35 %"}
 BOLD = {"agent": "**agent**"}

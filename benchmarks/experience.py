@@ -22,7 +22,7 @@ from training_networks import folder_of, networks
 from prunegym.agents.configuration.options import DataOptions, ProblemOptions
 from prunegym.agents.evaluations.store import STORE, read_evaluations, stored
 from prunegym.agents.searching.searchers import SearchSettings, searcher_named
-from prunegym.agents.setup import build_problem, build_task
+from prunegym.experiments.setup import build_problem, build_task
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import InfeasibleBudgetError
 from prunegym.pruning.task import ClassificationTask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from prunegym.agents.comparison.bootstrap import Interval
+from prunegym.experiments.comparison.bootstrap import Interval
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.measure import FINETUNING, SCORES
-from prunegym.agents.comparison.rows import CURVE, KEY
-from prunegym.agents.comparison.search import SEARCHES
 from prunegym.agents.run_folders.finished_rows import ROWS, TIMES
 from prunegym.agents.searching.stored_search import PLAN, SEARCH
+from prunegym.experiments.comparison.config import CompareConfig
+from prunegym.experiments.comparison.measure import FINETUNING, SCORES
+from prunegym.experiments.comparison.rows import CURVE, KEY
+from prunegym.experiments.comparison.search import SEARCHES
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain, read_json, replacing, write_json
 

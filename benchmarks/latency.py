@@ -34,8 +34,8 @@ import tyro
 from rows import RESULTS, Table, provenance
 
 from prunegym.agents.searching.latency_budget import bring_to_budget
-from prunegym.agents.setup import bare_network
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.setup import bare_network
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.deployment.onnx_export import export_onnx, with_batch
 from prunegym.pruning.files import plain, read_json, write_json

@@ -24,8 +24,8 @@ from rows import RESULTS, Table
 from tqdm import tqdm
 
 from prunegym.agents.configuration.options import ProblemOptions
-from prunegym.agents.setup import build_problem
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.setup import build_problem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.training import TrainingSettings, evaluate_network, train_network, weights_digest

@@ -29,9 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 from prunegym.agents.configuration.options import DataOptions
-from prunegym.agents.setup import assemble_problem, build_model, build_prunable, build_task
 from prunegym.envs.prior import KNAPSACK, NAMES, UNIFORM, choose_prior
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.setup import assemble_problem, build_model, build_prunable, build_task
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import CostModel
 from prunegym.pruning.plan import PruningPlan

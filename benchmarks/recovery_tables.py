@@ -18,7 +18,9 @@ NETWORKS = {
 BUDGETS = {"macs:0.5": "50 %", "macs:0.35": "35 %", "macs:0.2": "20 %"}
 LADDER = ("none", "bn", "compensate", "reconstruct", "distill, calibration images", "distill, training images")
 FRONT = ("compensate", "reconstruct", "distill, training images")
-ALLOCATIONS = ("uniform", "prior")
+ALLOCATIONS = ("uniform", "prior", "knapsack")
+TUNED = ("ridge ", "distill, calibration images, features ", "distill, train images, features ")
+"""How rows begin whose settings are chosen among."""
 
 Rows = dict[tuple[str, str, str, str], dict[str, str]]
 
@@ -67,6 +69,7 @@ def ladder() -> str:
         ]
         for network, budget in pairs(rows, LADDER)
         for allocation in ALLOCATIONS
+        if any((network, budget, allocation, one) in rows for one in LADDER)
     ]
     return markdown(["", *LADDER], cells)
 
@@ -87,11 +90,25 @@ def ablations() -> str:
     """Reconstruction with one thing changed, at 35 % MACs."""
     rows = read()
     networks = ("cifar_resnet20", "cifar_resnet56")
-    names = [one for _, _, allocation, one in rows if allocation == "prior" and one not in LADDER]
+    others = [one for _, _, allocation, one in rows if allocation == "prior" and one not in LADDER]
+    names = [one for one in others if not one.startswith(TUNED)]
     cells = [
         [name, *(percent(rows.get((network, "macs:0.35", "prior", name))) for network in networks)]
         for name in ("reconstruct", *dict.fromkeys(names))
     ]
+    return markdown(["", *(f"{NETWORKS[one]}, 35 %" for one in networks)], cells)
+
+
+def tuned() -> str:
+    """Ridges and weights of the features: selection accuracy, and test accuracy in brackets."""
+    rows = read()
+    names = list(dict.fromkeys(one for *_, one in rows if one.startswith(TUNED)))
+    networks = list(dict.fromkeys(network for network, *_, one in rows if one in names))
+
+    def cell(row: dict[str, str] | None) -> str:
+        return f"{100 * float(row['selection_score']):.1f} ({percent(row)})" if row else ""
+
+    cells = [[name, *(cell(rows.get((one, "macs:0.35", "prior", name))) for one in networks)] for name in names]
     return markdown(["", *(f"{NETWORKS[one]}, 35 %" for one in networks)], cells)
 
 

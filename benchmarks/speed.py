@@ -34,11 +34,11 @@ from rows import RESULTS, Table
 from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.policies.policy import PruningPolicy
 from prunegym.agents.run_folders.runs import RunFolder
-from prunegym.agents.setup import assemble_problem, build_problem, build_task
 from prunegym.agents.training.loop import TIMING, train
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observation
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.setup import assemble_problem, build_problem, build_task
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.network import PrunableNetwork

@@ -134,6 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder": recovery_tables.ladder,
     "prices": recovery_tables.prices,
     "ablations": recovery_tables.ablations,
+    "tuned": recovery_tables.tuned,
     "beside_torch_pruning": recovery_tables.beside_torch_pruning,
     "taus": taus,
     "compare": comparison_tables.compare,

@@ -25,8 +25,8 @@ from scipy.stats import kendalltau
 from tqdm import tqdm
 
 from prunegym.agents.configuration.options import ProblemOptions
-from prunegym.agents.setup import build_problem
 from prunegym.agents.tables import markdown_table
+from prunegym.experiments.setup import build_problem
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.files import replacing
 from prunegym.pruning.plan import PruningPlan

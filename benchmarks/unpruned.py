@@ -13,8 +13,8 @@ from base_networks import BaseNetworks
 from rows import RESULTS, Table
 
 from prunegym.agents.configuration.config import EvaluateConfig
-from prunegym.agents.evaluate import measure_unpruned
-from prunegym.agents.setup import build_model, build_prunable, build_task
+from prunegym.experiments.evaluate import measure_unpruned
+from prunegym.experiments.setup import build_model, build_prunable, build_task
 
 
 def main(arguments: BaseNetworks) -> None:

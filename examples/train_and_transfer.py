@@ -8,7 +8,7 @@ The same as the commands `prunegym pretrain`, `train` and `transfer`, here in on
 import sys
 from pathlib import Path
 
-from prunegym.agents.cli import main
+from prunegym.commands.cli import main
 
 runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/train_and_transfer")
 evaluations = sys.argv[2] if len(sys.argv) > 2 else "100"

@@ -34,7 +34,7 @@ def command_line() -> str:
 
 def help_of(*command: str) -> str:
     """The help of a command, without its frame."""
-    from prunegym.agents.cli import main as prunegym
+    from prunegym.commands.cli import main as prunegym
 
     os.environ["COLUMNS"] = str(WIDTH)
     text = io.StringIO()

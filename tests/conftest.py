@@ -18,7 +18,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunegym.agents.cli import main
+from prunegym.commands.cli import main
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.allocation import project
 from prunegym.pruning.budget import Budget, apply_budget
@@ -620,7 +620,7 @@ def pruning_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "compare": [*learning, *searchers, "--repeats", "2", "--latency"],
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunegym.agents.prune.MEASURED_IN", ("torch",))  # exports take seconds
+        patch.setattr("prunegym.experiments.prune.MEASURED_IN", ("torch",))  # exports take seconds
         for command, folder in folders.items():
             assert main([command, *shared, *more[command], "--out", str(folder)]) == 0
     return folders

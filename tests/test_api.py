@@ -11,9 +11,9 @@ from gymnasium.utils.env_checker import check_env
 import prunegym
 from prunegym.agents.configuration.config import PruneConfig
 from prunegym.agents.configuration.options import DataOptions, ProblemOptions
-from prunegym.agents.deployment.config import FinetuneOptions
-from prunegym.agents.face_options import as_task
+from prunegym.commands.face_options import as_task
 from prunegym.envs.channel_pruning import ChannelPruningEnv
+from prunegym.experiments.deployment.config import FinetuneOptions
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
 from prunegym.pruning.task import ClassificationTask
@@ -265,7 +265,7 @@ def test_every_option_about_data_reaches_the_reader(name: str, kind: type, monke
         asked.append(options)
         raise PruningError("that is all")
 
-    monkeypatch.setattr("prunegym.agents.face_options.build_task", build_task)
+    monkeypatch.setattr("prunegym.commands.face_options.build_task", build_task)
     with pytest.raises(PruningError, match="that is all"):
         FACES[name](torch.nn.Linear(1, 1), Path("images"), **READ)
 
@@ -336,7 +336,7 @@ def test_environment_in_free_mode_knows_latency(
     """Its reward has a latency term, so a table is measured."""
     asked = []
     monkeypatch.setattr(
-        "prunegym.agents.setup.LatencyTable.measure", lambda *args, **kwargs: asked.append(kwargs["cache"])
+        "prunegym.experiments.setup.LatencyTable.measure", lambda *args, **kwargs: asked.append(kwargs["cache"])
     )
     network = toys("residual")
 

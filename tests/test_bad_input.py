@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prunegym.agents.cli import main
+from prunegym.commands.cli import main
 from prunegym.envs.observation import OBSERVATION_VERSION
 from prunegym.pruning.networks.zoo import build_network
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from prunegym.agents.comparison.bootstrap import Interval, difference_interval, mean_interval, performance_profiles
+from prunegym.experiments.comparison.bootstrap import Interval, difference_interval, mean_interval, performance_profiles
 
 Problems = st.lists(st.lists(st.floats(0, 1), min_size=2, max_size=2), min_size=1, max_size=4)
 

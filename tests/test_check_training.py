@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import prunegym
-from prunegym.agents import api, network_commands
-from prunegym.agents.cli import main
+from prunegym.commands import api, network_commands
+from prunegym.commands.cli import main
 from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
@@ -145,7 +145,7 @@ def test_comparison_refuses_before_the_searches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever would be compared."""
-    monkeypatch.setattr("prunegym.agents.comparison.command.compare", search)
+    monkeypatch.setattr("prunegym.experiments.comparison.command.compare", search)
     flags = ["--network", "digits_vgg", *FEW, "--searcher", "uniform", "--epochs", "1", "--accumulate", "1000"]
 
     assert main(["compare", *flags, "--out", str(tmp_path / "run")]) == 2

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import prunegym
-from prunegym.agents import cli, network_commands
-from prunegym.agents.cli import main, parse
 from prunegym.agents.configuration.config import TrainConfig
-from prunegym.agents.prune import describe
 from prunegym.agents.searching.search import Search
+from prunegym.commands import cli, network_commands
+from prunegym.commands.cli import main, parse
+from prunegym.experiments.prune import describe
 
 #: Few images of everything: the numbers do not matter.
 FEW = ["--statistics-examples", "16", "--recovery-examples", "16", "--reward-examples", "32", "--device", "cpu"]
@@ -89,7 +89,7 @@ def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_help_does_not_wait_for_pytorch() -> None:
     """It is asked for often."""
-    code = "import sys, prunegym.agents.cli; print('torch' in sys.modules)"
+    code = "import sys, prunegym.commands.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert done.stdout.strip() == "False"
@@ -158,7 +158,7 @@ def test_prune_recovers_as_asked_for(
     run: Run, weights: list[str], asked: list[str], recovery: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And by default as suits what follows."""
-    monkeypatch.setattr("prunegym.agents.prune.MEASURED_IN", ("torch",))  # exports take seconds
+    monkeypatch.setattr("prunegym.experiments.prune.MEASURED_IN", ("torch",))  # exports take seconds
     content = run("prune", *weights, *FEW, "--searcher", "uniform", *asked)
 
     assert content["recovery"] == recovery
@@ -368,7 +368,7 @@ def test_prune_saves_a_smaller_network(run: Run, weights: list[str], policy: lis
 @pytest.fixture
 def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes seconds."""
-    monkeypatch.setattr("prunegym.agents.prune.measure_speed", lambda *_: [])
+    monkeypatch.setattr("prunegym.experiments.prune.measure_speed", lambda *_: [])
 
 
 @pytest.mark.usefixtures("no_latency")

@@ -11,12 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from prunegym.agents.comparison.cluster import compute, pieces, read_files, take
-from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import _grid, compare
-from prunegym.agents.comparison.measure import Judge
-from prunegym.agents.comparison.rows import Key, compute_row
-from prunegym.agents.comparison.search import Searches
 from prunegym.agents.configuration.config import TrainConfig
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
 from prunegym.agents.run_folders.finished_rows import ROWS
@@ -24,6 +18,12 @@ from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.training.loop import METRICS, Trainer, train
 from prunegym.envs.cluster import pack
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.comparison.cluster import compute, pieces, read_files, take
+from prunegym.experiments.comparison.config import CompareConfig
+from prunegym.experiments.comparison.grid import _grid, compare
+from prunegym.experiments.comparison.measure import Judge
+from prunegym.experiments.comparison.rows import Key, compute_row
+from prunegym.experiments.comparison.search import Searches
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.scoring import Scorer

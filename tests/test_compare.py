@@ -9,15 +9,7 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunegym.agents.comparison import measure as compare_measure
-from prunegym.agents.comparison import search as compare_search
-from prunegym.agents.comparison.conditions import identity
-from prunegym.agents.comparison.config import EXTENDABLE, CompareConfig
-from prunegym.agents.comparison.grid import compare, unfinished
-from prunegym.agents.comparison.measure import Judge
-from prunegym.agents.comparison.rows import CURVE, CURVE_SCORES, KEY, TIMED, curve_rows
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
-from prunegym.agents.evaluate import recovered_scores
 from prunegym.agents.policies.policy_file import load_policy
 from prunegym.agents.run_folders.finished_rows import ROWS, FinishedRows
 from prunegym.agents.run_folders.runs import RunFolder
@@ -25,6 +17,14 @@ from prunegym.agents.searching.searchers import SEARCHERS, WITHOUT_EVALUATIONS, 
 from prunegym.agents.training.loop import Trainer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.comparison import measure as compare_measure
+from prunegym.experiments.comparison import search as compare_search
+from prunegym.experiments.comparison.conditions import identity
+from prunegym.experiments.comparison.config import EXTENDABLE, CompareConfig
+from prunegym.experiments.comparison.grid import compare, unfinished
+from prunegym.experiments.comparison.measure import Judge
+from prunegym.experiments.comparison.rows import CURVE, CURVE_SCORES, KEY, TIMED, curve_rows
+from prunegym.experiments.evaluate import recovered_scores
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import read_json

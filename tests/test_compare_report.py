@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prunegym.agents.comparison import pictures as compare_pictures
-from prunegym.agents.comparison import report as compare_report
-from prunegym.agents.comparison.bootstrap import performance_profiles
-from prunegym.agents.comparison.config import CompareConfig
-from prunegym.agents.comparison.grid import compare
-from prunegym.agents.comparison.report import report, terminal_text
-from prunegym.agents.comparison.rows import curve_rows
-from prunegym.agents.comparison.summary import Table, summarise
-from prunegym.agents.pictures import new_figure
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.comparison import pictures as compare_pictures
+from prunegym.experiments.comparison import report as compare_report
+from prunegym.experiments.comparison.bootstrap import performance_profiles
+from prunegym.experiments.comparison.config import CompareConfig
+from prunegym.experiments.comparison.grid import compare
+from prunegym.experiments.comparison.report import report, terminal_text
+from prunegym.experiments.comparison.rows import curve_rows
+from prunegym.experiments.comparison.summary import Table, summarise
 from prunegym.pruning.budget import Budget
+from prunegym.reporting.pictures import new_figure
 
 BUDGETS = ("macs:0.5", "params:0.3")
 CONFIG = CompareConfig(

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents.comparison.bootstrap import Interval
-from prunegym.agents.comparison.summary import Table, at_seconds, fastest_seconds, summarise
+from prunegym.experiments.comparison.bootstrap import Interval
+from prunegym.experiments.comparison.summary import Table, at_seconds, fastest_seconds, summarise
 
 PAIRS = (("a", "macs:0.5"), ("b", "macs:0.5"))
 #: Searcher -> for each pair, for each seed: score after recovery.

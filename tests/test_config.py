@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config as configs
 from prunegym.agents.configuration.config import (
     DemoConfig,
@@ -19,8 +18,9 @@ from prunegym.agents.configuration.config import (
     TransferConfig,
 )
 from prunegym.agents.configuration.options import DataOptions, ProblemOptions
-from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.searching.searchers import SEARCHERS, WITHOUT_EVALUATIONS
+from prunegym.experiments.comparison.config import CompareConfig
+from prunegym.experiments.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.importance.criteria import CRITERIA

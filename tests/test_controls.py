@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents.comparison.controls import CONTROLS, own_ratios, play
 from prunegym.agents.policies.policy import PruningPolicy
 from prunegym.agents.searching.searchers import own_plan
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.comparison.controls import CONTROLS, own_ratios, play
 from prunegym.pruning.budget import Budget
 
 HALF = Budget.parse("macs:0.5")

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents import demo
-from prunegym.agents.cli import main
 from prunegym.agents.configuration.config import DemoConfig
-from prunegym.agents.demo_report import COLUMNS, table_rows
 from prunegym.agents.run_folders.running import Reporter
 from prunegym.agents.tables import format_table, markdown_table
+from prunegym.commands import demo
+from prunegym.commands.cli import main
+from prunegym.commands.demo_report import COLUMNS, table_rows
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demonstration, quickly; latency in PyTorch only, because exports take seconds."""
     path = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunegym.agents.prune.MEASURED_IN", ("torch",))
+        patch.setattr("prunegym.experiments.prune.MEASURED_IN", ("torch",))
         demo.run_demo(DemoConfig(out=path, quick=True), Reporter(progress=False))
     return path
 
@@ -77,8 +77,8 @@ def test_finished_steps_are_not_repeated(folder: Path, monkeypatch: pytest.Monke
     """An interrupted demonstration goes on with the step it was in."""
     (folder / "result.json").unlink()
     for step in ("pretrain", "carry_out"):
-        monkeypatch.setattr(f"prunegym.agents.network_commands.{step}", pytest.fail)
-    monkeypatch.setattr("prunegym.agents.agent_commands.train", pytest.fail)
+        monkeypatch.setattr(f"prunegym.commands.network_commands.{step}", pytest.fail)
+    monkeypatch.setattr("prunegym.commands.agent_commands.train", pytest.fail)
 
     demo.run_demo(DemoConfig(out=folder, quick=True), Reporter(progress=False))
 

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunegym
-from prunegym.agents import fitting
-from prunegym.agents.cli import INTERRUPTED, main
 from prunegym.agents.configuration.options import DataOptions
-from prunegym.agents.deployment import config as deployment_config
-from prunegym.agents.deployment.commands import example_of
-from prunegym.agents.deployment.origin import data_of, origin_of
 from prunegym.agents.run_folders.reload import largest_difference
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.commands.cli import INTERRUPTED, main
+from prunegym.experiments import fitting
+from prunegym.experiments.deployment import config as deployment_config
+from prunegym.experiments.deployment.commands import example_of
+from prunegym.experiments.deployment.origin import data_of, origin_of
 from prunegym.pruning.deployment import export
 from prunegym.pruning.deployment.recipe import NO_SOURCE
 from prunegym.pruning.deployment.saving import read_recipe
@@ -60,7 +60,7 @@ def pruned(base: Path) -> Path:
     """Run folder of the network pruned, and not fine-tuned."""
     folder = base.parent.parent / "pruned"
     patch = pytest.MonkeyPatch()
-    patch.setattr("prunegym.agents.prune.measure_speed", lambda *_: [])  # it takes seconds
+    patch.setattr("prunegym.experiments.prune.measure_speed", lambda *_: [])  # it takes seconds
     flags = ["--network", "digits_vgg", "--weights", str(base), "--epochs", "0", "--split-seed", "3"]
     try:
         assert main(["prune", *flags, *FEW, "--out", str(folder)]) == 0
@@ -462,8 +462,8 @@ def too_late(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("split", ["calibration", "reward", "test"])
 def test_empty_split_is_refused_before_work_is_done(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the first plan that is scored at the latest, and before an epoch of fine-tuning."""
-    monkeypatch.setattr("prunegym.agents.api.carry_out", too_late)
-    monkeypatch.setattr("prunegym.agents.deployment.finetune.fit", too_late)
+    monkeypatch.setattr("prunegym.commands.api.carry_out", too_late)
+    monkeypatch.setattr("prunegym.experiments.deployment.finetune.fit", too_late)
     message = f"`split` should hold examples. Received '{split}' of 'boxes', which is empty"
 
     with pytest.raises(PruningError, match=message):
@@ -475,8 +475,8 @@ def test_empty_split_is_refused_before_work_is_done(split: str, monkeypatch: pyt
 
 def test_mean_score_is_refused_before_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search would end in a mean that cannot be weighted."""
-    monkeypatch.setattr("prunegym.agents.api.find_plan", too_late)
-    monkeypatch.setattr("prunegym.agents.deployment.finetune.fit", too_late)
+    monkeypatch.setattr("prunegym.commands.api.find_plan", too_late)
+    monkeypatch.setattr("prunegym.experiments.deployment.finetune.fit", too_late)
 
     for work in (
         lambda: prunegym.prune(finder(), Averaged(), "macs:0.6", **SMALL),

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import prunegym
-from prunegym.agents.cli import main
-from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config
-from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
 from prunegym.agents.evaluations.config import EvaluationsConfig
-from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.searching.searchers import SEARCHERS
+from prunegym.commands.cli import main
+from prunegym.experiments.comparison.config import CompareConfig
+from prunegym.experiments.deployment.config import ExportConfig, FinetuneConfig, MeasureConfig
 from prunegym.pruning.scoring import RECOVERIES
+from prunegym.reporting.config import ReportConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -12,10 +12,10 @@ import torch
 from gymnasium import spaces
 
 import prunegym
-from prunegym.agents.cli import main
 from prunegym.agents.policies.encoder_attention import EncoderAttention, with_ties_broken
 from prunegym.agents.policies.policy import PruningPolicy
 from prunegym.agents.policies.policy_file import save_policy
+from prunegym.commands.cli import main
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.observation import Observer, Padding, observation_space
 from prunegym.envs.setting import PruningProblem
@@ -137,7 +137,7 @@ def test_prune_takes_the_criterion_with_another_searcher(
     policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many channels stay as with Taylor scores, but not the same ones."""
-    monkeypatch.setattr("prunegym.agents.prune.measure_speed", lambda *_: [])
+    monkeypatch.setattr("prunegym.experiments.prune.measure_speed", lambda *_: [])
     kept = []
     for name, flags in (("a", ["--policy", str(policy_file)]), ("b", ["--criterion", "taylor"])):
         out = tmp_path / name

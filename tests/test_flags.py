@@ -7,26 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from prunegym.agents import fitting, network_commands, pretrain, prune, setup
-from prunegym.agents.comparison import command as comparison
-from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration import config as configs
 from prunegym.agents.configuration.config import InspectConfig, PretrainConfig, PruneConfig, TrainConfig
 from prunegym.agents.configuration.options import DataOptions, ProblemOptions
-from prunegym.agents.deployment.config import ExportConfig, FinetuneConfig
 from prunegym.agents.policies.policy_file import save_policy
-from prunegym.agents.report.config import ReportConfig
 from prunegym.agents.run_folders.running import Reporter
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SearchResult
-from prunegym.agents.setup import build_problem, build_problems, build_task, seed_everything
 from prunegym.agents.training import workers
 from prunegym.agents.training.loop import Trainer
+from prunegym.commands import network_commands
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments import fitting, pretrain, prune, setup
+from prunegym.experiments.comparison import command as comparison
+from prunegym.experiments.comparison.config import CompareConfig
+from prunegym.experiments.deployment.config import ExportConfig, FinetuneConfig
+from prunegym.experiments.setup import build_problem, build_problems, build_task, seed_everything
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.training import TrainingSettings
+from prunegym.reporting.config import ReportConfig
 
 #: Few images of everything: the numbers do not matter.
 FEW = {"statistics_examples": 16, "recovery_examples": 16, "reward_examples": 16, "device": "cpu"}

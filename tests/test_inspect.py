@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 
 from prunegym.agents.inspect import Inspection, inspect_network
-from prunegym.agents.report.inspection import inspection_page
 from prunegym.pruning.budget import Budget, apply_budget
 from prunegym.pruning.errors import InfeasibleBudgetError, PruningError
 from prunegym.pruning.network import PrunableNetwork
@@ -16,6 +15,7 @@ from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.timing.latency_samples import Sample
 from prunegym.pruning.timing.latency_table import LatencyTable
 from prunegym.pruning.widths import WidthRules, Widths
+from prunegym.reporting.inspection import inspection_page
 
 Toys = Callable[[str], PrunableNetwork]
 

@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunegym.agents.cli import REFUSED
 from prunegym.agents.configuration.time_limit import TIME_UP
 from prunegym.agents.evaluations.store import STORE, read_evaluations
+from prunegym.commands.cli import REFUSED
 
 #: Runs a command for each line of arguments it reads, in a process of its own, and says how it ended.
 NURSERY = """
 import json, os, resource, signal, sys, time
-from prunegym.agents import agent_commands, cli, network_commands
-from prunegym.agents.comparison import command
-from prunegym.agents.deployment import commands
+from prunegym.commands import agent_commands, cli, network_commands
+from prunegym.experiments.comparison import command
+from prunegym.experiments.deployment import commands
 import torch
 torch.set_num_threads(1)
 print("ready", flush=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents.comparison import measure, search
-from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.experiments.comparison import measure, search
+from prunegym.experiments.comparison.config import CompareConfig
 from prunegym.pruning.errors import PruningError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

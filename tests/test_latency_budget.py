@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prunegym.agents.evaluate import EvaluationSettings, evaluate, plan_row
 from prunegym.agents.run_folders.finished_rows import ROWS
 from prunegym.agents.run_folders.records import PLANS
 from prunegym.agents.run_folders.runs import RunFolder
@@ -21,6 +20,7 @@ from prunegym.agents.searching.latency_budget import (
 )
 from prunegym.agents.searching.searchers import SearchResult
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.evaluate import EvaluationSettings, evaluate, plan_row
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.files import plain
 from prunegym.pruning.plan import PruningPlan
@@ -251,7 +251,7 @@ def test_plan_that_is_scored_is_the_plan_that_is_kept(
         brought[problem.key(budget)] = result.plan
         return result
 
-    monkeypatch.setattr("prunegym.agents.evaluate.within_measured_budget", within)
+    monkeypatch.setattr("prunegym.experiments.evaluate.within_measured_budget", within)
     run = RunFolder(tmp_path)
     rows = evaluate([problem], EvaluationSettings(searchers=("uniform",), progress=False), run)
 

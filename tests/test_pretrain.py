@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunegym.agents import fitting
 from prunegym.agents.configuration.config import PretrainConfig
-from prunegym.agents.fitting import complete_rows, note_epoch
-from prunegym.agents.pretrain import PretrainResult, pretrain, save_weights
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.experiments import fitting
+from prunegym.experiments.fitting import complete_rows, note_epoch
+from prunegym.experiments.pretrain import PretrainResult, pretrain, save_weights
 from prunegym.pruning.datasets.data import load_data
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.networks.zoo import build_network

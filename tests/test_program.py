@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunegym.agents.cli import main
+from prunegym.commands.cli import main
 from prunegym.pruning.deployment.program import check_exportable, export_program, load_program
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunegym.agents import fitting, prune
 from prunegym.agents.configuration.config import PruneConfig
 from prunegym.agents.configuration.options import LatencyOptions
-from prunegym.agents.plan_checks import check_cost, check_outputs, count_macs, macs_of_run
-from prunegym.agents.prune import STAGES, PruneResult, carry_out, describe, find_plan
 from prunegym.agents.run_folders.reload import largest_difference, main, same_in_new_process, save_example
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SearchResult
-from prunegym.agents.setup import assemble_problem, build_task
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments import fitting, prune
+from prunegym.experiments.plan_checks import check_cost, check_outputs, count_macs, macs_of_run
+from prunegym.experiments.prune import STAGES, PruneResult, carry_out, describe, find_plan
+from prunegym.experiments.setup import assemble_problem, build_task
 from prunegym.pruning import measuring
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.cost import Cost

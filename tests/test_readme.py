@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prunegym.agents.cli import main
+from prunegym.commands.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

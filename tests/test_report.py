@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 import prunegym
-from prunegym.agents.cli import main
 from prunegym.agents.inspect import inspect_network
-from prunegym.agents.report.gather import gather
-from prunegym.agents.report.inspection import inspection_page
-from prunegym.agents.report.page import Page, Section, Table
-from prunegym.agents.report.report import build_page
-from prunegym.agents.report.svg import Gallery
-from prunegym.agents.report.verdict import Sentence
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.commands.cli import main
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.reporting.gather import gather
+from prunegym.reporting.inspection import inspection_page
+from prunegym.reporting.page import Page, Section, Table
+from prunegym.reporting.report import build_page
+from prunegym.reporting.svg import Gallery
+from prunegym.reporting.verdict import Sentence
 
 SECTIONS = ("asked", "reached", "front", "learning", "channels", "graph", "time")
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from prunegym.agents.inspect import inspect_network
-from prunegym.agents.report.gather import gather
-from prunegym.agents.report.inspection import inspection_page
-from prunegym.agents.report.report import build_page
-from prunegym.agents.report.svg import Gallery
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.reporting.gather import gather
+from prunegym.reporting.inspection import inspection_page
+from prunegym.reporting.report import build_page
+from prunegym.reporting.svg import Gallery
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium or Chrome found: install one to check the page")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from prunegym.agents.cli import main
-from prunegym.agents.report.gather import Run, gather
-from prunegym.agents.report.report import build_page
-from prunegym.agents.report.scores import collect
-from prunegym.agents.report.svg import Gallery
-from prunegym.agents.report.words import suggest
 from prunegym.agents.run_folders.finished_rows import ROWS
 from prunegym.agents.run_folders.running import RESULT
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.commands.cli import main
+from prunegym.reporting.gather import Run, gather
+from prunegym.reporting.report import build_page
+from prunegym.reporting.scores import collect
+from prunegym.reporting.svg import Gallery
+from prunegym.reporting.words import suggest
 
 COMMANDS = ("inspect", "pretrain", "train", "evaluate", "transfer", "compare", "prune", "finetune", "export", "demo")
 
@@ -88,7 +88,7 @@ def test_comparison_that_is_extended_is_not_finished_until_it_is_done(
     def stop(*_: object, **__: object) -> None:
         raise stopped
 
-    monkeypatch.setattr("prunegym.agents.comparison.rows.compute_row", stop)
+    monkeypatch.setattr("prunegym.experiments.comparison.rows.compute_row", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         main(["compare", *flags, *searchers, "--latency", "--device", "cpu", "--out", str(folder)])
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from prunegym.agents.report.gather import gather
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.errors import PruningError
+from prunegym.reporting.gather import gather
 
 
 def test_folders_are_read_in_order_and_once(pruning_runs: dict[str, Path]) -> None:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from prunegym.agents.inspect import inspect_network
-from prunegym.agents.pictures import COLOURS, INK, new_figure, one_look
-from prunegym.agents.report import charts, graph_chart, network_charts
-from prunegym.agents.report.charts import Marks, pareto_front
-from prunegym.agents.report.graph_chart import Column, layers_between
-from prunegym.agents.report.network_charts import short_names, shorten
-from prunegym.agents.report.svg import Gallery, inline_svg
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork
+from prunegym.reporting import charts, graph_chart, network_charts
+from prunegym.reporting.charts import Marks, pareto_front
+from prunegym.reporting.graph_chart import Column, layers_between
+from prunegym.reporting.network_charts import short_names, shorten
+from prunegym.reporting.pictures import COLOURS, INK, new_figure, one_look
+from prunegym.reporting.svg import Gallery, inline_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

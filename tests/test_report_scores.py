@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from prunegym.agents.report.gather import Run, gather
-from prunegym.agents.report.scores import Scores, by_searcher, collect
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.pruning.timing.latency import Latency, LatencySettings
 from prunegym.pruning.timing.speed_up import speed_up
+from prunegym.reporting.gather import Run, gather
+from prunegym.reporting.scores import Scores, by_searcher, collect
 
 
 def run(name: str, command: str, rows: list[dict[str, Any]] | None = None, **config: Any) -> Run:

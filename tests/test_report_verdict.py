@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunegym.agents.report.gather import Run
-from prunegym.agents.report.scores import Field, Scored, Scores, Unpruned
-from prunegym.agents.report.verdict import Sentence, difference, speed_tone, subject_of, verdicts
+from prunegym.reporting.gather import Run
+from prunegym.reporting.scores import Field, Scored, Scores, Unpruned
+from prunegym.reporting.verdict import Sentence, difference, speed_tone, subject_of, verdicts
 
 WHERE = Field(network="net", data="digits", split="selection", stage="after_recovery", recovery="reconstruct", epochs=0)
 

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunegym.agents.comparison.config import CompareConfig
 from prunegym.agents.configuration.config import EvaluateConfig
 from prunegym.agents.searching.searchers import (
     LEAST,
@@ -25,6 +24,7 @@ from prunegym.agents.searching.searchers import (
     searcher_named,
 )
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.comparison.config import CompareConfig
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from prunegym.agents import cli
-from prunegym.agents.cli import main
 from prunegym.agents.configuration.config import PretrainConfig
 from prunegym.agents.configuration.time_limit import NO_LIMIT, TIME_UP, TimeLimit, TimeUp, seconds_of
 from prunegym.agents.run_folders.runs import RunFolder
+from prunegym.commands import cli
+from prunegym.commands.cli import main
 from prunegym.pruning.errors import PruningError
 
 #: Little of everything: the numbers do not matter.

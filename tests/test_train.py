@@ -14,7 +14,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from prunegym.agents.configuration.config import TrainConfig, TransferConfig
 from prunegym.agents.configuration.time_limit import TimeLimit, TimeUp
-from prunegym.agents.evaluate import plan_row
 from prunegym.agents.policies.policy_file import load_policy, save_policy
 from prunegym.agents.run_folders.runs import RunFolder
 from prunegym.agents.searching.searchers import SEARCHERS, SearchSettings, own_plan
@@ -22,10 +21,11 @@ from prunegym.agents.training import loop, workers
 from prunegym.agents.training.loop import METRICS, Trainer, train
 from prunegym.agents.training.result import TrainResult
 from prunegym.agents.training.workers import make_envs
-from prunegym.agents.transfer import transfer
 from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.prior import KNAPSACK, TRIALS
 from prunegym.envs.setting import PruningProblem
+from prunegym.experiments.evaluate import plan_row
+from prunegym.experiments.transfer import transfer
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.network import PrunableNetwork

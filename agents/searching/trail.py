@@ -1,7 +1,7 @@
 """The trail of a search: what it would have returned, had it been stopped earlier.
 
 Searches are compared at equal evaluations and at equal seconds, so each notes its best plan whenever that changes.
-Scores of a trail are those of the reward split; :mod:`prunegym.agents.comparison.grid` scores the plans on other
+Scores of a trail are those of the reward split; :mod:`prunegym.experiments.comparison.grid` scores the plans on other
 images.
 """
 

@@ -7,10 +7,10 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunegym.agents.api import inspect, load, make_env, prune, report, save
-    from prunegym.agents.deployment.api import export, finetune
-    from prunegym.agents.deployment.finetune import FinetuneResult
-    from prunegym.agents.prune import PruneResult
+    from prunegym.commands.api import inspect, load, make_env, prune, report, save
+    from prunegym.experiments.deployment.api import export, finetune
+    from prunegym.experiments.deployment.finetune import FinetuneResult
+    from prunegym.experiments.prune import PruneResult
     from prunegym.pruning.datasets.data import load_data
     from prunegym.pruning.deployment.export import Exported
     from prunegym.pruning.deployment.program import export_program, load_program
@@ -50,25 +50,25 @@ __all__ = [
 _HOME = {
     "ClassificationTask": "prunegym.pruning.task",
     "Exported": "prunegym.pruning.deployment.export",
-    "FinetuneResult": "prunegym.agents.deployment.finetune",
+    "FinetuneResult": "prunegym.experiments.deployment.finetune",
     "InfeasibleBudgetError": "prunegym.pruning.errors",
-    "PruneResult": "prunegym.agents.prune",
+    "PruneResult": "prunegym.experiments.prune",
     "PruningError": "prunegym.pruning.errors",
     "PruningPlan": "prunegym.pruning.plan",
     "Task": "prunegym.pruning.task",
     "UnsupportedLayerError": "prunegym.pruning.errors",
     "build_network": "prunegym.pruning.networks.zoo",
-    "export": "prunegym.agents.deployment.api",
+    "export": "prunegym.experiments.deployment.api",
     "export_program": "prunegym.pruning.deployment.program",
-    "finetune": "prunegym.agents.deployment.api",
-    "inspect": "prunegym.agents.api",
-    "load": "prunegym.agents.api",
+    "finetune": "prunegym.experiments.deployment.api",
+    "inspect": "prunegym.commands.api",
+    "load": "prunegym.commands.api",
     "load_data": "prunegym.pruning.datasets.data",
     "load_program": "prunegym.pruning.deployment.program",
-    "make_env": "prunegym.agents.api",
-    "prune": "prunegym.agents.api",
-    "report": "prunegym.agents.api",
-    "save": "prunegym.agents.api",
+    "make_env": "prunegym.commands.api",
+    "prune": "prunegym.commands.api",
+    "report": "prunegym.commands.api",
+    "save": "prunegym.commands.api",
 }
 
 

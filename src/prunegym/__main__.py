@@ -2,7 +2,7 @@
 
 import sys
 
-from prunegym.agents.cli import main
+from prunegym.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

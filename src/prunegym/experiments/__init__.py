@@ -1,0 +1,1 @@
+"""What commands do: prune, evaluate, transfer, compare, fine-tune, export."""
