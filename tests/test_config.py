@@ -373,13 +373,14 @@ def test_compare_trains_agents_as_train_would() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("configuration/options", "configuration/width_options", "configuration/training_options"),
-        *("configuration/config", "comparison/config", "deployment/config"),
+        *(f"agents/configuration/{name}" for name in ("config", "options", "training_options", "width_options")),
+        "agents/evaluations/config",
+        *(f"src/prunegym/experiments/{name}/config" for name in ("comparison", "deployment")),
     ],
 )
 def test_every_field_has_its_help(module: str) -> None:
     """The text under a field is what `--help` shows; no flag goes without."""
-    tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
     for node in (one for one in ast.walk(tree) if isinstance(one, ast.ClassDef)):
         for one, after in zip(node.body, [*node.body[1:], None], strict=True):
             is_field = isinstance(one, ast.AnnAssign)
