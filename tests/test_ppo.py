@@ -1,5 +1,7 @@
 """The memory of episodes and the imitation of the best."""
 
+import inspect
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunegym.agents.policies.ppo import Episode, EpisodeMemory, ImitationBatch, finished_episodes
+from prunegym.agents.configuration.config import AgentOptions
+from prunegym.agents.policies.ppo import Episode, EpisodeMemory, ImitationBatch, PruningPPO, finished_episodes
 
 
 def episode(value: float, state: float = 0.0) -> Episode:
@@ -88,3 +91,12 @@ def test_steps_towards_episodes_of_one_round_take_all() -> None:
 
     assert len(actions) == 2
     assert weights.tolist() == [0.5, 0.5]
+
+
+def test_defaults_are_those_of_the_command() -> None:
+    """Whoever takes the class in Python gets what `prunegym train` gives."""
+    options = {one.name: one.default for one in fields(AgentOptions)}
+    parameters = inspect.signature(PruningPPO.__init__).parameters
+    shared = ("elites", "imitation_steps", "imitation_rate", "min_std")
+
+    assert {name: parameters[name].default for name in shared} == {name: options[name] for name in shared}

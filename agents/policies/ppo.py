@@ -98,10 +98,10 @@ class PruningPPO(PPO):
     def __init__(
         self,
         *args: Any,
-        elites: int = 10,
-        imitation_steps: int = 40,
+        elites: int = 4,
+        imitation_steps: int = 60,
         imitation_rate: float = 1e-3,
-        min_std: float = 0.03,
+        min_std: float = 0.02,
         **kwargs: Any,
     ) -> None:
         self.elites = elites
