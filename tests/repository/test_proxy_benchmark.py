@@ -11,7 +11,7 @@ import pytest
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 HALF = Budget.parse("macs:0.5")
 
 

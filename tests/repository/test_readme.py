@@ -7,7 +7,7 @@ import pytest
 
 from prunegym.commands.cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND = r"(?<![\w./`-])prunegym +([a-z]+) ([^#\n]*)"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Package -> the packages of ours that it may import, apart from itself.
 ALLOWED = {"pruning": set(), "envs": {"pruning"}, "agents": {"pruning", "envs"}}
 #: The import name itself; it may use everything; nothing of ours uses it (it would be half-made).

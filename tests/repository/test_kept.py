@@ -14,7 +14,7 @@ from prunegym.experiments.comparison import measure, search
 from prunegym.experiments.comparison.config import CompareConfig
 from prunegym.pruning.errors import PruningError
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TEXTS = (".json", ".jsonl", ".csv", ".md")
 
 

@@ -19,7 +19,7 @@ from prunegym.pruning.timing.latency import Latency, LatencySettings
 from prunegym.pruning.timing.latency_samples import Sample
 from prunegym.pruning.timing.latency_table import LatencyTable
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 NETWORK = "digits_vgg"
 OLD = {"what": "table", "network": NETWORK, "allocation": "", "plans": "30", "median_error": "0.5", "note": "old"}
 

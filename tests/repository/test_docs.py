@@ -22,7 +22,7 @@ from prunegym.experiments.deployment.config import ExportConfig, FinetuneConfig,
 from prunegym.pruning.scoring import RECOVERIES
 from prunegym.reporting.config import ReportConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 #: A link within the repository: file and heading.
 LINK = r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)"

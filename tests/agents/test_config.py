@@ -25,7 +25,7 @@ from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.importance.criteria import CRITERIA
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALL = [*(getattr(configs, name) for name in configs.__all__), CompareConfig, FinetuneConfig, ExportConfig]
 #: Commands that prune, or tell what pruning can do.
 WIDE = [InspectConfig, TrainConfig, EvaluateConfig, CompareConfig, TransferConfig, PruneConfig]
