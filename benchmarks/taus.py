@@ -86,8 +86,11 @@ def measure(arguments: Arguments, table: Table) -> None:
     options = ProblemOptions(data=arguments.data, reward_examples=arguments.examples)
     problem = build_problem(arguments.network, arguments.weights, options, [budget])
     first = problem.scorer
+    plain = replace(first.settings, scored=None)
     scorers = {
-        name: Scorer(first.network, first.task, replace(first.settings, **settings), statistics=first.statistics)
+        name: Scorer(
+            first.network, first.task, replace(first.settings, scored=None, **settings), statistics=first.statistics
+        )
         for name, settings in SCORES.items()
     }
     for counts, finetuned in tqdm(list(tuned.items())[: arguments.plans], unit="plan"):

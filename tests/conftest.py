@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
 from helpers.toys import (
     LIVE,
     TOYS,
@@ -25,8 +27,6 @@ from helpers.toys import (
     toy_network,
     zoo_network,
 )
-from hypothesis import settings
-
 from prunegym.commands.cli import main
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.allocation import project
