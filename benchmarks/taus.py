@@ -86,7 +86,6 @@ def measure(arguments: Arguments, table: Table) -> None:
     options = ProblemOptions(data=arguments.data, reward_examples=arguments.examples)
     problem = build_problem(arguments.network, arguments.weights, options, [budget])
     first = problem.scorer
-    plain = replace(first.settings, scored=None)
     scorers = {
         name: Scorer(
             first.network, first.task, replace(first.settings, scored=None, **settings), statistics=first.statistics
