@@ -57,7 +57,7 @@ MEASURES: tuple[str, ...] = get_args(Measure)
 
 QUICK_EXAMPLES = 128
 """Calibration examples of a look between rounds, and of reconstruction where a plan is only scored."""
-QUICK_FITTING = Fitting(per_unknown=8, fewest=1000, most=3000, numbers=1.2e6, double=False)
+QUICK_FITTING = Fitting(per_unknown=8, fewest=1000, most=3000, numbers=1.8e6, double=False)
 """Reconstruction where a plan is only scored."""
 QUICK_STEPS = 20
 """Most steps of distillation where a plan is only scored."""
