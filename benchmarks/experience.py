@@ -22,6 +22,7 @@ from training_networks import folder_of, networks
 from prunegym.agents.configuration.options import DataOptions, ProblemOptions
 from prunegym.agents.evaluations.store import STORE, read_evaluations, stored
 from prunegym.agents.searching.searchers import SearchSettings, searcher_named
+from prunegym.envs.setting import PruningProblem
 from prunegym.experiments.setup import build_problem, build_task
 from prunegym.pruning.budget import Budget
 from prunegym.pruning.errors import InfeasibleBudgetError
@@ -78,25 +79,21 @@ def gather(arguments: Arguments, network: str, data: str, task: ClassificationTa
         for searcher, evaluations in (("cmaes_prior", arguments.guided), ("random", arguments.random))
     ]
     done = {row["search"] for row in read_evaluations(folder / STORE)} if (folder / STORE).exists() else set()
-    # the last of what is there may be unfinished: a search that is repeated reads what it had
-    missing = [one for one in work if named(*one) not in done or named(*one) == latest(folder)]
+    last = latest(folder) if done else ""  # it may be unfinished: a search that is repeated reads what it had
+    missing = [one for one in work if named(*one) not in done or named(*one) == last]
     if not missing:
         return
     options = ProblemOptions(data=data, reward_examples=arguments.reward_examples)
-    file = Path(__file__).parent / "families.py"
-    for budget in dict.fromkeys(budget for budget, _, _ in missing):
+    file, weights = Path(__file__).parent / "families.py", str(folder / "model.safetensors")
+    whole = build_problem(f"{file}:{network}", weights, options, [Budget.parse("macs:1")], task=task, label=network)
+    for budget, searcher, evaluations in missing:
         try:
-            problem = build_problem(
-                f"{file}:{network}", str(folder / "model.safetensors"), options, [budget], task=task, label=network
-            )
+            problem = PruningProblem(whole.scorer, (budget,))
         except InfeasibleBudgetError:  # some networks are mostly what may not be pruned
             continue
-        for one in missing:
-            if one[0] == budget:
-                with stored([problem.scorer], folder / STORE, named(*one)) as store:
-                    settings = SearchSettings(evaluations=one[2], seed=0, clock=store.clock)
-                    searcher_named(one[1])(problem, budget, settings)
-                problem.scorer.forget()
+        with stored([problem.scorer], folder / STORE, named(budget, searcher, evaluations)) as store:
+            searcher_named(searcher)(problem, budget, SearchSettings(evaluations=evaluations, clock=store.clock))
+        problem.scorer.forget()
 
 
 def named(budget: Budget, searcher: str, evaluations: int) -> str:

@@ -57,6 +57,14 @@ SELECT evaluation, network, weights, data, recovery, settings, version, search, 
     count, seconds
 FROM evaluations JOIN contexts USING (context) ORDER BY evaluation
 """
+_REMEDIES = {
+    "full": "Free some space and repeat the command: it goes on from here.",
+    "locked": "Another process writes to it: wait until that has ended, and repeat the command.",
+    "unable to open": "Choose a folder that you may write to.",
+    "readonly": "Choose a folder that you may write to.",
+}
+"""What to do, by what SQLite says."""
+_DAMAGED = "Move it away and repeat the command: plans are then scored anew."
 
 
 class Clock:
@@ -190,16 +198,15 @@ def stored(
     Yields:
         The store, whose clock the search should use.
     """
-    store = EvaluationStore(path, search, limit)
     before = [scorer.store for scorer in scorers]
-    for scorer in scorers:
-        scorer.store = store.of(scorer)
-    try:
-        yield store
-    finally:
-        for scorer, one in zip(scorers, before, strict=True):
-            scorer.store = one
-        store.close()
+    with closing(EvaluationStore(path, search, limit)) as store:
+        try:
+            for scorer in scorers:
+                scorer.store = store.of(scorer)
+            yield store
+        finally:
+            for scorer, one in zip(scorers, before, strict=True):
+                scorer.store = one
 
 
 def read_evaluations(path: Path) -> Iterator[dict[str, Any]]:
@@ -213,7 +220,7 @@ def read_evaluations(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         raise PruningError(
-            f"`folder` should be a run folder with evaluations. {path.parent} has no {path.name}. "
+            f"`runs` should be run folders with evaluations. {path.parent} has no {path.name}. "
             "Name a folder that prune, train, evaluate or compare wrote."
         )
     try:
@@ -223,18 +230,13 @@ def read_evaluations(path: Path) -> Iterator[dict[str, Any]]:
                 found = dict(row)
                 yield {**found, "settings": json.loads(found["settings"]), "plan": json.loads(found["plan"])}
     except sqlite3.Error as fault:
-        raise unusable(path, fault) from fault
+        raise unusable(path, fault, "runs") from fault
 
 
-def unusable(path: Path, fault: Exception) -> PruningError:
+def unusable(path: Path, fault: Exception, argument: str = "--out") -> PruningError:
     """What to do about a store that cannot be used."""
-    full = "full" in str(fault)
-    remedy = (
-        "Free some space and repeat the command: it goes on from here."
-        if full
-        else ("Move it away and repeat the command: plans are then scored anew.")
-    )
-    return PruningError(f"`--out` should hold a store of evaluations that works. {path}: {fault}. {remedy}")
+    remedy = next((one for sign, one in _REMEDIES.items() if sign in str(fault)), _DAMAGED)
+    return PruningError(f"`{argument}` should hold a store of evaluations that works. {path}: {fault}. {remedy}")
 
 
 def scorer_identity(scorer: Scorer) -> str:

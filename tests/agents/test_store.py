@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,29 @@ def test_damaged_file_is_refused_with_a_remedy(scorer: Scorer, tmp_path: Path) -
     with pytest.raises(PruningError, match="file is not a database.*Move it away"):
         opened(tmp_path / "s")
     assert (tmp_path / "s").read_bytes().startswith(b"no database")
+
+
+def test_file_that_another_process_writes_to_is_no_damage(
+    scorer: Scorer, plan: PruningPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is to wait, not to throw scores away."""
+    monkeypatch.setattr(stores.sqlite3, "connect", partial(stores.sqlite3.connect, timeout=0.0))
+    first = opened(tmp_path / "s")
+    kept = opened(tmp_path / "s").of(scorer)
+    first._database.execute("BEGIN EXCLUSIVE")
+
+    with pytest.raises(PruningError, match="database is locked.*wait until that has ended"):
+        kept.write(plan, "reward", 1, SCORE)
+
+
+def test_store_is_left_when_the_search_fails(scorer: Scorer, tmp_path: Path) -> None:
+    """The scorer has its own store again, and the file is let go of."""
+    with pytest.raises(ZeroDivisionError), stored([scorer], tmp_path / "s") as store:
+        raise ZeroDivisionError
+
+    assert scorer.store is None
+    with pytest.raises(PruningError, match="closed"):
+        store.of(scorer)
 
 
 def test_full_disk_keeps_the_scores(scorer: Scorer, plan: PruningPlan, tmp_path: Path) -> None:

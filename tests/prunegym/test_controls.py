@@ -56,8 +56,10 @@ def test_shuffling_is_a_permutation_that_the_seed_chooses(policy: PruningPolicy,
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_mean_action_is_the_uniform_allocation(policy: PruningPolicy, half: PruningProblem, rounds: int) -> None:
     """Whatever the constant, the projection makes the same of it."""
-    counts = half.scorer.network.counts(CONTROLS["mean"](policy, half, HALF, rounds, 0))
+    plan = CONTROLS["mean"](policy, half, HALF, rounds, 0)
+    counts = half.scorer.network.counts(plan)
 
+    assert plan != own_plan(policy, ChannelPruningEnv(half, rounds=rounds), HALF)
     assert np.abs(counts - half.uniform_counts(half.limits[HALF])).max() <= 1
 
 
