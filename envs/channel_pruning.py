@@ -238,7 +238,9 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         limit = self._round_limits[min(self._round, self.rounds - 1)]
         largest = self._counts
         share = self.problem.priors.get(self._budget, KNAPSACK)
-        prior = self._counts if done else self.problem.prior_counts(limit, share, self._statistics, largest)
+        prior = (
+            self._counts if done else self.problem.prior_counts(limit, share, self._statistics.residual_taylor, largest)
+        )
         uniform = self._counts if done else self.problem.uniform_counts(limit, largest)
         sizes = self.problem.sizes
         return self._observer.observe(

@@ -13,13 +13,12 @@ from prunegym.pruning.allocation import knapsack, project, threshold, uniform
 from prunegym.pruning.budget import Budget, LatencyModel, Limit, apply_budget
 from prunegym.pruning.cost import CostModel
 from prunegym.pruning.errors import PruningError
-from prunegym.pruning.importance.statistics import Statistics
 from prunegym.pruning.plan import PruningPlan
 from prunegym.pruning.scoring import Score, Scorer
 from prunegym.pruning.widths import WidthRules, Widths
 
-IMPORTANCE = "taylor_squared"
-"""Criterion of the knapsack allocator: changes of the loss can be added and compared across groups."""
+IMPORTANCE = "residual_taylor"
+"""Criterion of the knapsack allocator: changes of the outputs can be added and compared across groups."""
 
 
 def plan_key(network: str, budget: object) -> str:
@@ -107,25 +106,26 @@ class PruningProblem:
         return uniform(limit, self._within(largest))
 
     def knapsack_counts(
-        self, limit: Limit, statistics: Statistics | None = None, largest: NDArray[np.int64] | None = None
+        self,
+        limit: Limit,
+        scores: NDArray[np.float64] | None = None,
+        largest: NDArray[np.int64] | None = None,
     ) -> NDArray[np.int64]:
-        """The knapsack allocation on squared Taylor scores of ``statistics``, or the unpruned network's."""
-        scorer = self.scorer
-        scores = scorer.statistics.taylor_squared if statistics is None else statistics.taylor_squared
-        group_of = scorer.network.graph.group_of
-        return knapsack(scores, group_of, limit, self._within(largest))
+        """The knapsack allocation on ``scores`` ``(units,)``, or the unpruned network's residual Taylor scores."""
+        scores = self.scorer.statistics.residual_taylor if scores is None else scores
+        return knapsack(scores, self.scorer.network.graph.group_of, limit, self._within(largest))
 
     def prior_counts(
         self,
         limit: Limit,
         share: float,
-        statistics: Statistics | None = None,
+        scores: NDArray[np.float64] | None = None,
         largest: NDArray[np.int64] | None = None,
     ) -> NDArray[np.int64]:
         """The allocation that is so far from the uniform one (0) to the knapsack's (1)."""
         if share == UNIFORM:
             return self.uniform_counts(limit, largest)
-        knapsack = self.knapsack_counts(limit, statistics, largest)
+        knapsack = self.knapsack_counts(limit, scores, largest)
         if share == KNAPSACK:
             return knapsack
         keep = between(self.uniform_counts(limit, largest), knapsack, self.sizes, share)

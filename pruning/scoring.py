@@ -295,7 +295,6 @@ class Scorer:
             self.task,
             mask=mask,
             examples=examples,
-            covariances=False,
             device=self.device,
         )
         return statistics, unit_scores(self.settings.criterion, self._context(model, statistics, mask, examples))

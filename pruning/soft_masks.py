@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation, Units
-from prunegym.pruning.importance.statistics import reading_through
+from prunegym.pruning.importance.reading import reading_through
 
 
 class SoftMasks:

@@ -213,7 +213,7 @@ class EvaluateConfig(TimeLimitOption, ProblemOptions, BudgetsOptions, SeveralNet
     """Policy file to evaluate; its attention is also what --criterion encoder_attention means."""
     searcher: Names = ()
     """Searcher to put beside the policy, by default uniform and knapsack. Without evaluations: uniform,
-    global_magnitude, lamp, global_taylor, knapsack. With: prior, sensitivity, random, tpe, cmaes, cmaes_prior,
+    global_magnitude, lamp, global_taylor, halp, knapsack. With: prior, sensitivity, random, tpe, cmaes, cmaes_prior,
     evolution, legr, netadapt, amc, dcpa, laasp, attention."""
     evaluations: int = 100
     """Plans that a searcher such as random may score; those that need no evaluations score none,
@@ -272,7 +272,7 @@ class SearchOptions(Options):
     searcher: str | None = None
     """Who makes the plan; policy if --policy is given, else prior, the best of knapsack, uniform and halfway
     (with fewer than 3 --evaluations the knapsack). Without evaluations: uniform, global_magnitude, lamp,
-    global_taylor, knapsack, policy. With: prior, sensitivity, random, tpe, cmaes, cmaes_prior, evolution,
+    global_taylor, halp, knapsack, policy. With: prior, sensitivity, random, tpe, cmaes, cmaes_prior, evolution,
     legr, netadapt, amc, dcpa, laasp, attention. cmaes_prior begins at the prior; dcpa may leave residual blocks out;
     laasp and attention choose channels themselves."""
     policy: Path | None = None

@@ -190,8 +190,8 @@ class ScoringOptions(Options):
 
     criterion: str = "taylor"
     """Which channels of a group stay. By weights: l1, l2, bn_scale, fpgm or cosine. By calibration images: taylor,
-    taylor_squared, taylor_weight, taylor_second, activation, activation_variance, apoz, group_attention, or, with
-    --policy, encoder_attention. The control: random."""
+    taylor_squared, residual_taylor, taylor_weight, taylor_second, activation, activation_variance, apoz,
+    group_attention, or, with --policy, encoder_attention. The control: random."""
     recovery: Literal["auto", "none", "bn", "compensate", "reconstruct", "distill"] = "auto"
     """What follows pruning, without labels. none: nothing. bn: batch normalisation is measured anew. compensate:
     removed channels are folded into kept ones by least squares, then bn. reconstruct: each layer is fitted to what the

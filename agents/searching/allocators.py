@@ -26,14 +26,23 @@ def uniform(problem: PruningProblem, budget: Budget, settings: SearchSettings) -
 
 
 def knapsack(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
-    """Squared Taylor importance per unit of cost, in one pass.
+    """Residual Taylor importance per unit of cost, in one pass; see :mod:`prunegym.pruning.importance.residuals`.
 
-    The cost is that of the budget: MACs, parameters, or the latency of the table, as in Shen et al., "Structural
-    Pruning via Latency-Saliency Knapsack" (HALP), NeurIPS 2022. HALP solves its knapsack by dynamic programming over
-    groups of channels as wide as the table's steps, with the cost of a channel fixed beforehand; here the greedy rule
-    always sees the exact cost of the whole plan, and gives up as many channels at once as latency needs to fall.
+    The cost is that of the budget: MACs, parameters, or the latency of the table.
     """
     return _allocated(problem, budget, problem.knapsack_counts)
+
+
+def halp(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
+    """Squared Taylor importance per unit of cost, in one pass.
+
+    As in Shen et al., "Structural Pruning via Latency-Saliency Knapsack" (HALP), NeurIPS 2022. HALP solves its knapsack
+    by dynamic programming over groups of channels as wide as the table's steps, with the cost of a channel fixed
+    beforehand; here the greedy rule always sees the exact cost of the whole plan, and gives up as many channels at once
+    as latency needs to fall.
+    """
+    scores = problem.scorer.statistics.taylor_squared
+    return _allocated(problem, budget, lambda limit: problem.knapsack_counts(limit, scores))
 
 
 def global_magnitude(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:

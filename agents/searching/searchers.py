@@ -17,7 +17,7 @@ import numpy as np
 
 from prunegym.agents.policies.policy import PruningPolicy
 from prunegym.agents.policies.policy_file import load_policy
-from prunegym.agents.searching.allocators import global_magnitude, global_taylor, knapsack, lamp, uniform
+from prunegym.agents.searching.allocators import global_magnitude, global_taylor, halp, knapsack, lamp, uniform
 from prunegym.agents.searching.amc import amc
 from prunegym.agents.searching.attention_pruning import attention
 from prunegym.agents.searching.black_box import cmaes, cmaes_prior, random, tpe
@@ -100,6 +100,7 @@ SEARCHERS: dict[str, Searcher] = {
     "global_magnitude": global_magnitude,
     "lamp": lamp,
     "global_taylor": global_taylor,
+    "halp": halp,
     "knapsack": knapsack,
     "prior": prior,
     "sensitivity": sensitivity,
@@ -117,7 +118,7 @@ SEARCHERS: dict[str, Searcher] = {
     "policy": policy,
 }
 
-WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_taylor", "knapsack", "policy"})
+WITHOUT_EVALUATIONS = frozenset({"uniform", "global_magnitude", "lamp", "global_taylor", "halp", "knapsack", "policy"})
 """Searchers that are allowed no evaluation; a policy tries what to start from on what is new to it."""
 
 NOT_SEARCHING = WITHOUT_EVALUATIONS | {"prior"}

@@ -14,6 +14,7 @@ Criterion              Keeps the channel whose ...                              
 `cosine`               filters point elsewhere than the most similar larger one          weights
 `taylor`               reads change the loss, mean absolute                              statistics
 `taylor_squared`       reads change the loss, mean square                                statistics
+`residual_taylor`      residual on better channels changes the outputs, mean square      statistics
 `taylor_weight`        making weights change the loss, mean square                       gradients of weights
 `taylor_second`        making weights change the loss, to second order                   gradients of weights
 `activation`           activation is large, mean absolute                                statistics
@@ -37,6 +38,7 @@ from prunegym.pruning.importance.data_criteria import (
     activation_variance,
     apoz,
     group_attention,
+    residual_taylor,
     taylor,
     taylor_second,
     taylor_squared,
@@ -82,6 +84,7 @@ CRITERIA: dict[str, Criterion] = {
     "cosine": cosine,
     "taylor": taylor,
     "taylor_squared": taylor_squared,
+    "residual_taylor": residual_taylor,
     "taylor_weight": taylor_weight,
     "taylor_second": taylor_second,
     "activation": activation,

@@ -28,6 +28,11 @@ def taylor_squared(group: ChannelGroup, context: Context) -> Scores:
     return context.data("taylor_squared").taylor_squared[group.units].copy()
 
 
+def residual_taylor(group: ChannelGroup, context: Context) -> Scores:
+    """Change of the outputs when what better channels cannot replace is lost, see :mod:`.residuals`."""
+    return context.data("residual_taylor").residual_taylor[group.units].copy()
+
+
 def taylor_weight(group: ChannelGroup, context: Context) -> Scores:
     r"""Mean absolute first-order change of the loss on removal, by the weights that make the channel.
 

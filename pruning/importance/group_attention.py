@@ -32,7 +32,8 @@ from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import Operation
 from prunegym.pruning.importance.batch_axes import BatchAxes
 from prunegym.pruning.importance.context import Calibration, Context, Scores
-from prunegym.pruning.importance.statistics import Reader, all_readers, find_batch_axes
+from prunegym.pruning.importance.reading import Reader, all_readers
+from prunegym.pruning.importance.statistics import find_batch_axes
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.task import Inputs, Task, forward
 

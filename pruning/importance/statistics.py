@@ -10,9 +10,9 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +23,13 @@ from torch.utils._pytree import tree_leaves
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.importance.batch_axes import BATCH_SIZES, BatchAxes, rows_beside_examples
-from prunegym.pruning.importance.functional_reads import FunctionalReads, functional_reads
+from prunegym.pruning.importance.reading import InputMoments, channel_rows, per_example, reading_through
+from prunegym.pruning.importance.residuals import EXAMPLES, PROBE_SEED, ResidualChanges
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.task import Inputs, Task, forward, running
 
-Reader: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
-
 MAX_COVARIANCE = 4096
 """Layers with more input channels than this get no covariance (64 MiB in float32) and no compensation."""
-
-
-@dataclass
-class InputMoments:
-    """First and second moments of a layer's input channels over examples and positions."""
-
-    mean: Tensor
-    """``(C,)``"""
-    covariance: Tensor | None
-    """Centred, ``(C, C)``; None for very wide layers."""
 
 
 @dataclass
@@ -58,6 +47,9 @@ class Statistics:
     """Mean absolute first-order change of the loss when the channel is removed."""
     taylor_squared: NDArray[np.float64]
     """Mean squared first-order change per example (Molchanov et al., CVPR 2019)."""
+    residual_taylor: NDArray[np.float64]
+    """Mean squared first-order change of the outputs, as a share of their variance, when what better channels cannot
+    replace of the channel is lost, see :mod:`~prunegym.pruning.importance.residuals`."""
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     """Moments of the inputs of each mixing layer, by weight name."""
 
@@ -91,7 +83,8 @@ def collect_statistics(
     def few(size: int) -> Iterable[tuple[Inputs, Any]]:
         return task.batches(split, batch_size=size, limit=size, device=device)
 
-    observer = _Observer(graph, np.ones(graph.units, dtype=np.bool_) if mask is None else mask, covariances)
+    left = np.ones(graph.units, dtype=np.bool_) if mask is None else mask
+    observer = _Observer(graph, left, covariances)
     losses = 0.0
     # gradients of activations are all that is needed; those of weights would cost another third
     with evaluating(model), headwise(model), differentiating(model):
@@ -106,8 +99,14 @@ def collect_statistics(
                         (loss * count).backward()
                     observer.end_batch()
                 losses += float(loss.detach()) * count
-    observer.warn_of_untold()
-    return observer.statistics(losses)
+        observer.warn_of_untold()
+        statistics = observer.statistics(losses)
+        residuals = ResidualChanges(graph, left, statistics.inputs, statistics.taylor, observer.axes)
+        generator = torch.Generator().manual_seed(PROBE_SEED)
+        with residuals.attached(model), torch.enable_grad():
+            for inputs, _ in task.batches(split, batch_size=batch_size, limit=min(examples, EXAMPLES), device=device):
+                residuals.add(forward(model, inputs), _examples_in(inputs), device, generator)
+        return replace(statistics, residual_taylor=residuals.scores())
 
 
 def without_gradient(graph: ChannelGraph, statistics: Statistics) -> list[str]:
@@ -121,58 +120,6 @@ def without_gradient(graph: ChannelGraph, statistics: Statistics) -> list[str]:
         if statistics.activation_mean[group.units].any() and not statistics.taylor[group.units].any()
     ]
     return blind if len(blind) < len(graph.groups) else []
-
-
-def reader_modules(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Operation, Reader]]:
-    """Mixing layers that are modules of their own and read prunable channels, by weight name."""
-    modules = dict(model.named_modules())
-    readers: dict[str, tuple[Operation, Reader]] = {}
-    for operation in graph.operations:
-        module = modules.get(operation.module)
-        if (
-            operation.mixes
-            and operation.weight == f"{operation.module}.weight"
-            and isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-            and (operation.inputs >= 0).any()
-        ):
-            readers[operation.weight] = (operation, module)
-    return readers
-
-
-def all_readers(graph: ChannelGraph, model: nn.Module) -> list[tuple[Operation, Reader]]:
-    """Those modules, and others that read with the same weight: there are several where weights are tied."""
-    modules, readers = dict(model.named_modules()), reader_modules(graph, model)
-    found = {operation.module: (operation, module) for operation, module in readers.values()}
-    for operation in graph.operations:
-        first, module = readers.get(str(operation.weight)), modules.get(operation.module)
-        if first is None or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            continue
-        if module.weight is first[1].weight:
-            found.setdefault(operation.module, (operation, module))
-    return list(found.values())
-
-
-@contextmanager
-def reading_through(
-    model: nn.Module, graph: ChannelGraph, read: Callable[[Operation, Tensor], Tensor]
-) -> Iterator[list[Operation]]:
-    """While it is entered, what layers and functions read of prunable channels passes through ``read`` first.
-
-    Yields:
-        The operations that read.
-    """
-
-    def hook(operation: Operation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        return lambda _, args: (read(operation, args[0]), *args[1:])
-
-    readers = all_readers(graph, model)
-    others = functional_reads(graph, model, [operation.weight for operation, _ in readers])
-    with ExitStack() as stack:
-        for operation, module in readers:
-            stack.callback(module.register_forward_pre_hook(hook(operation)).remove)
-        if others:
-            stack.enter_context(FunctionalReads(model, others, read))
-        yield [*(operation for operation, _ in readers), *others]
 
 
 def find_batch_axes(
@@ -278,17 +225,7 @@ class _Observer:
             store.index_add_(0, units.cpu(), values.cpu().float(), alpha=examples)
 
     def _add_change(self, name: str, axis: int | None, last: bool, data: Tensor, gradient: Tensor) -> None:
-        product = (data * gradient).movedim(axis or 0, 0)
-        if last:
-            change = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
-        else:
-            change = product.flatten(2).sum(2)
-        count = len(self._changes)
-        if axis is None:  # all that is known is the sum over the batch
-            change = change.sum(0, keepdim=True).expand(count, -1) / count
-        else:
-            # several rows per example (windows, frames) stand one behind another; sum them
-            change = change.reshape(count, -1, change.shape[1]).sum(1)
+        change = per_example(data * gradient, axis, last, len(self._changes))
         self._changes.index_add_(1, self._units[name].to(change.device), change.float())
 
     def start_batch(self, count: int, device: torch.device | str) -> None:
@@ -335,10 +272,6 @@ class _Observer:
             activation_sparsity=units(self._zeros / reads),
             taylor=units(self._taylor / count),
             taylor_squared=units(self._taylor_squared / count),
+            residual_taylor=np.zeros(self.graph.units),  # takes the moments that are told here
             inputs=inputs,
         )
-
-
-def channel_rows(data: Tensor, last: bool) -> Tensor:
-    """A layer's input as ``(channels, examples * positions)``; channels are its last dimension or its second."""
-    return data.reshape(-1, data.shape[-1]).T if last else data.transpose(0, 1).reshape(data.shape[1], -1)

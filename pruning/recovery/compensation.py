@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunegym.pruning.graph import ChannelGraph, Operation
-from prunegym.pruning.importance.statistics import Statistics, reader_modules
+from prunegym.pruning.importance.reading import reader_modules
+from prunegym.pruning.importance.statistics import Statistics
 
 RIDGE = 1e-3
 """Ridge term of the compensation, as a share of the mean variance of the kept channels."""

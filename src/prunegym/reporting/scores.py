@@ -26,7 +26,7 @@ WORDS = {
 #: Searchers whose plan comes from learning: what a reader wants to know about first.
 LEARNED = ("policy", "agent", "few-shot", "zero-shot", "best sampled", "agent best", "few-shot best")
 #: Searchers that try nothing out.
-SIMPLE = ("uniform", "knapsack", "global_magnitude", "lamp", "global_taylor")
+SIMPLE = ("uniform", "knapsack", "global_magnitude", "lamp", "global_taylor", "halp")
 
 
 @dataclass(frozen=True, kw_only=True)
