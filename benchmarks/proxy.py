@@ -58,7 +58,7 @@ class Arguments:
     batch_size: int = 128
     amp: bool = False
     """Fine-tune in bfloat16 where that is safe."""
-    criterion: str = "taylor"
+    criterion: str = "residual_taylor"
     seed: int = 0
     """Of the random allocations."""
     device: str = "auto"

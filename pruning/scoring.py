@@ -82,7 +82,7 @@ class Score:
 class ScorerSettings:
     """How plans are turned into scores. The same for every searcher that is compared."""
 
-    criterion: str = "taylor"
+    criterion: str = "residual_taylor"
     """Which channels of a group are kept."""
     recovery: Recovery = "reconstruct"
     """What follows pruning: nothing, recalibrated normalisation, that after least-squares compensation, layer-wise

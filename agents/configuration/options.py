@@ -188,7 +188,7 @@ class BudgetsOptions(Options):
 class ScoringOptions(Options):
     """How a plan becomes a score: the same for every searcher."""
 
-    criterion: str = "taylor"
+    criterion: str = "residual_taylor"
     """Which channels of a group stay. By weights: l1, l2, bn_scale, fpgm or cosine. By calibration images: taylor,
     taylor_squared, residual_taylor, taylor_weight, taylor_second, activation, activation_variance, apoz,
     group_attention, or, with --policy, encoder_attention. The control: random."""

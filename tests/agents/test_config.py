@@ -432,7 +432,7 @@ def test_shared_flag_is_on_every_command_it_makes_sense_for(flag: str, commands:
 def test_help_names_every_criterion_and_no_other() -> None:
     """Who reads the help knows the pool."""
     lines = (ROOT / "agents" / "configuration" / "options.py").read_text(encoding="utf-8")
-    text = re.search(r'criterion: str = "taylor"\n    """(.*?)"""', lines, re.DOTALL)
+    text = re.search(r'criterion: str = "residual_taylor"\n    """(.*?)"""', lines, re.DOTALL)
     assert text is not None
     names = re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)*", text[1])
 

@@ -80,7 +80,7 @@ def test_reference_is_the_uniform_plan_at_the_same_budget(problem: PruningProble
 
 def test_knapsack_gives_up_least_important_channels_per_cost(problem: PruningProblem) -> None:
     """It keeps more importance than the uniform allocation at the same budget."""
-    scores, group_of = problem.scorer.statistics.taylor_squared, problem.scorer.network.graph.group_of
+    scores, group_of = problem.scorer.statistics.residual_taylor, problem.scorer.network.graph.group_of
 
     def importance(counts: np.ndarray) -> float:
         return sum(float(np.sort(scores[group_of == g])[::-1][:count].sum()) for g, count in enumerate(counts))

@@ -418,11 +418,11 @@ class KnownScorer:
         self.network, self.best = network, best
         self.settings = ScorerSettings(criterion="l2")
         self.unit_scores = self.criterion_scores("l2")
-        self.statistics = SimpleNamespace(taylor_squared=np.square(self.unit_scores))  # for the knapsack
+        self.statistics = SimpleNamespace(residual_taylor=np.square(self.unit_scores))  # for the knapsack
         self.plans: list[PruningPlan] = []
 
     def criterion_scores(self, criterion: str) -> NDArray[np.float64]:
-        by_weights = "l2" if criterion == "taylor" else criterion  # there are no data
+        by_weights = "l2" if criterion in {"taylor", "residual_taylor"} else criterion  # there are no data
         return unit_scores(by_weights, Context(self.network.model, self.network.graph))
 
     def score(self, plan: PruningPlan, **_: Any) -> Score:
