@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import comparison_tables
 import recovery_tables
@@ -129,6 +129,32 @@ def taus() -> str:
     return markdown(["", *labels, "price"], lines)
 
 
+ARMS = {
+    ("uniform", "0"): "uniform",
+    ("halp", "0"): "Taylor knapsack",
+    ("rounds", "0"): "knapsack, 3 rounds",
+    ("knapsack", "0"): "knapsack",
+    ("cmaes_prior", "32"): "CMA-ES from it, 32",
+    ("cmaes_prior", "200"): "CMA-ES from it, 200",
+}
+"""Columns of the table of allocations: searcher and evaluations."""
+
+
+def allocations() -> str:
+    """Test accuracy of what each allocation leaves, after full reconstruction; means over seeds."""
+    rows = read("transfer")
+    lines = []
+    for network, budget in dict.fromkeys((one["network"], one["budget"]) for one in rows):
+        mine = [one for one in rows if (one["network"], one["budget"]) == (network, budget)]
+        cells = []
+        for arm in ARMS:
+            scores = [100 * float(one["test_score"]) for one in mine if (one["searcher"], one["allowed"]) == arm]
+            cells.append(f"{mean(scores):.1f}" if scores else "")
+        title = recovery_tables.NETWORKS.get(network, "DenseNet-like")
+        lines.append([f"{title}, {100 * float(budget.partition(':')[2]):.0f} %", *cells])
+    return markdown(["", *ARMS.values()], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "front": recovery_tables.front,
     "ladder": recovery_tables.ladder,
@@ -137,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuned": recovery_tables.tuned,
     "beside_torch_pruning": recovery_tables.beside_torch_pruning,
     "taus": taus,
+    "allocations": allocations,
     "compare": comparison_tables.compare,
     "equal_seconds": comparison_tables.equal_seconds,
     "coverage": coverage,

@@ -21,7 +21,9 @@ from rows import RESULTS, Table
 from tqdm import tqdm
 
 from prunegym.agents.configuration.options import DataOptions, ProblemOptions
-from prunegym.agents.searching.searchers import WITHOUT_EVALUATIONS, WITHOUT_SEED, SearchSettings, searcher_named
+from prunegym.agents.searching.search import SearchResult, SearchSettings
+from prunegym.agents.searching.searchers import WITHOUT_SEED, own_plan, searcher_named
+from prunegym.envs.channel_pruning import ChannelPruningEnv
 from prunegym.envs.setting import PruningProblem
 from prunegym.experiments.evaluate import plan_row
 from prunegym.experiments.setup import build_problem, build_task
@@ -40,6 +42,7 @@ ARMS = (
     ("uniform", 0),
     ("halp", 0),
     ("knapsack", 0),
+    ("rounds", 0),
     ("prior", 3),
     ("cmaes_prior", 200),
     ("cmaes_prior", 32),
@@ -86,7 +89,7 @@ def main(arguments: Arguments) -> None:
         for searcher, allowed in ARMS
         for name, problem in problems.items()
         for budget in problem.budgets
-        if not (seed != arguments.seeds[0] and searcher in WITHOUT_SEED)
+        if not (seed != arguments.seeds[0] and searcher in {*WITHOUT_SEED, "rounds"})
         and (not arguments.only or searcher in arguments.only)
     ]
     for name, problem, budget, searcher, allowed, seed in tqdm(work, unit="search"):
@@ -95,14 +98,21 @@ def main(arguments: Arguments) -> None:
             table.append({**key, **measured(problem.only(budget), budget, searcher, allowed, seed, arguments.policy)})
 
 
+def in_rounds(problem: PruningProblem, budget: Budget, settings: SearchSettings) -> SearchResult:
+    """The knapsack in three rounds, with statistics anew in each: what an untrained policy does there."""
+    began = time.perf_counter()
+    plan = own_plan(None, ChannelPruningEnv(problem, rounds=3), budget)
+    return SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - began)
+
+
 def measured(
     problem: PruningProblem, budget: Budget, searcher: str, allowed: int, seed: int, policy: Path | None
 ) -> dict[str, Any]:
     """One search, which pays for all that it asks, and its plan's scores."""
     problem.scorer.forget()
-    settings = SearchSettings(evaluations=0 if searcher in WITHOUT_EVALUATIONS else allowed, seed=seed, policy=policy)
+    settings = SearchSettings(evaluations=allowed, seed=seed, policy=policy)
     began = time.process_time()
-    result = searcher_named(searcher)(problem, budget, settings)
+    result = (in_rounds if searcher == "rounds" else searcher_named(searcher))(problem, budget, settings)
     row = plan_row(problem, budget, searcher, result, test=True)
     columns = ("cost", "reward_score", "selection_score", "test_score", "evaluations", "seconds")
     return {name: row[name] for name in columns} | {"processor_seconds": round(time.process_time() - began, 2)}

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prunegym.agents.searching.allocators import global_magnitude, global_taylor, lamp, lamp_scores, normalised
+from prunegym.agents.searching.allocators import (
+    global_magnitude,
+    global_taylor,
+    halp,
+    knapsack,
+    lamp,
+    lamp_scores,
+    normalised,
+)
 from prunegym.agents.searching.search import SearchResult, SearchSettings
 from prunegym.envs.setting import PruningProblem
 from prunegym.pruning.budget import Budget
@@ -101,3 +109,13 @@ def test_normalisation_of_a_group_of_zeros_is_zero() -> None:
     scores = normalised(np.array([0.0, 0.0, 3.0, 4.0]), np.array([0, 0, 1, 1]))
 
     assert scores.tolist() == [0, 0, 0.6, 0.8]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_knapsacks_differ_in_their_scores_alone(problem: PruningProblem, budget: Budget) -> None:
+    """By squared Taylor scores, or by residual ones."""
+    statistics, limit = problem.scorer.statistics, problem.limits[budget]
+    for search, scores in ((halp, statistics.taylor_squared), (knapsack, statistics.residual_taylor)):
+        wanted = problem.plan(problem.knapsack_counts(limit, scores))
+
+        assert search(problem, budget, SETTINGS).plan == wanted

@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Callable
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,7 +257,8 @@ def test_budget_is_spent_to_a_hundredth_where_groups_are_fine(
 ) -> None:
     """Twelve groups of 16 to 64 channels: plans are compared at equal realised cost."""
     scorer = known_problem.scorer
-    scorer.statistics = type("Taylor", (), {"residual_taylor": scorer.criterion_scores("l1")})()
+    scores = scorer.criterion_scores("l1")
+    scorer.statistics = SimpleNamespace(taylor_squared=scores, residual_taylor=scores)
     problem = PruningProblem(scorer, (Budget.parse(budget),))
     (limit,) = problem.limits.values()
     result = searcher_named(name)(problem, problem.budgets[0], SearchSettings())

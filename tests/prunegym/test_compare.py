@@ -331,7 +331,7 @@ def test_finished_rows_need_no_network(half: PruningProblem, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"criterion": "l1"}, "whose criterion is taylor; now it is l1"),
+        ({"criterion": "l1"}, "whose criterion is residual_taylor; now it is l1"),
         ({"examples": 60}, "whose reward examples is 150; now it is 60"),
         (
             {"recovery": "distill", "recovery_steps": 1},
