@@ -444,12 +444,12 @@ def test_plan_that_breaks_its_budget_is_refused(
 
 def test_fine_tuning_has_a_row_for_each_of_its_seeds(half: PruningProblem, tmp_path: Path) -> None:
     """The plan and its earlier scores are the same; the order of the images is not."""
-    settings = config(searcher=("uniform",), repeats=1, epochs=1, finetune_repeats=2)
+    settings = config(searcher=("uniform",), repeats=1, epochs=1, finetune_repeats=3)
     rows, run = go(half, tmp_path / "run", settings)
 
-    assert [row["finetune_seed"] for row in rows] == [0, 1]
-    assert rows[0]["after_recovery_score"] == rows[1]["after_recovery_score"]
-    assert rows[0]["after_finetuning_score"] != rows[1]["after_finetuning_score"]
+    assert [row["finetune_seed"] for row in rows] == [0, 1, 2]
+    assert len({row["after_recovery_score"] for row in rows}) == 1
+    assert len({row["after_finetuning_score"] for row in rows}) > 1  # two of them may be right about as many images
     assert not list(run.folder.rglob("checkpoint.pt"))
 
 
