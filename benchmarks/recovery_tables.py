@@ -22,12 +22,15 @@ ALLOCATIONS = ("uniform", "prior", "knapsack")
 TUNED = ("ridge ", "distill, calibration images, features ", "distill, train images, features ")
 """How rows begin whose settings are chosen among."""
 
+EARLIER = "recovery_taylor"
+"""Rows of plans by squared Taylor scores, on which parts and settings were compared."""
+
 Rows = dict[tuple[str, str, str, str], dict[str, str]]
 
 
-def read() -> Rows:
+def read(name: str = "recovery") -> Rows:
     """Rows by network, budget, allocation and recovery."""
-    rows = Table(RESULTS / "recovery.csv", ()).rows
+    rows = Table(RESULTS / f"{name}.csv", ()).rows
     return {(one["network"], one["budget"], one["allocation"], one["recovery"]): one for one in rows}
 
 
@@ -88,7 +91,7 @@ def prices() -> str:
 
 def ablations() -> str:
     """Reconstruction with one thing changed, at 35 % MACs."""
-    rows = read()
+    rows = read(EARLIER)
     networks = ("cifar_resnet20", "cifar_resnet56")
     others = [one for _, _, allocation, one in rows if allocation == "prior" and one not in LADDER]
     names = [one for one in others if not one.startswith(TUNED)]
@@ -101,7 +104,7 @@ def ablations() -> str:
 
 def tuned() -> str:
     """Ridges and weights of the features: selection accuracy, and test accuracy in brackets."""
-    rows = read()
+    rows = read(EARLIER)
     names = list(dict.fromkeys(one for *_, one in rows if one.startswith(TUNED)))
     networks = list(dict.fromkeys(network for network, *_, one in rows if one in names))
 

@@ -89,7 +89,7 @@ class ChannelPruningEnv(gym.Env[Observation, NDArray[np.float32]]):
         self,
         problem: PruningProblem,
         *,
-        rounds: int = 3,
+        rounds: int = 1,
         mode: str = "budgeted",
         profile: str | None = None,
         padding: Padding | None = None,

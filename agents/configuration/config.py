@@ -26,7 +26,6 @@ from prunegym.agents.configuration.options import (
     SeveralNetworks,
     check_patterns,
     parse_budgets,
-    rounds_for,
 )
 from prunegym.agents.configuration.time_limit import TimeLimitOption
 from prunegym.agents.configuration.training_options import DistillationOptions, TrainingOptions
@@ -106,8 +105,8 @@ class AgentOptions(BudgetsOptions):
 
     @property
     def episode_rounds(self) -> int:
-        """Rounds of pruning in an episode that suit the budgets."""
-        return rounds_for(self.budgets, self.mode)
+        """Rounds of pruning in an episode."""
+        return 1
 
     @property
     def reward_profile(self) -> str:
@@ -184,8 +183,8 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
     evaluations: int = DEFAULT_EVALUATIONS
     """Plans scored in all, at most: the price of the training. At least one update (--update-evaluations) is made."""
     rounds: int | None = None
-    """Rounds of pruning in an episode; the budget falls to the target over them. By default 1 where every budget keeps
-    half or more, and 3 below and in free mode; a policy that is continued keeps its own."""
+    """Rounds of pruning in an episode; the budget falls to the target over them, and the network is looked at anew in
+    each. By default 1; a policy that is continued keeps its own."""
     features: Literal["data", "structure", "random"] = "data"
     """What a new policy sees of channels: data-aware features, or for ablations structure only, or noise. One that is
     continued (--policy) keeps its own."""
@@ -196,7 +195,7 @@ class TrainConfig(TimeLimitOption, ProblemOptions, AgentOptions, SeveralNetworks
 
     @property
     def episode_rounds(self) -> int:
-        """Those asked for, or else those of the policy that is continued, or those that suit the budgets."""
+        """Those asked for, or else those of the policy that is continued, or one."""
         if self.rounds is None and self.policy is not None:
             return _rounds_of(self.policy)
         return self.rounds or super().episode_rounds

@@ -6,7 +6,6 @@ help. Heavy libraries are imported where they are used, so that ``prunegym --hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGET = "macs:0.5"
 DEFAULT_EVALUATIONS = 300
-#: Share of the cost from which one round of pruning is taken.
-_MILD = 0.5
 
 
 def parse_budgets(texts: tuple[str, ...]) -> tuple[Budget, ...]:
@@ -331,17 +328,6 @@ class ProblemOptions(RunOptions, LatencyOptions, ScoringOptions, WidthOptions, D
     def scorer_settings(self) -> ScorerSettings:
         """How plans are scored, with the seed of the run."""
         return replace(super().scorer_settings, seed=self.seed)
-
-
-def rounds_for(budgets: Iterable[Budget], mode: str = "budgeted") -> int:
-    """Rounds of pruning in an episode where nobody asked for a number: 1 where every budget keeps half or more, else 3.
-
-    Measured on two ResNets with the criterion ``taylor`` (``benchmarks/LOG.md``): before anything is learned, three
-    rounds are worse than one at half the MACs, and better or about equal at 35 %. What a latency in seconds keeps is
-    not known here, and free mode has no budget that would fall over the rounds.
-    """
-    mild = all(one.value >= _MILD and not one.absolute for one in budgets)
-    return 1 if mild and mode == "budgeted" else 3
 
 
 def check_patterns(patterns: tuple[str, ...], flag: str) -> None:

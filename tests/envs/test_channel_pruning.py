@@ -88,7 +88,7 @@ def test_same_seed_gives_the_same_episode(problem: PruningProblem) -> None:
 
 def test_seeds_draw_different_budgets(problem: PruningProblem) -> None:
     """The only random thing in the environment."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
 
     drawn = [env.reset(seed=seed)[1]["budget"] for seed in range(30)]
 
@@ -98,7 +98,7 @@ def test_seeds_draw_different_budgets(problem: PruningProblem) -> None:
 
 def test_two_seeds_give_two_starting_states(problem: PruningProblem) -> None:
     """A seed that is accepted must be used."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
     budgets = {env.reset(seed=seed)[1]["budget"]: seed for seed in range(30)}
 
     one, other = (env.reset(seed=budgets[name])[0] for name in BUDGETS[:2])
@@ -109,7 +109,7 @@ def test_two_seeds_give_two_starting_states(problem: PruningProblem) -> None:
 
 def test_without_seed_the_budgets_go_on(problem: PruningProblem) -> None:
     """Resetting without a seed does not repeat the first episode for ever."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
     env.reset(seed=0)
 
     assert len({env.reset()[1]["budget"] for _ in range(30)}) == len(BUDGETS)
@@ -342,7 +342,7 @@ def test_observations_share_no_memory(problem: PruningProblem) -> None:
 
 def test_writing_to_an_observation_changes_no_later_one(problem: PruningProblem) -> None:
     """The first observation of a budget is computed once and copied."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
     first, _ = env.reset(options=asked("macs:0.5"))
     expected = {key: value.copy() for key, value in first.items()}
     for value in first.values():
@@ -355,7 +355,7 @@ def test_writing_to_an_observation_changes_no_later_one(problem: PruningProblem)
 
 def test_action_is_not_written_to(problem: PruningProblem) -> None:
     """It belongs to the agent."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
     env.reset(seed=0)
     action = np.linspace(-1, 1, len(problem.sizes), dtype=np.float32)
     before = action.copy()
@@ -432,7 +432,7 @@ def test_recovery_is_told(problem: PruningProblem, recovery: Recovery) -> None:
 
 def test_budget_of_an_episode_can_be_asked_for(problem: PruningProblem) -> None:
     """As text or as a budget."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
 
     _, by_text = env.reset(options=asked("params:0.3"))
     _, by_value = env.reset(options={"budget": problem.budgets[1]})
@@ -450,7 +450,7 @@ def test_budget_the_environment_does_not_have_is_rejected(problem: PruningProble
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_action_that_is_not_finite_is_rejected(problem: PruningProblem, value: float) -> None:
     """A broken policy must not look like one that prunes nothing."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
     env.reset(seed=0)
     action = np.zeros(len(problem.sizes), dtype=np.float32)
     action[1] = value
@@ -462,7 +462,7 @@ def test_action_that_is_not_finite_is_rejected(problem: PruningProblem, value: f
 @pytest.mark.parametrize("shape", [(1,), (5,), (7,), (6, 1)])
 def test_action_of_a_wrong_shape_is_rejected(problem: PruningProblem, shape: tuple[int, ...]) -> None:
     """One ratio per group: a single number would otherwise be broadcast to all."""
-    env = ChannelPruningEnv(problem)
+    env = ChannelPruningEnv(problem, rounds=3)
     env.reset(seed=0)
 
     with pytest.raises(PruningError, match=r"`action` should have shape \(6,\)"):

@@ -322,14 +322,6 @@ def test_environment_is_one_of_gymnasium(toys: Toys, task_for: Tasks) -> None:
     assert info["macs"] <= 0.5 * network.full_cost.macs
 
 
-@pytest.mark.parametrize(("budget", "rounds"), [("macs:0.6", 1), (["macs:0.6", "macs:0.4"], 3)])
-def test_rounds_of_an_environment_suit_its_budgets(toys: Toys, task_for: Tasks, budget: Any, rounds: int) -> None:
-    """As those of a training."""
-    network = toys("residual")
-
-    assert prunegym.make_env(network.model, task_for(network), budget, **FEW).rounds == rounds
-
-
 def test_environment_in_free_mode_knows_latency(
     toys: Toys, task_for: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunegym.agents.configuration.config import PruneConfig
-from prunegym.agents.configuration.options import LatencyOptions, ProblemOptions, parse_budgets, rounds_for
+from prunegym.agents.configuration.options import LatencyOptions, ProblemOptions, parse_budgets
 from prunegym.agents.configuration.width_options import WidthOptions
 from prunegym.agents.inspect import Inspection, inspect_network
 from prunegym.commands.face_options import TaskLike, as_task, checked_options, data_name, texts_of
@@ -170,7 +170,7 @@ def make_env(
     task: Task | DataSplits | str | Path,
     budget: str | Sequence[str] = "macs:0.5",
     *,
-    rounds: int | None = None,
+    rounds: int = 1,
     mode: str = "budgeted",
     reward: str | None = None,
     keep: Sequence[str] = (),
@@ -188,7 +188,7 @@ def make_env(
         model: The trained network; it is not changed.
         task: Data, loss and score, as for :func:`prune`.
         budget: What may remain; of several, ``reset`` draws one.
-        rounds: Steps of an episode; by default 1 where every budget keeps half or more, and 3 below and in free mode.
+        rounds: Steps of an episode.
         mode: ``budgeted`` projects every action onto the budget; ``free`` does not.
         reward: Reward profile; by default ``improvement``, or ``tradeoff`` in free mode.
         keep: Regular expressions of module paths (layers, or modules that hold them) whose channels are not pruned.
@@ -222,7 +222,6 @@ def make_env(
     )
     called = name or type(model).__name__
     problem = _problem(model, task, budgets, config, name=called, keep=texts_of(keep), latency=rewarded)
-    rounds = rounds_for(budgets, mode) if rounds is None else rounds
     return ChannelPruningEnv(problem, rounds=rounds, mode=mode, profile=reward)
 
 
