@@ -136,6 +136,7 @@ ARMS = {
     ("knapsack", "0"): "knapsack",
     ("cmaes_prior", "32"): "CMA-ES from it, 32",
     ("cmaes_prior", "200"): "CMA-ES from it, 200",
+    ("cmaes_prior by loss", "200"): "by loss, 200",
 }
 """Columns of the table of allocations: searcher and evaluations."""
 

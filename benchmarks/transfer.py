@@ -11,7 +11,7 @@ was. Seeds are the outer loop, so that every pair has a row soon.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from prunegym.envs.setting import PruningProblem
 from prunegym.experiments.evaluate import plan_row
 from prunegym.experiments.setup import build_problem, build_task
 from prunegym.pruning.budget import Budget
+from prunegym.pruning.scoring import Scorer
 
 KEYS = ("network", "budget", "searcher", "allowed", "seed")
 BUDGETS = {
@@ -38,6 +39,7 @@ BUDGETS = {
     "cifar_mobilenet_v2": ("macs:0.35", "macs:0.2"),
     "dense_0": ("macs:0.35", "macs:0.2"),
 }
+BY_LOSS = " by loss"
 ARMS = (
     ("uniform", 0),
     ("halp", 0),
@@ -45,6 +47,7 @@ ARMS = (
     ("rounds", 0),
     ("prior", 3),
     ("cmaes_prior", 200),
+    ("cmaes_prior by loss", 200),
     ("cmaes_prior", 32),
     ("cmaes", 200),
     ("cmaes", 32),
@@ -105,14 +108,23 @@ def in_rounds(problem: PruningProblem, budget: Budget, settings: SearchSettings)
     return SearchResult(plan=plan, evaluations=0, seconds=time.perf_counter() - began)
 
 
+def by_loss(problem: PruningProblem) -> PruningProblem:
+    """The same problem with plans scored by their loss while they are searched."""
+    scorer = problem.scorer
+    settings = replace(scorer.settings, measure="loss")
+    return PruningProblem(Scorer(scorer.network, scorer.task, settings, statistics=scorer.statistics), problem.budgets)
+
+
 def measured(
     problem: PruningProblem, budget: Budget, searcher: str, allowed: int, seed: int, policy: Path | None
 ) -> dict[str, Any]:
     """One search, which pays for all that it asks, and its plan's scores."""
     problem.scorer.forget()
+    searched = by_loss(problem) if searcher.endswith(BY_LOSS) else problem
+    searcher = searcher.removesuffix(BY_LOSS)
     settings = SearchSettings(evaluations=allowed, seed=seed, policy=policy)
     began = time.process_time()
-    result = (in_rounds if searcher == "rounds" else searcher_named(searcher))(problem, budget, settings)
+    result = (in_rounds if searcher == "rounds" else searcher_named(searcher))(searched, budget, settings)
     row = plan_row(problem, budget, searcher, result, test=True)
     columns = ("cost", "reward_score", "selection_score", "test_score", "evaluations", "seconds")
     return {name: row[name] for name in columns} | {"processor_seconds": round(time.process_time() - began, 2)}

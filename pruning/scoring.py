@@ -52,7 +52,7 @@ CACHE_LIMIT = 1 << 30
 
 Recovery: TypeAlias = Literal["none", "bn", "compensate", "reconstruct", "distill"]
 RECOVERIES: tuple[str, ...] = get_args(Recovery)
-Measure: TypeAlias = Literal["task", "divergence"]
+Measure: TypeAlias = Literal["task", "loss", "divergence"]
 MEASURES: tuple[str, ...] = get_args(Measure)
 
 QUICK_EXAMPLES = 128
@@ -105,8 +105,8 @@ class ScorerSettings:
     """Examples of the split that are scored."""
     batch_size: int = 250
     measure: Measure = "task"
-    """What a score is: the task's own, or `divergence`, which needs no labels: exp(-d), with d the divergence from the
-    outputs of the unpruned network."""
+    """What a score is: the task's own; `loss`: exp(-loss); or `divergence`, which needs no labels: exp(-d), with d the
+    divergence from the outputs of the unpruned network."""
     precision: str = "auto"
     """`float32`, `bfloat16`, or `auto`: bfloat16 where the device has fast instructions for it."""
     seed: int = 0
@@ -426,7 +426,8 @@ class Scorer:
                     count += examples_here
         if not count:
             raise empty_split(self.task, split)
-        return Score(total / count if wanted is None else math.exp(-losses / count), losses / count, count)
+        score = total / count if self.settings.measure == "task" else math.exp(-losses / count)
+        return Score(score, losses / count, count)
 
     def _wanted(self, split: str, examples: int) -> list[Any]:
         """Outputs of the unpruned network on a split, batch by batch."""

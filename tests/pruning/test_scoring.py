@@ -377,6 +377,14 @@ def test_divergence_is_that_of_the_outputs_from_the_unpruned_ones(
     assert expected > 1e-3
 
 
+def test_score_by_the_loss_falls_with_it(make: Make, half_plan: PruningPlan) -> None:
+    """Losses and examples are those of a score by the task."""
+    by_task, by_loss = (make(measure=measure).score(half_plan) for measure in ("task", "loss"))
+
+    assert by_loss.score == pytest.approx(np.exp(-by_task.loss), rel=1e-6)
+    assert (by_loss.loss, by_loss.examples) == (by_task.loss, by_task.examples)
+
+
 def test_divergence_needs_no_labels(make: Make, half_plan: PruningPlan) -> None:
     """The score is the same whatever they are."""
     plain, wrong = (make(measure="divergence") for _ in range(2))
