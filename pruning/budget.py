@@ -30,8 +30,10 @@ class Budget:
         """Read ``macs:0.5``, ``params:0.5``, ``latency:0.7`` or ``latency:12ms``.
 
         Raises:
-            PruningError: unknown kind, not a number, or a fraction outside (0, 1].
+            PruningError: no text, unknown kind, not a number, or a fraction outside (0, 1].
         """
+        if not isinstance(text, str):
+            raise PruningError(f"`budget` should be a text, KIND:NUMBER. Received {text!r}. {_EXAMPLE}")
         kind, _, amount = text.partition(":")
         if kind not in KINDS:
             raise unknown_name("budget", kind, KINDS, _EXAMPLE)

@@ -30,6 +30,7 @@ from torch import Tensor
 from prunegym.agents.policies.encoder import EncoderConfig
 from prunegym.agents.policies.policy import PruningPolicy
 from prunegym.envs.observation import OBSERVATION_VERSION, Padding, observation_space
+from prunegym.envs.prior import PRIORS
 from prunegym.pruning.errors import PruningError
 from prunegym.pruning.files import plain, replacing
 
@@ -155,6 +156,23 @@ def _check_versions(path: Path, header: Mapping[str, Any]) -> None:
         raise _refusal(path, f"{read}, {wrote}", remedy)
     if not isinstance(header["metadata"], dict):
         raise _refusal(path, "its metadata is not a table", "Copy or train it again.")
+    _check_kinds(path, header)
+
+
+def _check_kinds(path: Path, header: Mapping[str, Any]) -> None:
+    """Refuse values of the wrong kind where something is made of them."""
+    metadata = header["metadata"]
+    rounds, names, priors = metadata.get("rounds", 1), metadata.get("networks") or [], metadata.get(PRIORS)
+    sound = {
+        "features": isinstance(header["features"], str),
+        "rounds": isinstance(rounds, int) and not isinstance(rounds, bool) and rounds >= 1,
+        "networks": isinstance(names, list) and all(isinstance(one, str) for one in names),
+        PRIORS: priors is None or isinstance(priors, dict | int | float),
+    }
+    wrong = next((name for name, fits in sound.items() if not fits), None)
+    if wrong is not None:
+        value = header.get(wrong, metadata.get(wrong))
+        raise _refusal(path, f"its entry '{wrong}' makes no sense: {value!r:.60}", "Copy or train it again.")
 
 
 def _build(path: Path, header: Mapping[str, Any]) -> PruningPolicy:

@@ -46,6 +46,7 @@ def test_budget_is_read_and_written(text: str, budget: Budget) -> None:
     [
         ("0.5", r"`budget` should be one of .*'macs'.* Received '0.5'"),
         ("mac:0.5", "Did you mean 'macs'"),
+        (0.5, "`budget` should be a text, KIND:NUMBER. Received 0.5"),
         ("macs", "`budget` should be KIND:NUMBER"),
         ("macs:half", "`budget` should be KIND:NUMBER. Received 'macs:half'"),
         ("macs:0", r"`budget` should be a fraction in \(0, 1\]"),

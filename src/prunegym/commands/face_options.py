@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -87,7 +87,7 @@ def checked_options(
 
 def texts_of(value: Any) -> tuple[str, ...]:
     """Several texts, or one that stands alone."""
-    return (value,) if isinstance(value, str) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
 def data_name(task: TaskLike) -> dict[str, Any]:
