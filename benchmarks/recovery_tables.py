@@ -17,7 +17,7 @@ NETWORKS = {
 }
 BUDGETS = {"macs:0.5": "50 %", "macs:0.35": "35 %", "macs:0.2": "20 %"}
 LADDER = ("none", "bn", "compensate", "reconstruct", "distill, calibration images", "distill, training images")
-FRONT = ("compensate", "reconstruct", "distill, training images")
+FRONT = ("compensate", "reconstruct")
 ALLOCATIONS = ("uniform", "prior", "knapsack")
 TUNED = ("ridge ", "distill, calibration images, features ", "distill, train images, features ")
 """How rows begin whose settings are chosen among."""

@@ -144,16 +144,18 @@ ARMS = {
 def allocations() -> str:
     """Test accuracy of what each allocation leaves, after full reconstruction; means over seeds."""
     rows = read("transfer")
+    there = {(one["searcher"], one["allowed"]) for one in rows}
+    arms = {arm: title for arm, title in ARMS.items() if arm in there}
     lines = []
     for network, budget in dict.fromkeys((one["network"], one["budget"]) for one in rows):
         mine = [one for one in rows if (one["network"], one["budget"]) == (network, budget)]
         cells = []
-        for arm in ARMS:
+        for arm in arms:
             scores = [100 * float(one["test_score"]) for one in mine if (one["searcher"], one["allowed"]) == arm]
             cells.append(f"{mean(scores):.1f}" if scores else "")
         title = recovery_tables.NETWORKS.get(network, "DenseNet-like")
         lines.append([f"{title}, {100 * float(budget.partition(':')[2]):.0f} %", *cells])
-    return markdown(["", *ARMS.values()], lines)
+    return markdown(["", *arms.values()], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
