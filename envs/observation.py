@@ -24,7 +24,7 @@ from prunegym.pruning.network import PrunableNetwork
 Observation: TypeAlias = dict[str, NDArray[np.generic]]
 Floats: TypeAlias = NDArray[np.float64]
 
-OBSERVATION_VERSION = 2
+OBSERVATION_VERSION = 3
 """Raised whenever a feature changes its meaning: policies trained on another version are refused."""
 BINS = 16
 NEIGHBOURS = 4

@@ -204,9 +204,8 @@ class ScoringOptions(Options):
     reward_examples: int = 1000
     """Images of the reward split that a plan is scored on while searching."""
     measure: Literal["task", "loss", "divergence"] = "task"
-    """What the score of a plan is. task: that of the task, such as accuracy. loss: exp(-loss), which tells plans apart
-    on fewer images. divergence: exp(-d), with d the divergence from the outputs of the unpruned network; it needs no
-    labels."""
+    """What the score of a plan is. task: that of the task, such as accuracy. loss: exp(-loss). divergence: exp(-d),
+    with d the divergence from the outputs of the unpruned network; it needs no labels."""
     recovery_steps: int = 400
     """Training steps of --recovery distill."""
     recovery_rate: float = 0.02

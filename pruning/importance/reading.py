@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from prunegym.pruning.graph import ChannelGraph, Operation
@@ -80,6 +81,18 @@ def reading_through(
 def channel_rows(data: Tensor, last: bool) -> Tensor:
     """A layer's input as ``(channels, examples * positions)``; channels are its last dimension or its second."""
     return data.reshape(-1, data.shape[-1]).T if last else data.transpose(0, 1).reshape(data.shape[1], -1)
+
+
+def watched(source: Tensor, on_gradient: Callable[[Tensor], object]) -> Tensor:
+    """What is to be read in place of ``source``, so that the gradient of this reader alone is told when it comes back.
+
+    Where nothing behind it is differentiated (the first readers), the graph starts here. A backbone under ``no_grad``
+    matters to the loss all the same; its own ``with`` restores what held before.
+    """
+    torch.set_grad_enabled(True)
+    alias = (source if source.requires_grad else source.detach().requires_grad_()).view_as(source)
+    alias.register_hook(on_gradient)
+    return alias
 
 
 def per_example(product: Tensor, axis: int | None, last: bool, count: int) -> Tensor:

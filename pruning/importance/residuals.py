@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.importance.batch_axes import BatchAxes
-from prunegym.pruning.importance.reading import InputMoments, channel_rows, per_example, reading_through
+from prunegym.pruning.importance.reading import InputMoments, channel_rows, per_example, reading_through, watched
 from prunegym.pruning.nests import tensors_in
 
 EXAMPLES = 256
-"""Most examples that are run; 512 gave the same allocations."""
+"""Most examples that are run."""
 RIDGE = 1e-3
-"""Ridge of the regressions, as a share of the mean variance; 1e-4 to 1e-2 gave the same."""
+"""Ridge of the regressions, as a share of the mean variance."""
 PROBE_SEED = 0
 """Of the random projection, the same for every network."""
 _TINY = 1e-12
@@ -108,28 +108,22 @@ class ResidualChanges:
         name = str(operation.weight)
         units = operation.inputs[self._padded[operation.inputs]]
         units = np.where(units < 0, self.graph.units, units)
-        order = torch.from_numpy(np.argsort(self._place[units], kind="stable"))
-        self._units[name] = torch.from_numpy(units)
         moments = self._moments.get(name)
-        if moments is not None:
+        if moments is not None:  # else it did not run
+            device = moments.mean.device
+            order = torch.from_numpy(np.argsort(self._place[units], kind="stable")).to(device)
+            self._units[name] = torch.from_numpy(units).to(device)
             self._factors[name] = (order, moments.mean, _factor(moments.covariance, order))
 
     def _read(self, operation: Operation, source: Tensor) -> Tensor:
-        torch.set_grad_enabled(True)
         data = source.detach()
-        # an alias of its own, so that the gradient is the one that comes back through this reader alone
-        source = source if source.requires_grad else data.detach().requires_grad_()
-        alias = source.view_as(source)
-        alias.register_hook(lambda gradient: self._add_change(operation, data, gradient))
-        return alias
+        return watched(source, lambda gradient: self._add_change(operation, data, gradient))
 
     def _add_change(self, operation: Operation, data: Tensor, gradient: Tensor) -> None:
         name, last = str(operation.weight), operation.kind == "linear"
         if name not in self._factors:
             return
-        order, mean, factor = (None if one is None else one.to(data.device) for one in self._factors[name])
-        assert order is not None
-        assert mean is not None
+        order, mean, factor = self._factors[name]
         rows = channel_rows(data, last).float() - mean[:, None]
         slopes = channel_rows(gradient, last).float()
         if factor is None:
@@ -143,7 +137,7 @@ class ResidualChanges:
             product = product.reshape(data.shape[1], data.shape[0], *data.shape[2:]).transpose(0, 1)
         count = len(self._changes)
         change = per_example(product, self._axes.of(operation, data, count), last, count)
-        self._changes.index_add_(1, self._units[name].to(data.device), change)
+        self._changes.index_add_(1, self._units[name], change)
 
 
 def _places(graph: ChannelGraph, taylor: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from prunegym.pruning.attention import headwise
 from prunegym.pruning.graph import ChannelGraph, Operation
 from prunegym.pruning.importance.batch_axes import BATCH_SIZES, BatchAxes, rows_beside_examples
-from prunegym.pruning.importance.reading import InputMoments, channel_rows, per_example, reading_through
+from prunegym.pruning.importance.reading import InputMoments, channel_rows, per_example, reading_through, watched
 from prunegym.pruning.importance.residuals import EXAMPLES, PROBE_SEED, ResidualChanges
 from prunegym.pruning.modes import differentiating, evaluating
 from prunegym.pruning.task import Inputs, Task, forward, running
@@ -190,19 +190,12 @@ class _Observer:
     def _read(self, operation: Operation, source: Tensor) -> Tensor:
         """Look at what an operation reads; what it should read instead is an alias."""
         name, last = str(operation.weight), operation.kind == "linear"
-        # a backbone under no_grad matters to the loss all the same; its own `with` restores what held before
-        torch.set_grad_enabled(True)
         data = source.detach()
         axis = self.axes.of(operation, data, len(self._changes))
         if axis is None:
             self._untold.setdefault(name, tuple(data.shape))
         self._accumulate(name, channel_rows(data, last), data.shape[axis or 0])
-        # an alias of its own, so that the gradient is the one that comes back through this reader alone;
-        # where nothing behind it is differentiated (the first readers), the graph starts here
-        source = source if source.requires_grad else data.detach().requires_grad_()
-        alias = source.view_as(source)
-        alias.register_hook(lambda gradient: self._add_change(name, axis, last, data, gradient))
-        return alias
+        return watched(source, lambda gradient: self._add_change(name, axis, last, data, gradient))
 
     def _accumulate(self, name: str, rows: Tensor, examples: int) -> None:
         """Add a layer's input ``(channels, positions)``; batches weigh as many as their examples."""
@@ -272,6 +265,6 @@ class _Observer:
             activation_sparsity=units(self._zeros / reads),
             taylor=units(self._taylor / count),
             taylor_squared=units(self._taylor_squared / count),
-            residual_taylor=np.zeros(self.graph.units),  # takes the moments that are told here
+            residual_taylor=np.zeros(self.graph.units),  # of another run, which needs these moments
             inputs=inputs,
         )

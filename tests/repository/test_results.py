@@ -105,6 +105,18 @@ def test_gains_of_recovery_are_those_of_the_rows(tables: ModuleType) -> None:
     assert f"{min(priors):.0f} to {max(priors):.0f} points over compensation" in FRONT
 
 
+def test_gain_of_distillation_is_that_of_the_rows(tables: ModuleType) -> None:
+    """Over reconstruction, of the plans that it was measured on."""
+    rows = tables.recovery_tables.read(tables.recovery_tables.EARLIER)
+    gains = [
+        100 * (float(row["test_score"]) - float(rows[*plan, "reconstruct"]["test_score"]))
+        for (*plan, recovery), row in rows.items()
+        if recovery in tables.recovery_tables.LADDER[4:]
+    ]
+
+    assert f"distillation was worth {min(gains):.0f} to {max(gains):.0f} points more than reconstruction" in RESULTS
+
+
 def test_gains_of_allocation_and_search_are_those_of_the_rows(tables: ModuleType) -> None:
     """In points on test, over the pairs of networks and budgets that have the rows."""
     scores: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
@@ -123,6 +135,8 @@ def test_gains_of_allocation_and_search_are_those_of_the_rows(tables: ModuleType
     assert (
         f"200 evaluations of CMA-ES from there change it by {min(searched):.1f} to {max(searched):.1f} points" in FRONT
     )
+    ends = [scores[name, "macs:0.35"]["knapsack", "0"] for name in ("cifar_resnet20", "cifar_resnet56")]
+    assert "without an evaluation, {:.1f} and {:.1f} on test".format(*ends) in RESULTS
     assert f"Three rounds change it by {min(rounds):.1f} to {max(rounds):.1f} points" in RESULTS
 
 
